@@ -1,0 +1,94 @@
+"""What a network of given widths costs, and how much it may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from wgates_plugin.errors import TargetError
+
+
+@runtime_checkable
+class EfficiencyModel(Protocol):
+    """Widths (..., G) -> cost (...), one number per row.
+
+    Laws: differentiable in the widths almost everywhere; the unit is stated; batches are rows on
+    their own; nothing is promised about monotonicity. Costs are positive.
+    """
+
+    name: str
+    unit: str
+
+    def __call__(self, widths: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Limit:
+    """`model(widths) <= target`, both in the model's unit."""
+
+    model: EfficiencyModel
+    target: float
+
+    def __post_init__(self) -> None:
+        check_target(self.target, self.model.unit)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One or more limits that must all hold.
+
+    Example:
+        >>> import torch
+        >>> class Total:
+        ...     name, unit = "total", "channels"
+        ...     def __call__(self, widths): return widths.sum(-1)
+        >>> Budget.of(Limit(Total(), 10.0)).violations(torch.tensor([8.0, 4.0]))
+        tensor([0.2000])
+    """
+
+    limits: tuple[Limit, ...]
+
+    @classmethod
+    def of(cls, *limits: Limit) -> Budget:
+        if not limits:
+            raise TargetError("budget: no limit given; give at least one")
+        return cls(limits)
+
+    def violations(self, widths: Tensor) -> Tensor:
+        """Relative excess over each limit: widths (..., G) -> (..., K); above 0 breaks it."""
+        return torch.stack([l.model(widths) / l.target - 1.0 for l in self.limits], dim=-1)
+
+    def excess(self, widths: Tensor) -> Tensor:
+        """The worst relative excess: widths (..., G) -> (...)."""
+        return self.violations(widths).max(dim=-1).values
+
+    def scaled(self, factors: Sequence[float]) -> Budget:
+        """The same limits with each target multiplied by its factor."""
+        pairs = zip(self.limits, factors, strict=True)
+        return Budget(tuple(Limit(limit.model, limit.target * factor) for limit, factor in pairs))
+
+    def describe(self, widths: Tensor) -> str:
+        """Costs against targets, readable."""
+        return ", ".join(
+            f"{limit.model.name} {float(limit.model(widths)):.4g} of {limit.target:.4g} "
+            f"{limit.model.unit}"
+            for limit in self.limits
+        )
+
+
+def check_target(value: object, unit: str) -> float:
+    """A target as a positive finite float.
+
+    Raises:
+        TargetError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TargetError(f"target {value!r}: not a number; give a positive number of {unit}")
+    if not math.isfinite(value) or value <= 0:
+        raise TargetError(f"target {value}: must be a positive finite number of {unit}")
+    return float(value)

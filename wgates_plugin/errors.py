@@ -1,0 +1,74 @@
+"""The errors of this package: each says what went wrong, where, what was found and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class WGatesError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class TraceError(WGatesError, ValueError):
+    """The network cannot be traced into channel groups, or has nothing to prune."""
+
+
+class PlanError(WGatesError, ValueError):
+    """A plan is malformed, breaks a floor, or belongs to another network."""
+
+
+class SurgeryError(WGatesError, RuntimeError):
+    """Removing channels failed, or the smaller network would not compute the same function."""
+
+
+class TargetError(WGatesError, ValueError):
+    """A target is no positive finite number."""
+
+
+class InfeasibleTargetError(TargetError):
+    """No allowed widths reach the target; the message names the least reachable cost."""
+
+
+class TrainingError(WGatesError, RuntimeError):
+    """Training broke down, for example because the loss is no longer finite."""
+
+
+class RuntimeUnavailableError(WGatesError, ImportError):
+    """A runtime is unknown or its library is not installed."""
+
+
+class MeasurementError(WGatesError, RuntimeError):
+    """A latency could not be taken, or is not believable."""
+
+
+class ExportError(WGatesError, RuntimeError):
+    """An export failed or does not compute what the network computes."""
+
+
+class FileFormatError(WGatesError, ValueError):
+    """A file is corrupt, truncated, or of another kind or version."""
+
+
+class RunFolderError(WGatesError, ValueError):
+    """A run folder belongs to another run or cannot be resumed."""
+
+
+class ConfigError(WGatesError, ValueError):
+    """A recipe or option is wrong; all problems are listed at once."""
+
+    def __init__(self, subject: str, problems: Sequence[str]) -> None:
+        self.subject = subject
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = len(self.problems)
+        super().__init__(f"{subject}: {count} problem{'s' if count != 1 else ''}\n{lines}")
+
+
+class MissingExtraError(WGatesError, ImportError):
+    """An optional library is needed and not installed."""
+
+    def __init__(self, library: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs `{library}`, which is not installed; "
+            f'install it with: pip install "wgates-plugin[{extra}]"'
+        )

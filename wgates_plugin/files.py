@@ -1,0 +1,107 @@
+"""Whole files or none: atomic writes, and JSON that is checked when read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from wgates_plugin.errors import FileFormatError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` atomically (UTF-8)."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. Not-a-number is refused."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, *, kind: str) -> Any:
+    """Read a JSON file; `kind` names it in errors.
+
+    Raises:
+        FileFormatError: the file is missing, truncated or no JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileFormatError(f"{kind} `{path}`: no such file; check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FileFormatError(
+            f"{kind} `{path}`: not readable as JSON ({error}); it is corrupt or was cut off, "
+            "delete it and make it again"
+        ) from error
+
+
+def append_line(path: str | Path, value: Any) -> None:
+    """Append `value` as one JSON line and flush it to disk; a torn last line is closed first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(value, allow_nan=False) + "\n"
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors as safetensors, atomically. Tied tensors are stored once each."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(path) as part:
+        save_file(plain, str(part), metadata=metadata)
+
+
+def load_tensors(path: str | Path, *, kind: str) -> dict[str, torch.Tensor]:
+    """Read tensors written by `save_tensors`.
+
+    Raises:
+        FileFormatError: the file is missing or not readable as safetensors.
+    """
+    path = Path(path)
+    try:
+        return load_file(str(path))
+    except FileNotFoundError:
+        raise FileFormatError(f"{kind} `{path}`: no such file; check the path") from None
+    except (SafetensorError, ValueError) as error:
+        raise FileFormatError(
+            f"{kind} `{path}`: not readable as safetensors ({error}); it is corrupt or was cut "
+            "off, delete it and make it again"
+        ) from error

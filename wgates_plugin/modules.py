@@ -1,0 +1,53 @@
+"""What this package knows of module types: which dimension holds channels, and who may take part."""
+
+from __future__ import annotations
+
+from torch import nn
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+WEIGHTED = (*CONVS, *TRANSPOSED, nn.Linear)
+"""Modules that produce and consume channels."""
+
+PER_CHANNEL = (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU)
+"""Modules that treat each channel on its own: a closed channel changes no other one."""
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """True for a convolution with one input and one output channel per conv group."""
+    return (
+        isinstance(module, CONVS)
+        and module.groups > 1
+        and module.groups == module.in_channels == module.out_channels
+    )
+
+
+def layer_kind(module: nn.Module) -> str:
+    """The `Layer.kind` of a module."""
+    if is_depthwise(module):
+        return "depthwise"
+    if isinstance(module, CONVS):
+        return "conv"
+    if isinstance(module, TRANSPOSED):
+        return "transposed"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
+        return "norm"
+    return "other"
+
+
+def channel_dims(module: nn.Module) -> tuple[int, int]:
+    """(output dimension, input dimension) of a weighted module's weight."""
+    return (1, 0) if isinstance(module, TRANSPOSED) else (0, 1)
+
+
+def in_channels_of(module: nn.Module) -> int:
+    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)  # type: ignore[arg-type]
+
+
+def out_channels_of(module: nn.Module) -> int:
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""The pruning plan: which channels stay. The only currency between deciding and removing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.errors import FileFormatError, PlanError
+from wgates_plugin.files import read_json, write_json
+
+
+@dataclass(frozen=True, eq=False)
+class PruningPlan:
+    """Kept units per group, validated against the channel space it is for.
+
+    `kept[g]` lists unit numbers, ascending. Without grouped convolutions a unit is a channel; with
+    ties, unit `u` stands for channels `u, u + units, u + 2 * units, ...`.
+    """
+
+    space: ChannelSpace
+    kept: tuple[tuple[int, ...], ...]
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = self.space.groups
+        if len(self.kept) != len(groups):
+            raise PlanError(f"plan: {len(self.kept)} entries for {len(groups)} groups")
+        problems = []
+        for group, kept in zip(groups, self.kept, strict=True):
+            width = len(kept) * group.ties
+            if list(kept) != sorted(set(kept)):
+                problems.append(f"group `{group.name}`: kept units repeat or are out of order")
+            elif kept and not (kept[0] >= 0 and kept[-1] < group.units):
+                problems.append(
+                    f"group `{group.name}`: unit {kept[-1]} of {group.units} does not exist"
+                )
+            elif width < group.floor:
+                problems.append(
+                    f"group `{group.name}`: keeps {width} of {group.channels} channels, its floor "
+                    f"is {group.floor}"
+                )
+        if problems:
+            raise PlanError("plan: " + "; ".join(problems))
+
+    @classmethod
+    def from_masks(
+        cls, space: ChannelSpace, masks: Tensor | np.ndarray, **note: Any
+    ) -> PruningPlan:
+        """From one boolean vector (total_units,) over all groups, True = kept."""
+        flags = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks, dtype=bool)
+        if flags.shape != (space.total_units,):
+            raise PlanError(f"plan: mask of shape {flags.shape}, needed ({space.total_units},)")
+        kept = tuple(
+            tuple(np.flatnonzero(flags[space.unit_slice(index)]).tolist())
+            for index in range(len(space.groups))
+        )
+        return cls(space, kept, note)
+
+    @classmethod
+    def top(
+        cls, space: ChannelSpace, scores: Tensor, widths: Sequence[int], **note: Any
+    ) -> PruningPlan:
+        """Keep the highest scores (total_units,) of each group, as many as `widths` (G,) allow.
+
+        Equal scores are decided by the lower unit number, so the same scores give the same plan.
+        """
+        widths = space.check_widths(widths)
+        kept = []
+        for index, (group, width) in enumerate(zip(space.groups, widths, strict=True)):
+            mine = scores.detach()[space.unit_slice(index)]
+            order = torch.argsort(mine, descending=True, stable=True)
+            kept.append(tuple(sorted(order[: width // group.ties].tolist())))
+        return cls(space, tuple(kept), note)
+
+    @classmethod
+    def leading(cls, space: ChannelSpace, widths: Sequence[int]) -> PruningPlan:
+        """Keep the first channels of each group: for shapes alone, where values do not matter."""
+        widths = space.check_widths(widths)
+        kept = tuple(
+            tuple(range(width // group.ties))
+            for group, width in zip(space.groups, widths, strict=True)
+        )
+        # Shapes may go below a floor that protects accuracy, so floors are not checked here.
+        plan = object.__new__(cls)
+        object.__setattr__(plan, "space", space)
+        object.__setattr__(plan, "kept", kept)
+        object.__setattr__(plan, "note", {})
+        return plan
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Kept channels per group (G,)."""
+        return tuple(
+            len(kept) * group.ties for group, kept in zip(self.space.groups, self.kept, strict=True)
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """Boolean (total_units,), True = kept."""
+        mask = torch.zeros(self.space.total_units, dtype=torch.bool)
+        for index, kept in enumerate(self.kept):
+            mask[self.space.offsets[index] + torch.tensor(kept, dtype=torch.long)] = True
+        return mask
+
+    def removed_channels(self, index: int) -> list[int]:
+        """Channel numbers of group `index` that go, in the numbering of its named producer."""
+        group = self.space.groups[index]
+        gone = sorted(set(range(group.units)) - set(self.kept[index]))
+        return [unit + tie * group.units for tie in range(group.ties) for unit in gone]
+
+    def compose(self, inner: PruningPlan) -> PruningPlan:
+        """The one plan that equals this plan followed by `inner`, made for the smaller network."""
+        if len(inner.kept) != len(self.kept):
+            raise PlanError("plan: the second plan is for a network with other groups")
+        kept = []
+        for group, first, second in zip(self.space.groups, self.kept, inner.kept, strict=True):
+            if second and second[-1] >= len(first):
+                raise PlanError(f"group `{group.name}`: the second plan keeps what is gone already")
+            kept.append(tuple(first[unit] for unit in second))
+        return PruningPlan(self.space, tuple(kept), {**self.note, **inner.note})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "pruning-plan",
+            "version": 1,
+            "fingerprint": self.space.fingerprint,
+            "kept": {
+                name: list(kept) for name, kept in zip(self.space.names, self.kept, strict=True)
+            },
+            "note": dict(self.note),
+            "space": self.space.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, *, space: ChannelSpace | None = None) -> PruningPlan:
+        """Read what `to_json` wrote; with `space`, insist that the plan is for that network.
+
+        Raises:
+            FileFormatError: no plan. PlanError: a plan for another network, or an invalid one.
+        """
+        if not isinstance(value, dict) or value.get("kind") != "pruning-plan":
+            raise FileFormatError("plan: the JSON is no pruning plan")
+        if value.get("version") != 1:
+            raise FileFormatError(f"plan: version {value.get('version')!r}, this package reads 1")
+        try:
+            own = ChannelSpace.from_json(value["space"])
+            fingerprint, table, note = value["fingerprint"], value["kept"], value["note"]
+            kept = tuple(tuple(int(unit) for unit in table[name]) for name in own.names)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"plan: a field is missing or wrong ({error!r})") from None
+        if own.fingerprint != fingerprint:
+            raise FileFormatError("plan: its channel space does not match its fingerprint")
+        if space is not None and space.fingerprint != fingerprint:
+            raise PlanError(
+                f"plan: made for another network (fingerprint {fingerprint}, this one has "
+                f"{space.fingerprint}); use the network and input shape that the plan was made from"
+            )
+        return cls(own, kept, note)
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path, *, space: ChannelSpace | None = None) -> PruningPlan:
+        return cls.from_json(read_json(path, kind="plan"), space=space)

@@ -1,0 +1,362 @@
+"""W-Gates: each filter's own weights decide whether it stays.
+
+Li et al., "Joint-optimized channel pruning: W-Gates" (ECCV Workshops 2020, arXiv 2007.02066).
+One linear map per producing layer, shared by its filters, scores each filter from its flattened
+weights; a binary step opens or closes the channel; latency or another cost of the open widths is
+differentiated along with the task loss. Departures from the paper are marked (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin import modules as kinds
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.constraint import CONSTRAINTS, make_constraint
+from wgates_plugin.errors import ConfigError, TrainingError
+from wgates_plugin.gating import Gating
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies import budgeting
+from wgates_plugin.strategies.gate_functions import (
+    positive_counts,
+    squash,
+    surrogate,
+    widths_of,
+)
+
+
+@dataclass(frozen=True)
+class WGatesSettings:
+    """How gates learn.
+
+    Attributes:
+        learning_rate: Adam's, for scale-free scores: one step moves a score by about this much.
+        grid: channel multiple the runtime likes; widths are decided on it.
+        start: "target" opens what the budget allows and then exchanges channels at constant cost
+            (ours); "open" starts with every gate open and slides the target down.
+        slide_fraction: share of the gate phase over which the target slides, for `start="open"`.
+        constraint: "augmented-lagrangian" (ours), or the paper's "linear" or "log" weighting.
+        alpha: weight of the paper's forms.
+        spread: largest initial distance of a score from the threshold, under 1/2.
+    """
+
+    learning_rate: float = 1e-3
+    grid: int = 1
+    start: str = "target"
+    slide_fraction: float = 0.7
+    constraint: str = "augmented-lagrangian"
+    alpha: float = 1.0
+    spread: float = 0.4
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.learning_rate >= 0:
+            problems.append(f"learning_rate {self.learning_rate}: must not be negative")
+        if not isinstance(self.grid, int) or self.grid < 1:
+            problems.append(f"grid {self.grid!r}: must be a whole number from 1")
+        if self.start not in ("target", "open"):
+            problems.append(f"start `{self.start}`: unknown; known: target, open")
+        if self.constraint not in CONSTRAINTS:
+            problems.append(f"constraint `{self.constraint}`: known: {', '.join(CONSTRAINTS)}")
+        if not 0 < self.spread < 0.5:
+            problems.append(f"spread {self.spread}: must lie between 0 and 0.5")
+        if not 0 < self.slide_fraction <= 1:
+            problems.append(f"slide_fraction {self.slide_fraction}: must lie in (0, 1]")
+        if problems:
+            raise ConfigError("W-Gates settings", problems)
+
+
+class WeightScores(nn.Module):
+    """Scores of all units from the producers' weights: `() -> (total_units,)`.
+
+    For a producer with flattened filters `W* (C_out, fan_in)` the score of filter c is
+    `standardise(W*)[c] @ theta / fan_in`, with one learnable `theta (fan_in,)` per producer. Coupled
+    producers add up, and a fixed offset per unit says where training starts (both ours): a score
+    that starts at the filter's rank by norm cannot close a whole layer in one step.
+    """
+
+    def __init__(self, network: nn.Module, space: ChannelSpace) -> None:
+        super().__init__()
+        self.space = space
+        found = dict(network.named_modules())
+        self._producers: list[tuple[nn.Module, Tensor]] = []
+        self.thetas = nn.ParameterList()
+        for index, group in enumerate(space.groups):
+            for slot in group.slots_as("producer"):
+                module = found[slot.module]
+                weight: Tensor = module.weight  # type: ignore[assignment]
+                units = torch.from_numpy(slot.units).to(weight.device)
+                target = torch.where(units >= 0, units + space.offsets[index], space.total_units)
+                self._producers.append((module, target))
+                fan_in = weight.numel() // kinds.out_channels_of(module)
+                self.thetas.append(nn.Parameter(torch.zeros(fan_in, device=weight.device)))
+        device = self.thetas[0].device
+        self.register_buffer("offset", torch.full((space.total_units,), 0.25, device=device))
+        ties = [float(group.ties) for group in space.groups for _ in range(group.units)]
+        self.register_buffer("ties", torch.tensor(ties, device=device))
+        self.offset: Tensor
+        self.ties: Tensor
+
+    def forward(self) -> Tensor:
+        total = self.offset.new_zeros(self.space.total_units + 1)  # last: channels no group owns
+        for (module, target), theta in zip(self._producers, self.thetas, strict=True):
+            total = total.index_add(0, target, filter_scores(_flat(module), theta))
+        return squash(total[:-1] / self.ties + self.offset)
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """L2 norm of each unit's filters relative to its layer's mean, summed over producers."""
+        total = self.offset.new_zeros(self.space.total_units + 1)
+        for module, target in self._producers:
+            norm = _flat(module).norm(dim=1)
+            total.index_add_(0, target, norm / norm.mean().clamp_min(1e-12))
+        return total[:-1]
+
+
+def _flat(module: nn.Module) -> Tensor:
+    """Filters as rows: (C_out, fan_in)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    out_dim, _ = kinds.channel_dims(module)
+    return weight.transpose(0, out_dim).flatten(1)
+
+
+def filter_scores(flat: Tensor, theta: Tensor) -> Tensor:
+    """`standardise(W*) @ theta / fan_in`, without forming the standardised matrix.
+
+    Standardising and dividing by fan-in (ours) make one optimizer step move the score of a
+    72-weight filter and of a 4608-weight filter alike.
+    """
+    spread, mean = torch.std_mean(flat, correction=0)
+    projected = flat @ theta  # (C_out, fan_in) @ (fan_in,) -> (C_out,)
+    return (projected - mean * theta.sum()) / (spread.clamp_min(1e-12) * theta.numel())
+
+
+def starting_offsets(
+    space: ChannelSpace, norms: Tensor, widths: Sequence[int], *, grid: int, spread: float
+) -> Tensor:
+    """Offsets (total_units,) that open `widths` (G,) channels of largest norm (ours).
+
+    Scores are equally spaced by rank, so that as many channels stand close to the threshold in every
+    layer. The threshold sits half a grid step inside the open channels: with widths rounded up to
+    the grid, a group then has equally far to go to its next wider and its next narrower step.
+    """
+    offsets = torch.empty(space.total_units)
+    for index, (group, width) in enumerate(zip(space.groups, widths, strict=True)):
+        where = space.unit_slice(index)
+        ranks = torch.argsort(torch.argsort(norms[where].cpu(), stable=True), stable=True)
+        slack = min(grid, width) / 2 / group.channels if grid > 1 else 0.0
+        threshold = 1.0 - width / group.channels + slack
+        quantiles = (ranks + 0.5) / group.units
+        offsets[where] = spread * (quantiles - threshold) / max(threshold, 1 - threshold)
+    return offsets
+
+
+class WGates:
+    """Gates of one network under one budget: the object that every door drives.
+
+    Use: `attach()`; per training step, after `loss.backward()`, call `regularize()`; at the end
+    `plan()` and `detach()`. Gates see the task's gradient through the weights they multiply, and the
+    budget's through the widths they leave open.
+
+    Args:
+        average: called on the gates' gradient before use; several ranks pass their all-reduce here,
+            which keeps gates and plan identical on all of them.
+        steps: gate steps to come, needed for `start="open"` whose target slides.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        space: ChannelSpace,
+        budget: Budget,
+        settings: WGatesSettings | None = None,
+        *,
+        steps: int | None = None,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.network, self.space, self.budget = network, space, budget
+        self.settings = settings or WGatesSettings()
+        self.steps, self.average = steps, average
+        if self.settings.start == "open" and not steps:
+            raise ConfigError(
+                "W-Gates", ['start="open" slides the target over the phase: give `steps`']
+            )
+        budgeting.check_feasible(space, budget, self.settings.grid)
+        self.scores = WeightScores(network, space)
+        self._set_starting_point()
+        self.optimizer = torch.optim.Adam(self.scores.parameters(), lr=self.settings.learning_rate)
+        self.constraint = make_constraint(
+            self.settings.constraint, len(budget.limits), alpha=self.settings.alpha
+        )
+        self.gating = Gating(network, space, self._gates)
+        self.step = 0
+        self.balance = 0.0
+        self._leaf: Tensor | None = None
+        self._live_scores: Tensor | None = None
+
+    def _set_starting_point(self) -> None:
+        self._full_cost = [
+            float(limit.model(torch.tensor(self.space.full_widths, dtype=torch.float64)))
+            for limit in self.budget.limits
+        ]
+        if self.settings.start == "open":
+            return  # the constant offset of +0.25 opens every gate, where the surrogate is 1
+        grid = self.settings.grid
+        norms = self.scores.norms()
+        ranks = torch.cat(
+            [
+                torch.argsort(torch.argsort(norms[self.space.unit_slice(g)])) / group.units
+                for g, group in enumerate(self.space.groups)
+            ]
+        )
+        uniform = budgeting.uniform_widths(self.space, self.budget, grid)
+        widths = budgeting.fit_to_budget(self.space, ranks, uniform, self.budget, grid)
+        offsets = starting_offsets(
+            self.space, norms, widths, grid=grid, spread=self.settings.spread
+        )
+        self.scores.offset.copy_(offsets)
+
+    def attach(self) -> WGates:
+        self.gating.attach()
+        return self
+
+    def detach(self) -> nn.Module:
+        """Take the gates off and hand the plain network back."""
+        self._leaf = self._live_scores = None
+        return self.gating.detach()
+
+    def _gates(self) -> Tensor:
+        """Open gates as 0/1 (total_units,). In training a leaf collects their gradient."""
+        if not (torch.is_grad_enabled() and self.network.training):
+            with torch.no_grad():
+                return self._open(self.scores())
+        if self._leaf is None:
+            # Kept over several forward passes, so that accumulated gradients add up.
+            self._live_scores = self.scores()
+            self._leaf = self._open(self._live_scores.detach()).requires_grad_(True)
+        return self._leaf
+
+    def _open(self, scores: Tensor) -> Tensor:
+        """The mask that the plan of these scores would leave, so that what trains is what stays."""
+        gates = torch.zeros_like(scores)
+        for index, width in enumerate(widths_of(self.space, scores, self.settings.grid)):
+            group, start = self.space.groups[index], self.space.offsets[index]
+            mine = scores[self.space.unit_slice(index)]
+            order = torch.argsort(mine, descending=True, stable=True)
+            gates[start + order[: width // group.ties]] = 1.0
+        return gates
+
+    def current_budget(self) -> Budget:
+        """The budget of this step: the target itself, or the sliding one on its way down."""
+        if self.settings.start != "open":
+            return self.budget
+        assert self.steps
+        done = min(1.0, self.step / max(1.0, self.settings.slide_fraction * self.steps))
+        return self.budget.scaled(
+            [
+                1.0 + (1.0 - done) * max(0.0, full / limit.target - 1.0)
+                for full, limit in zip(self._full_cost, self.budget.limits, strict=True)
+            ]
+        )
+
+    def regularize(self) -> dict[str, float]:
+        """Add the budget's gradient to the task's, step the gates, and report the step.
+
+        Call once per optimizer step, after `loss.backward()`.
+
+        Raises:
+            TrainingError: no gradient reached the gates.
+        """
+        leaf, scores = self._leaf, self._live_scores
+        if leaf is None or scores is None or leaf.grad is None:
+            raise TrainingError(
+                "gates: no gradient reached them; run the attached network in train mode and call "
+                "`loss.backward()` before `regularize()`"
+            )
+        task = leaf.grad if self.average is None else self.average(leaf.grad)
+        if not torch.isfinite(task).all():
+            raise TrainingError(f"gates: gradient not finite at gate step {self.step}")
+        violations, pull = self._efficiency_gradient(scores)
+        gradient = (task + pull.to(task)) * surrogate(scores.detach())
+        self.optimizer.zero_grad(set_to_none=True)
+        scores.backward(gradient=gradient)
+        self.optimizer.step()
+        self.constraint.update(violations)
+        self._leaf = self._live_scores = None
+        self.step += 1
+        return self._monitor(scores.detach(), violations)
+
+    def _efficiency_gradient(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(violations (K,), gradient per unit (total_units,))."""
+        widths = torch.tensor(
+            widths_of(self.space, scores, self.settings.grid), dtype=torch.float64
+        ).requires_grad_(True)
+        violations = self.current_budget().violations(widths)
+        pressure = self.constraint.pressure(violations)
+        (plain,) = torch.autograd.grad(violations.sum(), widths, retain_graph=True)
+        (pressed,) = torch.autograd.grad((violations * pressure).sum(), widths)
+        # Multipliers get a scale of their own (ours): pressure 1 pushes as hard as the task pulls.
+        assert self._leaf is not None and self._leaf.grad is not None
+        task_size = float(self._leaf.grad.abs().mean())
+        plain_size = float(self._per_unit(plain).abs().mean())
+        ratio = task_size / plain_size if plain_size > 0 else 0.0
+        self.balance = ratio if self.step == 0 else 0.95 * self.balance + 0.05 * ratio
+        return violations.detach(), self._per_unit(pressed) * self.balance
+
+    def _per_unit(self, by_group: Tensor) -> Tensor:
+        """Gradient by width (G,) -> by gate (total_units,): a unit stands for `ties` channels."""
+        repeats = torch.tensor([group.units for group in self.space.groups])
+        ties = torch.tensor([float(group.ties) for group in self.space.groups])
+        return (by_group * ties).repeat_interleave(repeats)
+
+    def _monitor(self, scores: Tensor, violations: Tensor) -> dict[str, float]:
+        counts = positive_counts(self.space, scores)
+        return {
+            "step": float(self.step),
+            "violation": float(violations.max()),
+            "open_share": sum(counts) / self.space.total_units,
+            # Far from the threshold the surrogate all but vanishes: such gates are out of reach.
+            "dead_share": float((scores.abs() > 0.475).float().mean()),
+        }
+
+    @torch.no_grad()
+    def unit_scores(self) -> Tensor:
+        """The scores as they stand, (total_units,)."""
+        return self.scores().detach().clone()
+
+    def widths(self) -> tuple[int, ...]:
+        return widths_of(self.space, self.unit_scores(), self.settings.grid)
+
+    def plan(self, budget: Budget | None = None) -> PruningPlan:
+        """The decided plan: today's widths moved onto the budget, best scores kept."""
+        scores = self.unit_scores()
+        return budgeting.plan_for_budget(
+            self.space,
+            scores,
+            widths_of(self.space, scores, self.settings.grid),
+            budget or self.budget,
+            self.settings.grid,
+            strategy="wgates",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed gate phase needs; tensors and plain numbers only."""
+        return {
+            "scores": self.scores.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "constraint": self.constraint.state_dict(),
+            "step": self.step,
+            "balance": self.balance,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores.load_state_dict(state["scores"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.constraint.load_state_dict(state["constraint"])
+        self.step, self.balance = int(state["step"]), float(state["balance"])

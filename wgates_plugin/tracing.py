@@ -1,0 +1,406 @@
+"""Tracing: one pass through torch-pruning's dependency graph, from a network to its ChannelSpace."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops as tp_ops
+
+from wgates_plugin import modules as kinds
+from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
+from wgates_plugin.errors import TraceError
+
+ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+@contextmanager
+def left_as_found(network: nn.Module) -> Iterator[None]:
+    """Restore train/eval modes, `requires_grad` and the random state on leaving."""
+    modes = {module: module.training for module in network.modules()}
+    grads = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in grads.items():
+            parameter.requires_grad_(flag)
+
+
+def call_with(network: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Run the network on a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return network(**example_inputs)
+    if isinstance(example_inputs, tuple):
+        return network(*example_inputs)
+    return network(example_inputs)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """The device of the first parameter, CPU for a network without any."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def trace(
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    ignored_layers: Sequence[nn.Module | str] = (),
+    min_channels: int = 1,
+    min_fraction: float = 0.0,
+    floors: Mapping[str, int] | None = None,
+    caps: Mapping[str, int] | None = None,
+    verify: bool = True,
+) -> ChannelSpace:
+    """Find the network's channel groups. The network is left as found.
+
+    Args:
+        network: any `nn.Module` whose output is one tensor.
+        example_inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments, on
+            the network's device.
+        ignored_layers: modules or names whose output channels must stay; children included.
+        min_channels: floor of every group, in channels.
+        min_fraction: floor of every group as a fraction of its width; the larger floor counts.
+        floors: group name -> its own floor. caps: group name -> largest width it may keep.
+        verify: compare a gated with a physically smaller network once, to catch operations whose
+            channel order cannot be followed (channel shuffle, for example).
+
+    Raises:
+        TraceError: the network cannot be traced or has nothing to prune; the message says why.
+    """
+    graph = DependencyTrace(network, example_inputs)
+    return graph.space(
+        ignored_layers=ignored_layers,
+        min_channels=min_channels,
+        min_fraction=min_fraction,
+        floors=floors,
+        caps=caps,
+        verify=verify,
+    )
+
+
+class DependencyTrace:
+    """A torch-pruning dependency graph of one network, and the records made from it.
+
+    Keeping the object lets surgery reuse the graph, so that trace plus removal trace once.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        example_inputs: ExampleInputs,
+        **graph_options: Any,
+    ) -> None:
+        self.network = network
+        self.example_inputs = example_inputs
+        self.names = {module: name for name, module in network.named_modules()}
+        self._refuse_untraceable()
+        with left_as_found(network):
+            network.eval()
+            self.layers = self._run_and_describe()
+            self.graph = self._build_graph(graph_options)
+
+    def _refuse_untraceable(self) -> None:
+        parameters = list(self.network.parameters())
+        if not any(isinstance(module, kinds.WEIGHTED) for module in self.network.modules()):
+            raise TraceError(
+                f"network {type(self.network).__name__}: no convolution or linear layer to prune"
+            )
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise TraceError(
+                f"network {type(self.network).__name__}: all {len(parameters)} parameters are "
+                "frozen, so nothing could recover from pruning; call "
+                "`network.requires_grad_(True)` on what may be trained"
+            )
+        for name, module in self.network.named_modules():
+            if hasattr(module, "parametrizations"):
+                raise TraceError(
+                    f"module `{name}`: has a parametrization on its weight; remove it with "
+                    "torch.nn.utils.parametrize.remove_parametrizations first"
+                )
+        tensors = self.example_inputs
+        flat = list(tensors.values()) if isinstance(tensors, dict) else tensors
+        flat = list(flat) if isinstance(flat, (tuple, list)) else [flat]
+        device = device_of(self.network)
+        for tensor in flat:
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                raise TraceError(
+                    f"example inputs: on {tensor.device}, the network is on {device}; "
+                    f"move them with `.to('{device}')`"
+                )
+
+    def _run_and_describe(self) -> tuple[Layer, ...]:
+        """One forward pass with hooks: layer shapes, and a check that every layer takes part."""
+        positions: dict[nn.Module, int] = {}
+
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+            # A transposed convolution applies its kernel once per *input* position.
+            met = inputs[0] if isinstance(module, kinds.TRANSPOSED) else output
+            if isinstance(met, Tensor) and met.dim() > 1:
+                channels = met.shape[-1] if isinstance(module, nn.Linear) else met.shape[1]
+                per_image = met.numel() // max(1, met.shape[0] * channels)
+                positions[module] = positions.get(module, 0) + per_image
+
+        leaves = [m for m in self.network.modules() if list(m.parameters(recurse=False))]
+        handles = [module.register_forward_hook(count) for module in leaves]
+        try:
+            with torch.no_grad():
+                output = call_with(self.network, self.example_inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            shapes = _shapes(self.example_inputs)
+            raise TraceError(
+                f"example inputs of shape {shapes}: the network does not run on them "
+                f"({type(error).__name__}: {error}); give one real batch"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(output, Tensor):
+            raise TraceError(
+                f"network {type(self.network).__name__}: returns {type(output).__name__}, not a "
+                "tensor; wrap it in a module that returns the tensor to be trained on"
+            )
+        silent = [
+            self.names[m] for m in leaves if m not in positions and isinstance(m, kinds.WEIGHTED)
+        ]
+        if silent:
+            shown = ", ".join(f"`{name}`" for name in silent[:4])
+            raise TraceError(
+                f"{len(silent)} layers never run in eval mode ({shown}{' ...' * (len(silent) > 4)})"
+                ", such as auxiliary heads: the removal could not follow them; drop them "
+                "(for example `network.AuxLogits = None`, `aux_logits=False`) before tracing"
+            )
+        return tuple(
+            _describe(self.names[module], module, positions.get(module, 0)) for module in leaves
+        )
+
+    def _build_graph(self, options: Mapping[str, Any]) -> tp.DependencyGraph:
+        example = self.example_inputs
+        if isinstance(example, Tensor):
+            example = (example,)  # a bare tensor would be star-unpacked into its rows
+        # Frozen parameters make groups vanish without an error, hence all are live while tracing.
+        self.network.requires_grad_(True)
+        try:
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                return tp.DependencyGraph().build_dependency(
+                    self.network, example_inputs=example, verbose=False, **options
+                )
+        except Exception as error:
+            raise TraceError(
+                f"network {type(self.network).__name__}: torch-pruning cannot trace it "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def space(
+        self,
+        *,
+        ignored_layers: Sequence[nn.Module | str] = (),
+        min_channels: int = 1,
+        min_fraction: float = 0.0,
+        floors: Mapping[str, int] | None = None,
+        caps: Mapping[str, int] | None = None,
+        root_module_types: Sequence[type] = kinds.WEIGHTED,
+        verify: bool = True,
+    ) -> ChannelSpace:
+        """The records of this graph; see `trace` for the arguments."""
+        ignored = self._resolve_ignored(ignored_layers)
+        order = {name: index for index, name in enumerate(self.names.values())}
+        found: list[ChannelGroup] = []
+        excluded: dict[str, str] = {}
+        with left_as_found(self.network):
+            # The same types in whatever order the graph met them; sorted by name below.
+            for raw in self.graph.get_all_groups(root_module_types=tuple(root_module_types)):
+                name, raw = self._rooted(raw, order)
+                reason = self._reason_to_exclude(raw, ignored)
+                group = None if reason else self._record(name, raw)
+                if group is None or isinstance(group, str):
+                    excluded[name] = reason or str(group)
+                else:
+                    found.append(group)
+        found.sort(key=lambda group: order[group.name])
+        found = _with_limits(found, min_channels, min_fraction, floors or {}, caps or {})
+        if not found:
+            why = "; ".join(f"`{name}`: {reason}" for name, reason in excluded.items())
+            raise TraceError(f"no prunable channel group in the network; {why or 'none was found'}")
+        space = ChannelSpace(tuple(found), self.layers, excluded)
+        if verify:
+            from wgates_plugin.verification import check_traced
+
+            check_traced(self.network, space, self.example_inputs)
+        return space
+
+    def _resolve_ignored(self, ignored_layers: Sequence[nn.Module | str]) -> set[nn.Module]:
+        by_name = {name: module for module, name in self.names.items()}
+        resolved: set[nn.Module] = set()
+        problems = []
+        for layer in ignored_layers:
+            module = by_name.get(layer) if isinstance(layer, str) else layer
+            if not isinstance(module, nn.Module) or module not in self.names:
+                problems.append(repr(layer) if isinstance(layer, str) else type(layer).__name__)
+                continue
+            resolved.update(module.modules())
+        if problems:
+            raise TraceError(
+                f"ignored_layers: {', '.join(problems)} not in the network; give modules of it or "
+                "their `named_modules()` names"
+            )
+        return resolved
+
+    def _rooted(self, raw: Any, order: Mapping[str, int]) -> tuple[str, Any]:
+        """Root the group at its first producer (in module order) that covers all its channels."""
+        graph = self.graph
+        covering = []
+        for item in raw:
+            module = item.dep.target.module
+            if isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module):
+                is_out = graph.is_out_channel_pruning_fn(item.dep.handler)
+                roots = {root for root in item.root_idxs if root is not None}
+                if is_out and len(roots) == len(raw[0].idxs) == kinds.out_channels_of(module):
+                    covering.append(module)
+        current = raw[0].dep.target.module
+        root = min(covering or [current], key=lambda module: order[self.names[module]])
+        if root is not current:
+            pruner = graph.get_pruner_of_module(root)
+            count = kinds.out_channels_of(root)
+            raw = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(count)))
+        return self.names[root], raw
+
+    def _reason_to_exclude(self, raw: Any, ignored: set[nn.Module]) -> str | None:
+        consumers = 0
+        for item in raw:
+            node, module = item.dep.target, item.dep.target.module
+            is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
+            name = self.names.get(module, "")
+            if isinstance(module, nn.Parameter):
+                return f"a bare parameter of shape {tuple(module.shape)} shares its channels"
+            if isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module):
+                if isinstance(module, kinds.TRANSPOSED) and module.groups > 1:
+                    return f"`{name}` is a grouped transposed convolution"
+                if not is_out:
+                    consumers += 1
+                    continue
+            elif isinstance(module, nn.Module) and name and not _acts_per_channel(module):
+                return f"`{name}` ({type(module).__name__}) mixes channels outside a convolution"
+            if module in ignored:
+                return f"`{name}` is ignored"
+            if node.type == tp_ops.OPTYPE.OUTPUT or not node.outputs:
+                return "its channels are outputs of the network"
+        return None if consumers else "no layer reads its channels"
+
+    def _record(self, name: str, raw: Any) -> ChannelGroup | str:
+        """The group as a record, or the reason why it cannot be one."""
+        root = raw[0].dep.target.module
+        channels = kinds.out_channels_of(root)
+        ties = 1
+        for item in raw:
+            module = item.dep.target.module
+            if isinstance(module, (*kinds.CONVS,)) and not kinds.is_depthwise(module):
+                ties = math.lcm(ties, module.groups)
+        if channels % ties or channels == ties:
+            return f"{channels} channels tied over {ties} conv groups leave nothing to choose"
+        units = channels // ties
+        slots = []
+        for item in raw:
+            module = item.dep.target.module
+            if module not in self.names:
+                continue
+            weighted = isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module)
+            is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
+            side = "out" if is_out or not weighted else "in"
+            role = ("producer" if is_out else "consumer") if weighted else "passenger"
+            size = _side_size(module, side)
+            if size is None:  # a single-parameter PReLU has no channels of its own
+                continue
+            if any(index is None for index in item.root_idxs):
+                return f"the channel order into `{self.names[module]}` is not known"
+            owner = np.full(size, -1, dtype=np.int64)
+            owner[np.asarray(item.idxs)] = np.asarray(item.root_idxs) % units
+            owned = owner[owner >= 0]
+            if len(np.unique(np.bincount(owned, minlength=units))) != 1:
+                return f"its channels do not reach `{self.names[module]}` evenly"
+            slots.append(Slot(self.names[module], side, role, owner))  # type: ignore[arg-type]
+        order = {module_name: index for index, module_name in enumerate(self.names.values())}
+        slots.sort(key=lambda slot: (order[slot.module], slot.side != "out"))
+        return ChannelGroup(name, channels, ties, ties, channels, tuple(slots))
+
+
+def _acts_per_channel(module: nn.Module) -> bool:
+    return kinds.is_depthwise(module) or isinstance(module, kinds.PER_CHANNEL)
+
+
+def _side_size(module: nn.Module, side: str) -> int | None:
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else None
+    if isinstance(module, (*kinds.BATCH_NORMS, *kinds.INSTANCE_NORMS)):
+        return module.num_features
+    return kinds.out_channels_of(module) if side == "out" else kinds.in_channels_of(module)
+
+
+def _describe(name: str, module: nn.Module, positions: int) -> Layer:
+    kind = kinds.layer_kind(module)
+    parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    if kind in ("conv", "depthwise", "transposed", "linear"):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        groups = int(getattr(module, "groups", 1))
+        return Layer(
+            name,
+            kind,
+            kinds.in_channels_of(module),
+            kinds.out_channels_of(module),
+            groups,
+            math.prod(weight.shape[2:]),
+            positions,
+            getattr(module, "bias", None) is not None,
+            parameters,
+        )
+    channels = int(getattr(module, "num_features", 0) or getattr(module, "num_parameters", 0))
+    return Layer(name, kind, channels, channels, 1, 0, positions, False, parameters)
+
+
+def _shapes(inputs: ExampleInputs) -> str:
+    values: Sequence[Any]
+    if isinstance(inputs, dict):
+        values = list(inputs.values())
+    else:
+        values = inputs if isinstance(inputs, tuple) else [inputs]
+    return ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else str(v) for v in values)
+
+
+def _with_limits(
+    groups: Sequence[ChannelGroup],
+    min_channels: int,
+    min_fraction: float,
+    floors: Mapping[str, int],
+    caps: Mapping[str, int],
+) -> list[ChannelGroup]:
+    known = {group.name for group in groups}
+    problems = [f"`{name}` is no prunable group" for name in (*floors, *caps) if name not in known]
+    limited = []
+    for group in groups:
+        wanted = max(min_channels, math.ceil(min_fraction * group.channels))
+        wanted = floors.get(group.name, min(wanted, group.channels))
+        cap = caps.get(group.name, group.channels)
+        floor = math.ceil(max(1, wanted) / group.ties) * group.ties
+        cap = cap // group.ties * group.ties
+        if not floor <= cap <= group.channels:
+            problems.append(
+                f"`{group.name}`: floor {floor} and cap {cap} of {group.channels} channels leave "
+                "no width"
+            )
+        limited.append(
+            ChannelGroup(group.name, group.channels, group.ties, floor, cap, group.slots)
+        )
+    if problems:
+        raise TraceError(f"floors and caps: {'; '.join(problems)}; groups: {', '.join(known)}")
+    return limited

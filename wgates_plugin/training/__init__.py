@@ -1,0 +1,20 @@
+"""Training on Lightning Fabric, evaluation, batch-norm recalibration and distillation."""
+
+from wgates_plugin.training.distillation import distillation_loss
+from wgates_plugin.training.engine import StepContext, Trainer, default_fabric
+from wgates_plugin.training.evaluation import Evaluation, device_of, evaluate
+from wgates_plugin.training.recalibration import recalibrate_batchnorm
+from wgates_plugin.training.settings import TrainingSettings, learning_rate_at
+
+__all__ = [
+    "Evaluation",
+    "StepContext",
+    "Trainer",
+    "TrainingSettings",
+    "default_fabric",
+    "device_of",
+    "distillation_loss",
+    "evaluate",
+    "learning_rate_at",
+    "recalibrate_batchnorm",
+]

@@ -1,0 +1,424 @@
+"""The training loop, on Lightning Fabric: one CPU, one GPU or several under torchrun."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from wgates_plugin.errors import TrainingError
+from wgates_plugin.training.distillation import distillation_loss
+from wgates_plugin.training.evaluation import (
+    count_correct,
+    logits_of,
+    modes_kept,
+    rng_kept,
+    unpack,
+)
+from wgates_plugin.training.progress import Bar
+from wgates_plugin.training.settings import (
+    TrainingSettings,
+    all_finite,
+    build_optimizer,
+    learning_rate_at,
+)
+
+logger = logging.getLogger("wgates_plugin")
+
+LossFunction = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where training stands: global step from 0, fraction of the whole schedule 0..1, epoch.
+
+    `loss` is the step's loss averaged over all processes; None before the forward pass.
+    """
+
+    step: int
+    fraction: float
+    epoch: int
+    loss: float | None = None
+
+
+def default_fabric(settings: TrainingSettings) -> Fabric:
+    """A launched Fabric: all processes of torchrun if it started us, else a single device."""
+    options: dict[str, Any] = {"accelerator": settings.accelerator, "precision": settings.precision}
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // local
+        fabric = Fabric(**options, strategy="ddp", devices=local, num_nodes=nodes)
+    else:
+        fabric = Fabric(**options, devices=1)
+    fabric.launch()
+    return fabric
+
+
+class Trainer:
+    """Trains `network` in place over `loader`, which yields (inputs, targets) batches.
+
+    Laws: an epoch's shuffling, augmentation and dropout depend only on (seed, epoch), so stopping
+    at an epoch's end and starting again ends in the same place (worker processes that outlive an
+    epoch, `persistent_workers`, are the exception: they keep random state of their own). The
+    global random state and train/eval modes are left as found. The network is moved to the
+    fabric's device and stays there. If a loss or gradient is not finite, no step is made with it.
+
+    `total_epochs` (default `settings.epochs`) is the length of the learning-rate schedule, of
+    which `run` may do any part. `loss(logits, targets)` defaults to cross-entropy with the
+    settings' label smoothing. With a teacher, loss = (1 - w) * loss + w * distillation loss.
+
+    Raises:
+        TrainingError: nothing to train, a loader of unknown or zero length, one that several
+            processes cannot share, or a distillation weight without a teacher.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loader: Iterable[Any],
+        settings: TrainingSettings,
+        *,
+        fabric: Fabric | None = None,
+        loss: LossFunction | None = None,
+        teacher: nn.Module | None = None,
+        total_epochs: int | None = None,
+        seed: int = 0,
+        label: str = "train",
+    ) -> None:
+        if settings.distillation_weight > 0 and teacher is None:
+            raise TrainingError(
+                f"{label}: distillation_weight is {settings.distillation_weight} but there is no "
+                "teacher; pass teacher=, or set the weight to 0"
+            )
+        self.network = network
+        self.settings = settings
+        self.total_epochs = settings.epochs if total_epochs is None else total_epochs
+        self.seed = seed
+        self.label = label
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.fabric = default_fabric(settings) if fabric is None else fabric
+        self.steps_per_epoch = 0
+        self._loader = self._share(loader)
+        self._loss = loss
+        self._teacher = teacher if settings.distillation_weight > 0 else None
+        if self._teacher is not None:
+            self._teacher.to(self.fabric.device)
+        self._wrapped, self.optimizer = self.fabric.setup(
+            network, build_optimizer(network, settings)
+        )
+
+    def run(
+        self,
+        *,
+        first_epoch: int | None = None,
+        epochs: int | None = None,
+        before_forward: Callable[[StepContext], None] | None = None,
+        after_backward: Callable[[StepContext], None] | None = None,
+        on_epoch_end: Callable[[int, dict[str, Any]], None] | None = None,
+        progress: bool | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train `epochs` epochs from `first_epoch`; returns their records.
+
+        `first_epoch` defaults to the first one not done yet, `epochs` to the rest of the schedule.
+        `after_backward` runs when the network's gradients are complete and before its optimizer
+        steps: the place where gates add their own gradient and step. `on_epoch_end(epoch, record)`
+        may save `state_dict()`. `progress`: None shows a bar on a terminal, True always, False
+        never; one line per epoch goes to the logger "wgates_plugin" in any case.
+
+        A record holds label, epoch, steps (done in all), loss, accuracy (None if the targets are
+        no classes), learning_rate (of the last step) and seconds.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite (the weights and statistics are those
+                from before that step), or batches or outputs are of an unusable kind.
+        """
+        first = self.epoch if first_epoch is None else first_epoch
+        last = self.total_epochs if epochs is None else first + epochs
+        steps = max(last - first, 0) * self.steps_per_epoch
+        rank_zero = self.fabric.global_rank == 0
+        records = []
+        with (
+            modes_kept(self.network),
+            modes_kept(self._teacher or nn.Module()),
+            _memory_format(self.network, channels_last=self.settings.channels_last),
+            _random_state(self.fabric.device, self._loader),
+            Bar(self.label, steps, wanted=progress if rank_zero else False) as bar,
+        ):
+            for epoch in range(first, last):
+                record = self._run_epoch(epoch, bar, before_forward, after_backward)
+                self.epoch = epoch + 1
+                self.history.append(record)
+                records.append(record)
+                if rank_zero:
+                    accuracy = record["accuracy"]
+                    logger.info(
+                        "%s: epoch %d of %d, loss %.4f, accuracy %s, %.1f s",
+                        self.label,
+                        epoch + 1,
+                        self.total_epochs,
+                        record["loss"],
+                        "-" if accuracy is None else f"{accuracy:.2%}",
+                        record["seconds"],
+                    )
+                if on_epoch_end is not None:
+                    on_epoch_end(epoch, record)
+        return records
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average gradients of parameters outside the network over all processes, in place.
+
+        With one process nothing happens. A missing gradient counts as zero, so that every process
+        sends the same number of values.
+        """
+        if self.fabric.world_size == 1:
+            return
+        owned = list(parameters)
+        if not owned:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in owned]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        mean = self.fabric.all_reduce(flat, reduce_op="mean")
+        parts = torch.split(mean, [p.numel() for p in owned])  # type: ignore[arg-type]
+        for parameter, part in zip(owned, parts, strict=True):
+            parameter.grad = part.reshape(parameter.shape).clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state and number of finished epochs; loads with `weights_only=True`."""
+        return {"epoch": self.epoch, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of a trainer over the same network.
+
+        Raises:
+            TrainingError: the state does not fit this network's parameters.
+        """
+        try:
+            epoch = int(state["epoch"])
+            shapes = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
+            for index, entry in state["optimizer"]["state"].items():
+                for value in entry.values():
+                    if isinstance(value, Tensor) and value.ndim and value.shape != shapes[index]:
+                        raise ValueError(f"{tuple(value.shape)} for {tuple(shapes[index])}")
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise TrainingError(
+                f"{self.label}: the saved optimizer state does not fit this network ({error}); "
+                "load the state that was saved with these widths, or start the phase anew"
+            ) from error
+        self.epoch = epoch
+
+    def _share(self, loader: Iterable[Any]) -> Any:
+        """This process's part of the loader; also sets `steps_per_epoch`."""
+        world, rank = self.fabric.world_size, self.fabric.global_rank
+        shared: Any = loader
+        if world > 1:
+            if hasattr(loader, "shard"):
+                shared = loader.shard(rank, world)
+            elif isinstance(loader, DataLoader):
+                shared = self.fabric.setup_dataloaders(loader, move_to_device=False)
+            else:
+                raise TrainingError(
+                    f"loader `{type(loader).__name__}`: {world} processes cannot share it; use a "
+                    "torch DataLoader, or give it a method shard(rank, world)"
+                )
+        try:
+            self.steps_per_epoch = len(shared)
+        except TypeError:
+            raise TrainingError(
+                f"loader `{type(loader).__name__}`: its length is unknown, and the learning-rate "
+                "schedule needs it; give it a __len__ that counts batches"
+            ) from None
+        if self.steps_per_epoch == 0:
+            raise TrainingError(
+                f"loader `{type(loader).__name__}`: it has no batches; use a smaller batch size or "
+                "keep the last, smaller batch"
+            )
+        return shared
+
+    def _run_epoch(
+        self,
+        epoch: int,
+        bar: Bar,
+        before_forward: Callable[[StepContext], None] | None,
+        after_backward: Callable[[StepContext], None] | None,
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        _seed_epoch(self.seed, epoch, self.fabric.device, self._loader)
+        self.network.train()
+        if self._teacher is not None:
+            self._teacher.eval()
+        device = self.fabric.device
+        total_steps = max(self.total_epochs * self.steps_per_epoch, 1)
+        # loss sum and images, then right answers and answers, over this process's batches
+        sums = torch.zeros(4, device=device)
+        step = epoch * self.steps_per_epoch
+        rate = 0.0
+        buffers = list(self.network.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        for index, batch in enumerate(self._loader):
+            step = epoch * self.steps_per_epoch + index
+            where = StepContext(step, min(1.0, step / total_steps), epoch)
+            rate = learning_rate_at(
+                step,
+                steps_per_epoch=self.steps_per_epoch,
+                total_epochs=self.total_epochs,
+                settings=self.settings,
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            inputs, targets = self._on_device(batch)
+            if before_forward is not None:
+                before_forward(where)
+            for saved, buffer in zip(kept, buffers, strict=True):
+                saved.copy_(buffer)
+            self.optimizer.zero_grad()
+            logits = logits_of(self._wrapped(*inputs), self.network)
+            loss = self._total_loss(inputs, logits, targets)
+            # The mean over processes, so that all of them raise, and all gates see one number.
+            value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
+            if not math.isfinite(value):
+                self._give_up(f"the loss is {value}", where, buffers, kept)
+            self.fabric.backward(loss)
+            if not all_finite(p.grad for p in self.network.parameters() if p.grad is not None):
+                self._give_up("a gradient is not finite", where, buffers, kept)
+            if after_backward is not None:
+                after_backward(StepContext(step, where.fraction, epoch, value))
+            if self.settings.gradient_clip is not None:
+                self.fabric.clip_gradients(
+                    self._wrapped, self.optimizer, max_norm=self.settings.gradient_clip
+                )
+            self.optimizer.step()
+            images = logits.shape[0]
+            sums[0] += loss.detach() * images
+            sums[1] += images
+            counted = count_correct(logits, targets)
+            if counted is not None:
+                sums[2] += counted[0]
+                sums[3] += counted[1]
+            bar.advance(f"epoch {epoch + 1}, loss {value:.3f}")
+        self.optimizer.zero_grad()
+        summed: Any = self.fabric.all_reduce(sums, reduce_op="sum")
+        loss_sum, count, right, answers = (float(item) for item in summed)
+        if not count:
+            raise TrainingError(f"{self.label}: epoch {epoch + 1}: the loader gave no batches")
+        return {
+            "label": self.label,
+            "epoch": epoch,
+            "steps": step + 1,
+            "loss": loss_sum / count,
+            "accuracy": right / answers if answers else None,
+            "learning_rate": rate,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _on_device(self, batch: Any) -> tuple[tuple[Any, ...], Any]:
+        inputs, targets = unpack(self.fabric.to_device(batch))
+        if self.settings.channels_last:
+            inputs = tuple(
+                item.contiguous(memory_format=torch.channels_last)
+                if isinstance(item, Tensor) and item.ndim == 4
+                else item
+                for item in inputs
+            )
+        return inputs, targets
+
+    def _total_loss(self, inputs: tuple[Any, ...], logits: Tensor, targets: Any) -> Tensor:
+        if self._loss is not None:
+            loss = self._loss(logits, targets)
+        else:
+            smoothing = self.settings.label_smoothing
+            loss = functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self._teacher is not None:
+            with torch.no_grad(), self.fabric.autocast():
+                answers = logits_of(self._teacher(*inputs), self._teacher).float()
+            weight = self.settings.distillation_weight
+            soft = distillation_loss(logits, answers, self.settings.distillation_temperature)
+            loss = (1 - weight) * loss + weight * soft
+        return loss
+
+    def _give_up(
+        self, what: str, where: StepContext, buffers: list[Tensor], kept: list[Tensor]
+    ) -> None:
+        # The forward pass has already spoilt running statistics; the weights are untouched.
+        with torch.no_grad():
+            for buffer, saved in zip(buffers, kept, strict=True):
+                buffer.copy_(saved)
+        self.optimizer.zero_grad()
+        raise TrainingError(
+            f"{self.label}: epoch {where.epoch + 1}, step {where.step}: {what}; the weights are "
+            "those of the step before. Lower the learning rate, add warm-up or gradient clipping, "
+            "and check the inputs for values that are not finite"
+        )
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Random generators that the loader draws from beside the global one."""
+    owners = (loader, getattr(loader, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return [item for item in found if isinstance(item, torch.Generator)]
+
+
+@contextmanager
+def _random_state(device: torch.device, loader: Any) -> Iterator[None]:
+    """Give back every random state that `_seed_epoch` sets."""
+    python, numpy = random.getstate(), np.random.get_state()
+    own = [(generator, generator.get_state()) for generator in _generators(loader)]
+    try:
+        with rng_kept(device):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in own:
+            generator.set_state(state)
+
+
+def _seed_epoch(seed: int, epoch: int, device: torch.device, loader: Any) -> None:
+    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "big") >> 1
+    # Not torch.manual_seed: it would reseed devices whose state is not given back afterwards.
+    torch.default_generator.manual_seed(value)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    for generator in _generators(loader):
+        generator.manual_seed(value)
+    # Fabric's wrapper sets the sampler's epoch from its own count of iterations, which knows
+    # nothing of the epochs that an earlier process has done.
+    if hasattr(loader, "_num_iter_calls"):
+        loader._num_iter_calls = epoch
+    sampler = getattr(loader, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+
+
+@contextmanager
+def _memory_format(network: nn.Module, *, channels_last: bool) -> Iterator[None]:
+    """Weights in channels-last order within the block, in their former order after it."""
+    if not channels_last:
+        yield
+        return
+    plain = [p for p in network.parameters() if p.ndim == 4 and p.is_contiguous()]
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        for parameter in plain:
+            parameter.data = parameter.data.contiguous()

@@ -1,0 +1,143 @@
+"""What a network scores on a loader, and the small context managers that leave it as found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wgates_plugin.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy as a fraction 0..1, mean cross-entropy in nats, and how many images were seen."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a network without either."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def modes_kept(network: nn.Module) -> Iterator[None]:
+    """Give every module its train/eval mode back, however the block ends."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def rng_kept(device: torch.device) -> Iterator[None]:
+    """Give torch's random state back: even an unshuffled DataLoader draws from it."""
+    forkable = device.type in ("cuda", "xpu")
+    with torch.random.fork_rng(
+        devices=[device] if forkable else [], device_type=device.type if forkable else "cuda"
+    ):
+        yield
+
+
+def unpack(batch: Any) -> tuple[tuple[Any, ...], Any]:
+    """A batch (inputs, targets) as (positional inputs, targets).
+
+    Raises:
+        TrainingError: the batch is no pair.
+    """
+    if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != 2:
+        size = f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
+        raise TrainingError(
+            f"loader: a batch is {type(batch).__name__}{size}, needed the pair (inputs, targets); "
+            "wrap the loader so that it yields pairs (inputs may be a tuple of tensors)"
+        )
+    inputs, targets = batch
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), targets
+
+
+def logits_of(output: Any, network: nn.Module) -> Tensor:
+    """The network's output if it is a tensor.
+
+    Raises:
+        TrainingError: it is something else, as with auxiliary heads.
+    """
+    if not isinstance(output, Tensor):
+        raise TrainingError(
+            f"network `{type(network).__name__}`: its output is {type(output).__name__}, needed "
+            "one tensor of logits; switch auxiliary heads off (for example aux_logits=False) or "
+            "wrap the network in a module that returns the logits"
+        )
+    return output
+
+
+def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, int] | None:
+    """(number of right answers, number of answers), or None if accuracy has no meaning here.
+
+    logits (N, C, ...); targets (N, ...) class numbers, or (N, C, ...) class probabilities.
+    """
+    if not isinstance(targets, Tensor) or logits.ndim < 2:
+        return None
+    if targets.is_floating_point() and targets.shape == logits.shape:
+        targets = targets.argmax(dim=1)
+    if targets.is_floating_point() or targets.shape != logits.shape[:1] + logits.shape[2:]:
+        return None
+    return (logits.detach().argmax(dim=1) == targets).sum(), targets.numel()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors in `value` (a tensor or nested tuples and lists of them) on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (tuple, list)):
+        return tuple(to_device(item, device) for item in value)
+    return value
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None
+) -> Evaluation:
+    """Accuracy and cross-entropy of `network` over the whole of `loader`, in eval mode.
+
+    Batches go to `device` (by default where the network is; the network itself is not moved).
+    Modes and torch's random state are left as found.
+
+    Raises:
+        TrainingError: no batches, batches that are no pairs, an output that is no tensor, or
+            targets that are no classes.
+    """
+    where = device_of(network) if device is None else torch.device(device)
+    correct = torch.zeros((), dtype=torch.long, device=where)
+    loss = torch.zeros((), dtype=torch.float64 if where.type != "mps" else None, device=where)
+    answers = images = 0
+    with modes_kept(network), rng_kept(where):
+        network.eval()
+        for batch in loader:
+            inputs, targets = unpack(to_device(batch, where))
+            logits = logits_of(network(*inputs), network)
+            counted = count_correct(logits, targets)
+            if counted is None:
+                raise TrainingError(
+                    f"evaluation: logits of shape {tuple(logits.shape)} and targets of shape "
+                    f"{tuple(getattr(targets, 'shape', ()))} are no classification; pass targets "
+                    "(N,) of class numbers, or an evaluation function of your own"
+                )
+            correct += counted[0]
+            answers += counted[1]
+            images += logits.shape[0]
+            loss += functional.cross_entropy(logits.float(), targets) * counted[1]
+    if not answers:
+        raise TrainingError("evaluation: the loader gave no batches; check the data set and limit")
+    return Evaluation(float(correct) / answers, float(loss) / answers, images)

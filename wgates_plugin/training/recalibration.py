@@ -1,0 +1,83 @@
+"""Batch-norm recalibration: running statistics that fit the network as it is now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from wgates_plugin.errors import TrainingError
+from wgates_plugin.modules import BATCH_NORMS
+from wgates_plugin.training.evaluation import (
+    device_of,
+    modes_kept,
+    rng_kept,
+    to_device,
+    unpack,
+)
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: int = 512) -> int:
+    """Estimate all batch-norm running statistics anew; returns the number of images used.
+
+    The statistics are reset and become the plain average over the batches (Yu and Huang 2019,
+    "Universally Slimmable Networks", section 3.3), until at least `images` images were seen or
+    the loader ends. Only the norms run in train mode, so dropout stays off. Modes, momenta and
+    torch's random state are left as found; if anything fails, so are the statistics.
+
+    A network without batch norm is left alone (0 images).
+
+    Raises:
+        TrainingError: `images` is not positive, or the loader gave nothing usable.
+    """
+    if images < 1:
+        raise TrainingError(f"recalibration: images is {images}, needs 1 or more")
+    norms = [
+        module
+        for module in network.modules()
+        if isinstance(module, BATCH_NORMS) and module.track_running_stats
+    ]
+    if not norms:
+        return 0
+    device = device_of(network)
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    seen = 0
+    try:
+        with modes_kept(network), rng_kept(device):
+            network.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                # torch's meaning of None: cumulative average instead of exponential.
+                norm.momentum = None
+                norm.train()
+            for batch in loader:
+                inputs, _ = unpack(to_device(batch, device))
+                size = int(inputs[0].shape[0])
+                if size == 1 and seen:
+                    continue
+                network(*inputs)
+                seen += size
+                if seen >= images:
+                    break
+        if not seen:
+            raise TrainingError(
+                "recalibration: the loader gave no batches; check the data set and limit"
+            )
+    except BaseException as error:
+        for norm, saved in zip(norms, before, strict=True):
+            for name, value in norm.named_buffers():
+                value.copy_(saved[name])
+        if isinstance(error, ValueError) and "more than 1 value" in str(error):
+            raise TrainingError(
+                "recalibration: a batch of one image has no variance to estimate; use a loader "
+                "with larger batches"
+            ) from error
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return seen

@@ -1,0 +1,96 @@
+"""Masked equals removed: the law every plan is held to, checked in numbers."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.errors import TraceError
+from wgates_plugin.gating import Gating
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.surgery import resize
+from wgates_plugin.tracing import ExampleInputs, call_with, left_as_found
+
+TOLERANCE = 1e-5
+"""Relative to the largest output, float32."""
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude."""
+    scale = expected.abs().max().clamp_min(1e-30)
+    return float((found - expected).abs().max() / scale)
+
+
+@torch.no_grad()
+def masked_output(network: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs) -> Tensor:
+    """Eval-mode output of the network with the plan's channels gated, not removed."""
+    device = next(network.parameters()).device
+    gates = plan.mask.to(device, torch.float32)
+    with left_as_found(network):
+        network.eval()
+        with Gating(network, plan.space, lambda: gates):
+            output: Tensor = call_with(network, example_inputs)
+    return output
+
+
+@torch.no_grad()
+def removal_error(
+    network: nn.Module,
+    smaller: nn.Module,
+    plan: PruningPlan,
+    example_inputs: ExampleInputs,
+) -> float:
+    """Relative error between the gated `network` and the physically `smaller` one, eval mode."""
+    expected = masked_output(network, plan, example_inputs)
+    with left_as_found(smaller):
+        smaller.eval()
+        found = call_with(smaller, example_inputs)
+    if found.shape != expected.shape or not torch.isfinite(found).all():
+        return float("inf")
+    return relative_error(found, expected)
+
+
+def check_traced(network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs) -> None:
+    """Cut every second unit once and compare with the gated network.
+
+    Raises:
+        TraceError: they differ; the message names the groups that are at fault.
+    """
+    every_second = _alternating(space, None)
+    if _error(network, every_second, example_inputs) <= 100 * TOLERANCE:
+        return
+    # Float noise of a random deep network stays far below this; a wrong channel order does not.
+    guilty = [
+        name
+        for index, name in enumerate(space.names)
+        if _error(network, _alternating(space, index), example_inputs) > 100 * TOLERANCE
+    ]
+    shown = ", ".join(f"`{name}`" for name in (guilty or space.names)[:6])
+    raise TraceError(
+        f"network {type(network).__name__}: gated and smaller network disagree for {shown}; an "
+        "operation there (channel shuffle, a fixed view, ...) moves channels in a way that cannot "
+        "be followed; leave these layers out with `ignored_layers`"
+    )
+
+
+def _alternating(space: ChannelSpace, only: int | None) -> PruningPlan:
+    kept = tuple(
+        tuple(range(group.units)) if only not in (None, index) else tuple(range(0, group.units, 2))
+        for index, group in enumerate(space.groups)
+    )
+    plan = PruningPlan.leading(space, space.full_widths)
+    object.__setattr__(plan, "kept", kept)
+    return plan
+
+
+def _error(network: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs) -> float:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            smaller = resize(network, plan.space, plan)
+            return removal_error(network, smaller, plan, example_inputs)
+    except (RuntimeError, ValueError, IndexError):
+        return float("inf")
