@@ -92,14 +92,16 @@ def trace(
 class DependencyTrace:
     """A torch-pruning dependency graph of one network, and the records made from it.
 
-    Keeping the object lets surgery reuse the graph, so that trace plus removal trace once.
+    Keeping the object lets surgery reuse the graph, so that trace plus removal trace once. A `graph`
+    that was built already, on this very network with all parameters live, is taken over.
     """
 
     def __init__(
         self,
         network: nn.Module,
         example_inputs: ExampleInputs,
-        **graph_options: Any,
+        *,
+        graph: tp.DependencyGraph | None = None,
     ) -> None:
         self.network = network
         self.example_inputs = example_inputs
@@ -108,7 +110,7 @@ class DependencyTrace:
         with left_as_found(network):
             network.eval()
             self.layers = self._run_and_describe()
-            self.graph = self._build_graph(graph_options)
+            self.graph = graph or self._build_graph()
 
     def _refuse_untraceable(self) -> None:
         parameters = list(self.network.parameters())
@@ -184,7 +186,7 @@ class DependencyTrace:
             _describe(self.names[module], module, positions.get(module, 0)) for module in leaves
         )
 
-    def _build_graph(self, options: Mapping[str, Any]) -> tp.DependencyGraph:
+    def _build_graph(self) -> tp.DependencyGraph:
         example = self.example_inputs
         if isinstance(example, Tensor):
             example = (example,)  # a bare tensor would be star-unpacked into its rows
@@ -194,7 +196,7 @@ class DependencyTrace:
             with warnings.catch_warnings(), torch.enable_grad():
                 warnings.simplefilter("ignore")
                 return tp.DependencyGraph().build_dependency(
-                    self.network, example_inputs=example, verbose=False, **options
+                    self.network, example_inputs=example, verbose=False
                 )
         except Exception as error:
             raise TraceError(

@@ -61,7 +61,9 @@ class Budget:
 
     def violations(self, widths: Tensor) -> Tensor:
         """Relative excess over each limit: widths (..., G) -> (..., K); above 0 breaks it."""
-        return torch.stack([l.model(widths) / l.target - 1.0 for l in self.limits], dim=-1)
+        return torch.stack(
+            [limit.model(widths) / limit.target - 1.0 for limit in self.limits], dim=-1
+        )
 
     def excess(self, widths: Tensor) -> Tensor:
         """The worst relative excess: widths (..., G) -> (...)."""

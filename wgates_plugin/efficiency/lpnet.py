@@ -114,7 +114,7 @@ class LPNet(nn.Module):
         targets = torch.tensor(latencies_ms, dtype=torch.float64)
         _check_samples(space, inputs, targets)
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
-        held = max(1, int(round(held_out_share * len(targets))))
+        held = max(1, round(held_out_share * len(targets)))
         trial = cls._train(
             space, inputs[order[held:]], targets[order[held:]], structure, hidden, steps, seed
         )

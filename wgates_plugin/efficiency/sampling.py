@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wgates_plugin.latency.base import Family, Measurement, Session
-from wgates_plugin.latency.timing import measure
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import FileFormatError, MeasurementError
 from wgates_plugin.files import append_line, write_text
+from wgates_plugin.latency.base import Family, Measurement, Session
+from wgates_plugin.latency.timing import measure
 
 
 def draw_widths(space: ChannelSpace, grid: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -302,7 +302,8 @@ class WGates:
         (plain,) = torch.autograd.grad(violations.sum(), widths, retain_graph=True)
         (pressed,) = torch.autograd.grad((violations * pressure).sum(), widths)
         # Multipliers get a scale of their own (ours): pressure 1 pushes as hard as the task pulls.
-        assert self._leaf is not None and self._leaf.grad is not None
+        assert self._leaf is not None
+        assert self._leaf.grad is not None
         task_size = float(self._leaf.grad.abs().mean())
         plain_size = float(self._per_unit(plain).abs().mean())
         ratio = task_size / plain_size if plain_size > 0 else 0.0

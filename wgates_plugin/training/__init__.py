@@ -1,8 +1,9 @@
 """Training on Lightning Fabric, evaluation, batch-norm recalibration and distillation."""
 
 from wgates_plugin.training.distillation import distillation_loss
-from wgates_plugin.training.engine import StepContext, Trainer, default_fabric
+from wgates_plugin.training.engine import StepContext, Trainer
 from wgates_plugin.training.evaluation import Evaluation, device_of, evaluate
+from wgates_plugin.training.launch import default_fabric
 from wgates_plugin.training.recalibration import recalibrate_batchnorm
 from wgates_plugin.training.settings import TrainingSettings, learning_rate_at
 

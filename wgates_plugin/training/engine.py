@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import os
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from wgates_plugin.errors import TrainingError
+from wgates_plugin.training.as_found import (
+    channels_last_within,
+    modes_kept,
+    random_state_kept,
+    seed_epoch,
+)
 from wgates_plugin.training.distillation import distillation_loss
 from wgates_plugin.training.evaluation import (
     count_correct,
     logits_of,
-    modes_kept,
-    rng_kept,
     unpack,
 )
+from wgates_plugin.training.launch import default_fabric, share_loader
 from wgates_plugin.training.progress import Bar
 from wgates_plugin.training.settings import (
     TrainingSettings,
@@ -54,19 +52,6 @@ class StepContext:
     fraction: float
     epoch: int
     loss: float | None = None
-
-
-def default_fabric(settings: TrainingSettings) -> Fabric:
-    """A launched Fabric: all processes of torchrun if it started us, else a single device."""
-    options: dict[str, Any] = {"accelerator": settings.accelerator, "precision": settings.precision}
-    if TorchElasticEnvironment.detect():
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // local
-        fabric = Fabric(**options, strategy="ddp", devices=local, num_nodes=nodes)
-    else:
-        fabric = Fabric(**options, devices=1)
-    fabric.launch()
-    return fabric
 
 
 class Trainer:
@@ -113,8 +98,8 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.fabric = default_fabric(settings) if fabric is None else fabric
-        self.steps_per_epoch = 0
-        self._loader = self._share(loader)
+        self._loader = share_loader(loader, self.fabric)
+        self.steps_per_epoch = len(self._loader)
         self._loss = loss
         self._teacher = teacher if settings.distillation_weight > 0 else None
         if self._teacher is not None:
@@ -156,8 +141,8 @@ class Trainer:
         with (
             modes_kept(self.network),
             modes_kept(self._teacher or nn.Module()),
-            _memory_format(self.network, channels_last=self.settings.channels_last),
-            _random_state(self.fabric.device, self._loader),
+            channels_last_within(self.network, wanted=self.settings.channels_last),
+            random_state_kept(self.fabric.device, self._loader),
             Bar(self.label, steps, wanted=progress if rank_zero else False) as bar,
         ):
             for epoch in range(first, last):
@@ -223,34 +208,6 @@ class Trainer:
             ) from error
         self.epoch = epoch
 
-    def _share(self, loader: Iterable[Any]) -> Any:
-        """This process's part of the loader; also sets `steps_per_epoch`."""
-        world, rank = self.fabric.world_size, self.fabric.global_rank
-        shared: Any = loader
-        if world > 1:
-            if hasattr(loader, "shard"):
-                shared = loader.shard(rank, world)
-            elif isinstance(loader, DataLoader):
-                shared = self.fabric.setup_dataloaders(loader, move_to_device=False)
-            else:
-                raise TrainingError(
-                    f"loader `{type(loader).__name__}`: {world} processes cannot share it; use a "
-                    "torch DataLoader, or give it a method shard(rank, world)"
-                )
-        try:
-            self.steps_per_epoch = len(shared)
-        except TypeError:
-            raise TrainingError(
-                f"loader `{type(loader).__name__}`: its length is unknown, and the learning-rate "
-                "schedule needs it; give it a __len__ that counts batches"
-            ) from None
-        if self.steps_per_epoch == 0:
-            raise TrainingError(
-                f"loader `{type(loader).__name__}`: it has no batches; use a smaller batch size or "
-                "keep the last, smaller batch"
-            )
-        return shared
-
     def _run_epoch(
         self,
         epoch: int,
@@ -259,7 +216,7 @@ class Trainer:
         after_backward: Callable[[StepContext], None] | None,
     ) -> dict[str, Any]:
         started = time.perf_counter()
-        _seed_epoch(self.seed, epoch, self.fabric.device, self._loader)
+        seed_epoch(self.seed, epoch, self.fabric.device, self._loader)
         self.network.train()
         if self._teacher is not None:
             self._teacher.eval()
@@ -365,60 +322,3 @@ class Trainer:
             "those of the step before. Lower the learning rate, add warm-up or gradient clipping, "
             "and check the inputs for values that are not finite"
         )
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """Random generators that the loader draws from beside the global one."""
-    owners = (loader, getattr(loader, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return [item for item in found if isinstance(item, torch.Generator)]
-
-
-@contextmanager
-def _random_state(device: torch.device, loader: Any) -> Iterator[None]:
-    """Give back every random state that `_seed_epoch` sets."""
-    python, numpy = random.getstate(), np.random.get_state()
-    own = [(generator, generator.get_state()) for generator in _generators(loader)]
-    try:
-        with rng_kept(device):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, state in own:
-            generator.set_state(state)
-
-
-def _seed_epoch(seed: int, epoch: int, device: torch.device, loader: Any) -> None:
-    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
-    value = int.from_bytes(digest, "big") >> 1
-    # Not torch.manual_seed: it would reseed devices whose state is not given back afterwards.
-    torch.default_generator.manual_seed(value)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(value)
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    for generator in _generators(loader):
-        generator.manual_seed(value)
-    # Fabric's wrapper sets the sampler's epoch from its own count of iterations, which knows
-    # nothing of the epochs that an earlier process has done.
-    if hasattr(loader, "_num_iter_calls"):
-        loader._num_iter_calls = epoch
-    sampler = getattr(loader, "sampler", None)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-
-
-@contextmanager
-def _memory_format(network: nn.Module, *, channels_last: bool) -> Iterator[None]:
-    """Weights in channels-last order within the block, in their former order after it."""
-    if not channels_last:
-        yield
-        return
-    plain = [p for p in network.parameters() if p.ndim == 4 and p.is_contiguous()]
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        yield
-    finally:
-        for parameter in plain:
-            parameter.data = parameter.data.contiguous()

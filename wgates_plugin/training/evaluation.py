@@ -1,9 +1,8 @@
-"""What a network scores on a loader, and the small context managers that leave it as found."""
+"""What a network scores on a loader."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wgates_plugin.errors import TrainingError
+from wgates_plugin.training.as_found import modes_kept, rng_kept
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,6 @@ def device_of(network: nn.Module) -> torch.device:
     for tensor in (*network.parameters(), *network.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-@contextmanager
-def modes_kept(network: nn.Module) -> Iterator[None]:
-    """Give every module its train/eval mode back, however the block ends."""
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def rng_kept(device: torch.device) -> Iterator[None]:
-    """Give torch's random state back: even an unshuffled DataLoader draws from it."""
-    forkable = device.type in ("cuda", "xpu")
-    with torch.random.fork_rng(
-        devices=[device] if forkable else [], device_type=device.type if forkable else "cuda"
-    ):
-        yield
 
 
 def unpack(batch: Any) -> tuple[tuple[Any, ...], Any]:

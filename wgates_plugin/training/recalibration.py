@@ -10,13 +10,8 @@ from torch import nn
 
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.modules import BATCH_NORMS
-from wgates_plugin.training.evaluation import (
-    device_of,
-    modes_kept,
-    rng_kept,
-    to_device,
-    unpack,
-)
+from wgates_plugin.training.as_found import modes_kept, rng_kept
+from wgates_plugin.training.evaluation import device_of, to_device, unpack
 
 
 @torch.no_grad()

@@ -142,4 +142,4 @@ def build_optimizer(network: nn.Module, settings: TrainingSettings) -> Optimizer
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """True when no tensor holds an infinity or not-a-number; one device synchronisation."""
     found = [tensor for tensor in tensors if tensor.numel()]
-    return not found or bool(torch.isfinite(nn.utils.get_total_norm(found)))
+    return not found or bool(torch.isfinite(torch.stack(torch._foreach_norm(found)).sum()))

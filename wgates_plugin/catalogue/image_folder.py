@@ -1,0 +1,73 @@
+"""Images in folders, one per class: PATH/train/CLASS/* and PATH/val/CLASS/*."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from wgates_plugin.catalogue.base import Data, DataRequest, chosen_indices
+from wgates_plugin.catalogue.torchvision_import import import_torchvision
+from wgates_plugin.errors import ConfigError
+
+# Usual per-channel statistics of ImageNet's training images, as torchvision's weights expect.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def image_folder(request: DataRequest) -> Data:
+    """torchvision's ImageFolder under train/ and val/, with ImageNet's usual transforms."""
+    import_torchvision()
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    path = Path(request.name.removeprefix("folder:")).expanduser()
+    missing = [str(path / part) for part in ("train", "val") if not (path / part).is_dir()]
+    if missing:
+        raise ConfigError(
+            f"data `{request.name}`",
+            [
+                f"no folder `{item}`; needed PATH/train/CLASS/* and PATH/val/CLASS/*"
+                for item in missing
+            ],
+        )
+    side = request.image_size or 224
+    finish = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    crops: dict[str, list[Any]] = {
+        "train": [transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip()],
+        "val": [transforms.Resize(round(side * 256 / 224)), transforms.CenterCrop(side)],
+    }
+    try:
+        sets = {
+            part: ImageFolder(str(path / part), transforms.Compose([*crops[part], *finish]))
+            for part in ("train", "val")
+        }
+    except FileNotFoundError as error:
+        raise ConfigError(f"data `{request.name}`", [str(error)]) from error
+    if sets["train"].classes != sets["val"].classes:
+        odd = sorted(set(sets["train"].classes) ^ set(sets["val"].classes))
+        raise ConfigError(
+            f"data `{request.name}`",
+            [f"train and val differ in classes ({', '.join(odd[:5])}); rename or add folders"],
+        )
+
+    def loader(part: str, seed: int) -> DataLoader[Any]:
+        dataset: Dataset[Any] = sets[part]
+        chosen = chosen_indices(len(sets[part]), request.limit, seed).tolist()
+        # Starting worker processes takes longer than reading a small folder.
+        workers = min(4, os.cpu_count() or 1) if len(chosen) >= 1000 else 0
+        is_train = part == "train"
+        return DataLoader(
+            Subset(dataset, chosen),
+            batch_size=request.batch_size,
+            shuffle=is_train,
+            drop_last=is_train and len(chosen) >= request.batch_size,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    example = sets["val"][0][0].unsqueeze(0)
+    classes = len(sets["train"].classes)
+    return Data(loader("train", request.seed), loader("val", 0), classes, example, request.name)

@@ -1,0 +1,130 @@
+"""Closing the loop: widths are decided by prediction and settled by measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget, Limit
+from wgates_plugin.efficiency.lpnet import LPNet
+from wgates_plugin.errors import InfeasibleTargetError, PlanError
+from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.budgeting import fit_to_budget
+
+CLOSE_ENOUGH = 0.03
+"""A held latency within this share of the aim is not worth another attempt."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Widths that were measured, and the record of every attempt on the way."""
+
+    widths: tuple[int, ...]
+    held: bool
+    attempts: list[dict[str, Any]]
+
+
+def settle(
+    study: LatencyStudy,
+    lpnet: LPNet,
+    scores: Tensor,
+    widths: Sequence[int],
+    *,
+    target_ms: float,
+    others: Sequence[Limit] = (),
+    margin: float,
+    attempts: int,
+    grid: int,
+    seconds: float,
+    seed: int,
+) -> Settled:
+    """Find widths near `widths` that were *measured* under the target, and not far under it.
+
+    Each attempt decides by LPNet, scaled to be exact at the last measured network, measures, and
+    refits on what was seen. Latency does not depend on weights, so no training is needed for this.
+
+    Args:
+        scores: merit of each unit (total_units,).
+        target_ms, margin: the aim is `target_ms * (1 - margin)`.
+    """
+    space, aim = study.space, target_ms * (1.0 - margin)
+    local, best, log = lpnet, None, []
+    measured: dict[tuple[int, ...], float] = {}
+    current = tuple(widths)
+    for attempt in range(2 * attempts):
+        budget = Budget((Limit(local, aim), *others))
+        try:
+            current = fit_to_budget(space, scores, current, budget, grid)
+        except InfeasibleTargetError:
+            # The floors were measured to fit, so the prediction is at fault, not the target.
+            current = space.least_widths(grid)
+        if current in measured:
+            break
+        predicted = float(local(torch.tensor(current, dtype=torch.float64)))
+        found = study.at(current, seconds).latency_ms
+        measured[current] = found
+        held = found <= aim
+        if held and (best is None or found > measured[best]):
+            best = current
+        log.append(
+            {
+                "stage": "plan",
+                "predicted_ms": predicted,
+                "measured_ms": found,
+                "verdict": "held" if held else "over",
+            }
+        )
+        close = held and found >= aim * (1.0 - CLOSE_ENOUGH)
+        if close or (best is not None and attempt + 1 >= attempts):
+            break
+        local = study.fit(seed=seed).corrected(current, found)
+    chosen = best or min(measured, key=lambda widths: measured[widths])
+    return Settled(chosen, best is not None, log)
+
+
+def trimmed(
+    plan: PruningPlan,
+    scores: Tensor,
+    budget: Budget,
+    grid: int,
+) -> PruningPlan:
+    """A plan inside `plan` that keeps the budget: channels only go, none come back."""
+    space = capped(plan.space, plan.widths)
+    # Channels that went already must stay behind those that are still there.
+    present = plan.mask.to(scores.device)
+    ranked = torch.where(present, scores, scores.min() - 1.0)
+    return PruningPlan.top(
+        plan.space, ranked, fit_to_budget(space, ranked, plan.widths, budget, grid)
+    )
+
+
+def capped(space: ChannelSpace, widths: Sequence[int]) -> ChannelSpace:
+    """The same space with every group's cap at `widths` (G,)."""
+    groups = tuple(
+        dataclasses.replace(group, cap=width, floor=min(group.floor, width))
+        for group, width in zip(space.groups, widths, strict=True)
+    )
+    return ChannelSpace(groups, space.layers, space.excluded)
+
+
+def relative_plan(inner: PruningPlan, outer: PruningPlan, space: ChannelSpace) -> PruningPlan:
+    """`inner`, in the numbering of the network that `outer` left behind (its `space`).
+
+    Raises:
+        PlanError: `inner` keeps a channel that `outer` removed.
+    """
+    kept = []
+    for name, first, second in zip(space.names, outer.kept, inner.kept, strict=True):
+        place = {unit: index for index, unit in enumerate(first)}
+        missing = [unit for unit in second if unit not in place]
+        if missing:
+            raise PlanError(f"group `{name}`: unit {missing[0]} is gone already")
+        kept.append(tuple(place[unit] for unit in second))
+    return PruningPlan(space, tuple(kept))

@@ -1,0 +1,59 @@
+"""Runtimes and honest timing. A new runtime is one file here and one line in `RUNTIMES`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wgates_plugin.errors import RuntimeUnavailableError
+from wgates_plugin.latency.base import (
+    BaseRuntime,
+    BaseSession,
+    Family,
+    Runtime,
+    RuntimeSettings,
+    Session,
+)
+from wgates_plugin.latency.eager import EagerRuntime
+from wgates_plugin.latency.environment import describe_environment
+from wgates_plugin.latency.grid import GridProbe, probe_grid
+from wgates_plugin.latency.measurement import Measurement
+from wgates_plugin.latency.onnx_runtime import OnnxRuntime
+from wgates_plugin.latency.timing import measure
+
+RUNTIMES: dict[str, type[BaseRuntime]] = {
+    "eager": EagerRuntime,
+    "onnxruntime": OnnxRuntime,
+}
+
+
+def get_runtime(name: str, settings: RuntimeSettings | None = None, **options: Any) -> BaseRuntime:
+    """The runtime called `name`; `options` are its own keyword arguments.
+
+    Raises:
+        RuntimeUnavailableError: no runtime has this name, or its device is not there.
+        MissingExtraError: its library is not installed.
+        ConfigError: the settings ask for what it does not have.
+    """
+    if name not in RUNTIMES:
+        known = ", ".join(RUNTIMES)
+        raise RuntimeUnavailableError(f"runtime `{name}`: unknown; choose one of: {known}")
+    return RUNTIMES[name](settings, **options)
+
+
+__all__ = [
+    "RUNTIMES",
+    "BaseRuntime",
+    "BaseSession",
+    "EagerRuntime",
+    "Family",
+    "GridProbe",
+    "Measurement",
+    "OnnxRuntime",
+    "Runtime",
+    "RuntimeSettings",
+    "Session",
+    "describe_environment",
+    "get_runtime",
+    "measure",
+    "probe_grid",
+]

@@ -1,0 +1,187 @@
+"""Torch eager: the network as PyTorch itself runs it, on the CPU or on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.errors import ExportError, FileFormatError
+from wgates_plugin.files import atomic_path
+from wgates_plugin.latency.base import (
+    BaseRuntime,
+    BaseSession,
+    RuntimeSettings,
+    check_file,
+    flatten_outputs,
+    frozen_copy,
+    named_tensors,
+    split_inputs,
+)
+from wgates_plugin.latency.program_file import check_program_file
+
+if TYPE_CHECKING:
+    from wgates_plugin.tracing import ExampleInputs
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class EagerRuntime(BaseRuntime):
+    """Runs `network(*example_inputs)` under `torch.inference_mode`; saves a `torch.export` program.
+
+    Args:
+        settings: device "cpu" or "cuda[:index]", precision float32, bfloat16 or float16.
+        channels_last: keep 4-dimensional weights and inputs in NHWC memory order.
+    """
+
+    name: ClassVar[str] = "eager"
+    artefact_name: ClassVar[str] = "model.pt2"
+    library: ClassVar[str] = "torch"
+    device_kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    precisions: ClassVar[tuple[str, ...]] = tuple(_DTYPES)
+
+    def __init__(
+        self, settings: RuntimeSettings | None = None, *, channels_last: bool = False
+    ) -> None:
+        super().__init__(settings)
+        self.channels_last = channels_last
+
+    def options(self) -> dict[str, Any]:
+        return {"channels_last": self.channels_last}
+
+    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> EagerSession:
+        return self._session(self._prepared(network), example_inputs)
+
+    def save(self, network: nn.Module, example_inputs: ExampleInputs, path: str | Path) -> Path:
+        """Write a `torch.export` program of fixed shapes.
+
+        Raises:
+            ExportError: torch cannot export the network.
+        """
+        args, kwargs = split_inputs(self._moved(example_inputs))
+        try:
+            program = torch.export.export(self._prepared(network), args, kwargs)
+        except Exception as error:
+            raise ExportError(
+                f"eager: torch.export cannot export the network ({type(error).__name__}: {error}); "
+                "remove control flow that depends on values, or choose another runtime"
+            ) from error
+        # Eval-mode programs specialise on the example's shapes; what is recorded beside them
+        # (stack traces) names source files of this machine.
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        with atomic_path(path) as part:
+            # torch.export.save insists on the suffix for paths; a file object may have any name.
+            with part.open("wb") as file:
+                torch.export.save(program, file)
+        return Path(path)
+
+    def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> EagerSession:
+        path = check_file(path, "eager")
+        check_program_file(path)
+        try:
+            with path.open("rb") as file:
+                network = torch.export.load(file).module()
+        except Exception as error:
+            raise FileFormatError(
+                f"eager artefact `{path}`: torch cannot load it ({type(error).__name__}: {error}); "
+                "it was written by another torch version or is corrupt, export it again"
+            ) from error
+        return self._session(network, example_inputs)
+
+    def _prepared(self, network: nn.Module) -> nn.Module:
+        dtype = _DTYPES[self.settings.precision]
+        moved = frozen_copy(network).to(torch.device(self.settings.device), dtype)
+        if self.channels_last:
+            moved = moved.to(memory_format=torch.channels_last)
+        return moved
+
+    def _moved(self, example_inputs: ExampleInputs) -> ExampleInputs:
+        named_tensors(example_inputs)
+        args, kwargs = split_inputs(example_inputs)
+        if kwargs:
+            return {name: self._moved_tensor(value) for name, value in kwargs.items()}
+        return tuple(self._moved_tensor(value) for value in args)
+
+    def _moved_tensor(self, tensor: Tensor) -> Tensor:
+        dtype = _DTYPES[self.settings.precision] if tensor.is_floating_point() else tensor.dtype
+        moved = tensor.detach().to(torch.device(self.settings.device), dtype, copy=True)
+        if self.channels_last and moved.ndim == 4:
+            moved = moved.contiguous(memory_format=torch.channels_last)
+        return moved
+
+    def _session(
+        self, network: Callable[..., Any], example_inputs: ExampleInputs
+    ) -> EagerSession:
+        kind = CudaEagerSession if self.settings.device.startswith("cuda") else EagerSession
+        return kind(
+            network,
+            self._moved(example_inputs),
+            threads=self.settings.threads,
+            identity=self.identity(example_inputs),
+        )
+
+
+class EagerSession(BaseSession):
+    """A callable network and inputs that already lie where it runs."""
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        inputs: ExampleInputs,
+        *,
+        threads: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        super().__init__(identity)
+        self._network: Callable[..., Any] | None = network
+        self._args, self._kwargs = split_inputs(inputs)
+        self._threads = threads
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Torch's global thread count is the session's inside, and what it was after."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _call(self) -> Any:
+        if self._network is None:
+            raise RuntimeError("this session is closed; load the network again")
+        with torch.inference_mode():
+            return self._network(*self._args, **self._kwargs)
+
+    def run(self) -> None:
+        self._call()
+
+    def outputs(self) -> list[Tensor]:
+        with self.active():
+            return flatten_outputs(self._call())
+
+    def close(self) -> None:
+        self._network, self._args, self._kwargs = None, (), {}
+
+
+class CudaEagerSession(EagerSession):
+    """Kernels are only queued by a call, so each inference waits for its end, or for its events."""
+
+    def run(self) -> None:
+        self._call()
+        torch.cuda.synchronize()
+
+    def elapsed_ms(self) -> float:
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        self._call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))

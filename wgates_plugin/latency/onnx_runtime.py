@@ -1,0 +1,189 @@
+"""ONNX Runtime: the network exported to ONNX and run with every graph optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.errors import ExportError, FileFormatError, RuntimeUnavailableError
+from wgates_plugin.files import atomic_path
+from wgates_plugin.latency.base import (
+    BaseRuntime,
+    BaseSession,
+    Family,
+    RuntimeSettings,
+    check_file,
+    require,
+)
+from wgates_plugin.latency.onnx_export import cpu_tensors, export_checked
+from wgates_plugin.latency.onnx_template import OnnxFamily
+
+if TYPE_CHECKING:
+    from wgates_plugin.channels import ChannelSpace
+    from wgates_plugin.tracing import ExampleInputs
+
+_PURPOSE = "the runtime `onnxruntime`"
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntime(BaseRuntime):
+    """Runs `model.onnx`, all shapes fixed to the example's, float32.
+
+    Intra-operator threads are `settings.threads`, operators run one after another.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    artefact_name: ClassVar[str] = "model.onnx"
+    library: ClassVar[str] = "onnxruntime"
+    device_kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+    def __init__(self, settings: RuntimeSettings | None = None) -> None:
+        require("onnx", extra="onnx", purpose=_PURPOSE)
+        self._ort = require("onnxruntime", extra="onnx", purpose=_PURPOSE)
+        super().__init__(settings)
+        provider = "CUDAExecutionProvider" if self._on_cuda else "CPUExecutionProvider"
+        if provider not in self._ort.get_available_providers():
+            raise RuntimeUnavailableError(
+                f"runtime `onnxruntime`: device `{self.settings.device}` needs {provider}, which "
+                "this build lacks; pip install onnxruntime-gpu, or use device `cpu`"
+            )
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.settings.device.startswith("cuda")
+
+    def identity(self, example_inputs: ExampleInputs) -> dict[str, Any]:
+        # The GPU build is a distribution of another name, the module knows its version in both.
+        version = str(self._ort.__version__)
+        return {**super().identity(example_inputs), "library_version": version}
+
+    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> OnnxSession:
+        return self.session_of(self._export(network, example_inputs), example_inputs)
+
+    def save(self, network: nn.Module, example_inputs: ExampleInputs, path: str | Path) -> Path:
+        """Write the ONNX model after comparing it with the network.
+
+        Raises:
+            ExportError: no exporter gives a model that agrees.
+        """
+        model = self._export(network, example_inputs)
+        with atomic_path(path) as part:
+            part.write_bytes(model)
+        return Path(path)
+
+    def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> OnnxSession:
+        path = check_file(path, "onnxruntime")
+        try:
+            return self.session_of(path.read_bytes(), example_inputs)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise FileFormatError(
+                f"onnxruntime artefact `{path}`: cannot be loaded ({error}); it is corrupt or was "
+                "cut off, export it again"
+            ) from error
+
+    def family(
+        self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
+    ) -> Family:
+        return OnnxFamily(self, network, space, example_inputs)
+
+    def session_of(self, model: bytes, example_inputs: ExampleInputs) -> OnnxSession:
+        """A session of a serialised model.
+
+        Raises:
+            ExportError: the model's inputs are not the example's.
+        """
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.settings.threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = _ERRORS_ONLY
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self._on_cuda:
+            index = torch.device(self.settings.device).index or 0
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
+        native = self._ort.InferenceSession(model, options, providers=providers)
+        feeds = _feeds(native, example_inputs)
+        kind = CudaOnnxSession if self._on_cuda else OnnxSession
+        return kind(native, feeds, identity=self.identity(example_inputs))
+
+    def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
+        def run(model: bytes) -> list[Tensor]:
+            with self.session_of(model, example_inputs) as session:
+                return session.outputs()
+
+        return export_checked(network, example_inputs, run)
+
+
+def _feeds(native: Any, example_inputs: ExampleInputs) -> dict[str, np.ndarray]:
+    """Input name -> array. Names must match; an unused input has no counterpart in the model."""
+    tensors = cpu_tensors(example_inputs)
+    feeds: dict[str, np.ndarray] = {}
+    problems = []
+    for wanted in native.get_inputs():
+        tensor = tensors.get(wanted.name)
+        if tensor is None:
+            problems.append(f"`{wanted.name}` is not among the example inputs")
+        elif list(tensor.shape) != list(wanted.shape):
+            problems.append(f"`{wanted.name}` is {list(tensor.shape)}, made for {wanted.shape}")
+        else:
+            feeds[wanted.name] = np.ascontiguousarray(tensor.numpy())
+    if problems:
+        raise ExportError(
+            "onnxruntime: the model does not take these example inputs: "
+            + "; ".join(problems)
+            + "; give inputs of the exported names and shapes, or export again"
+        )
+    return feeds
+
+
+class OnnxSession(BaseSession):
+    """A native session and arrays to feed it."""
+
+    def __init__(
+        self, native: Any, feeds: Mapping[str, np.ndarray], *, identity: Mapping[str, Any]
+    ) -> None:
+        super().__init__(identity)
+        self._native = native
+        self._feeds = dict(feeds)
+
+    def _call(self) -> Sequence[Any]:
+        if self._native is None:
+            raise RuntimeError("this session is closed; load the network again")
+        found: Sequence[Any] = self._native.run(None, self._feeds)
+        return found
+
+    def run(self) -> None:
+        self._call()
+
+    def outputs(self) -> list[Tensor]:
+        return [torch.from_numpy(np.array(value, dtype=np.float32)) for value in self._call()]
+
+    def close(self) -> None:
+        self._native, self._feeds = None, {}
+
+
+class CudaOnnxSession(OnnxSession):
+    """Inputs and outputs stay on the device, so that `run` times the network and not the bus."""
+
+    def __init__(
+        self, native: Any, feeds: Mapping[str, np.ndarray], *, identity: Mapping[str, Any]
+    ) -> None:
+        super().__init__(native, feeds, identity=identity)
+        self._binding = native.io_binding()
+        for name, value in feeds.items():
+            self._binding.bind_cpu_input(name, value)
+        for output in native.get_outputs():
+            self._binding.bind_output(output.name, "cuda")
+        self._binding.synchronize_inputs()
+
+    def run(self) -> None:
+        self._native.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()

@@ -1,0 +1,183 @@
+"""One ONNX export for a whole family: the dense graph, its initializers sliced to each widths."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from wgates_plugin.errors import ExportError
+from wgates_plugin.latency.base import BaseSession, ResizeFamily, frozen_copy, require
+from wgates_plugin.latency.onnx_export import check_agreement, export_torchscript
+
+if TYPE_CHECKING:
+    from wgates_plugin.channels import ChannelSpace
+    from wgates_plugin.latency.onnx_runtime import OnnxRuntime
+    from wgates_plugin.surgery import ResizeMap
+    from wgates_plugin.tracing import ExampleInputs
+
+
+class OnnxTemplate:
+    """A dense ONNX graph whose initializers carry state-dict names and can be sliced.
+
+    BatchNorm stays a node of its own here; ONNX Runtime folds it when it makes the session, so the
+    optimised graph is that of an ordinary export.
+    """
+
+    def __init__(self, network: nn.Module, example_inputs: ExampleInputs) -> None:
+        self._onnx = require("onnx", extra="onnx", purpose="latency samples on ONNX Runtime")
+        model = self._onnx.load_from_string(
+            export_torchscript(network, example_inputs, template=True)
+        )
+        state = {name: value.detach().numpy() for name, value in network.state_dict().items()}
+        self._arrays = _named_initializers(model.graph, state, self._onnx)
+        self._dense = {name: self._tensor(name, array) for name, array in self._arrays.items()}
+        # Recorded shapes of intermediate values are those of the dense network.
+        del model.graph.value_info[:]
+        del model.graph.initializer[:]
+        self._model = model
+        self._groups = _group_attributes(model.graph)
+
+    def _tensor(self, name: str, array: np.ndarray) -> Any:
+        return self._onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+
+    def serialise(self, change: ResizeMap) -> bytes:
+        """The model with `change` applied.
+
+        Raises:
+            ExportError: a tensor or attribute to change is not in the graph.
+        """
+        missing = [name for name in change.tensors if name not in self._arrays]
+        missing += [
+            f"{module}.groups"
+            for module, values in change.attributes.items()
+            if "groups" in values and module not in self._groups
+        ]
+        if missing:
+            raise ExportError(
+                "onnx template: not in the exported graph: "
+                + ", ".join(missing[:5])
+                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            )
+        for module, attributes in self._groups.items():
+            for attribute, dense in attributes:
+                attribute.i = change.attributes.get(module, {}).get("groups", dense)
+        initializers = self._model.graph.initializer
+        try:
+            for name, array in self._arrays.items():
+                slices = change.tensors.get(name)
+                tensor = self._dense[name]
+                if slices:
+                    tensor = self._tensor(name, _sliced(array, slices))
+                initializers.append(tensor)
+            return bytes(self._model.SerializeToString())
+        finally:
+            del initializers[:]
+
+
+def _sliced(array: np.ndarray, slices: Mapping[int, np.ndarray]) -> np.ndarray:
+    for dim, indices in slices.items():
+        array = np.take(array, indices, axis=dim)
+    return array
+
+
+def _named_initializers(graph: Any, state: Mapping[str, np.ndarray], onnx: Any) -> dict[str, Any]:
+    """Initializer arrays by name, with the exporter's sharing of equal tensors undone.
+
+    The exporter stores tensors of equal content once (fresh BatchNorms all look alike) and gives the
+    others an `Identity` node. Equal content does not mean equal widths, so each gets its own.
+    """
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    kept = []
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in arrays and node.output[0] in state:
+            arrays[node.output[0]] = state[node.output[0]]
+        else:
+            kept.append(node)
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(kept)
+    used = {name for node in graph.node for name in node.input}
+    used |= {output.name for output in graph.output}
+    return {name: array for name, array in arrays.items() if name in used}
+
+
+def _group_attributes(graph: Any) -> dict[str, list[tuple[Any, int]]]:
+    """Module name -> its convolution nodes' `group` attributes with their dense values."""
+    found: dict[str, list[tuple[Any, int]]] = {}
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose"):
+            continue
+        module, dot, parameter = node.input[1].rpartition(".")
+        if not dot or parameter != "weight":
+            continue
+        for attribute in node.attribute:
+            if attribute.name == "group":
+                found.setdefault(module, []).append((attribute, int(attribute.i)))
+    return found
+
+
+def halfway_widths(space: ChannelSpace) -> list[int]:
+    """About half of every group's channels, within floors and caps."""
+    return [group.round_up(group.channels / 2) for group in space.groups]
+
+
+class OnnxFamily:
+    """Sessions at any widths from one template, or the slow way where the template is no good.
+
+    The template is compared once, at half widths, with the network that `surgery.resize` gives.
+    Where they disagree (a shape frozen into the graph as a constant, for example) a RuntimeWarning
+    says so and every session is resized, exported and checked by itself.
+    """
+
+    def __init__(
+        self,
+        runtime: OnnxRuntime,
+        network: nn.Module,
+        space: ChannelSpace,
+        example_inputs: ExampleInputs,
+    ) -> None:
+        self._runtime = runtime
+        self._network = frozen_copy(network).to("cpu", torch.float32)
+        self._space = space
+        self._example_inputs = example_inputs
+        self._slow = ResizeFamily(runtime, self._network, space, example_inputs)
+        self._template: OnnxTemplate | None = None
+        try:
+            self._template = OnnxTemplate(self._network, example_inputs)
+            self._check()
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            self._template = None
+            warnings.warn(
+                "onnxruntime: one export cannot serve all widths of this network "
+                f"({type(error).__name__}: {reason}); every latency sample is exported by itself, "
+                "which is slower but as exact",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def from_template(self) -> bool:
+        """Whether sessions come from the template."""
+        return self._template is not None
+
+    def session(self, widths: Sequence[int]) -> BaseSession:
+        from wgates_plugin.surgery import resize_map
+
+        if self._template is None:
+            return self._slow.session(widths)
+        change = resize_map(self._network, self._space, widths)
+        return self._runtime.session_of(self._template.serialise(change), self._example_inputs)
+
+    def _check(self) -> None:
+        from wgates_plugin.surgery import resize
+
+        widths = halfway_widths(self._space)
+        smaller = resize(self._network, self._space, widths).eval()
+        with self.session(widths) as session:
+            check_agreement(session.outputs(), smaller, self._example_inputs)

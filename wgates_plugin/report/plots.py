@@ -1,0 +1,455 @@
+"""The pictures of a report. Each is drawn twice, for light and for dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wgates_plugin.errors import MissingExtraError
+from wgates_plugin.files import atomic_path
+from wgates_plugin.report.tables import count, milliseconds, targets_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+WIDTH_INCHES = 9.0
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours. `before` and `after` mean the same in every picture; safe for colour-blind eyes."""
+
+    name: str
+    suffix: str
+    background: str
+    text: str
+    faint: str
+    grid: str
+    before: str
+    after: str
+    second: str
+    target: str
+
+
+LIGHT = Theme(
+    "light", "", "#ffffff", "#1f2733", "#5b6675", "#e4e8ee", "#a9b4c2", "#1668c7", "#0f8f76", "#d4500c"
+)
+DARK = Theme(
+    "dark",
+    "-dark",
+    "#171c24",
+    "#e6eaf0",
+    "#9aa6b5",
+    "#2b333f",
+    "#66748a",
+    "#5aa7ff",
+    "#3fcaa9",
+    "#ff9152",
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture: its files for light and dark pages, and words for those who cannot see it."""
+
+    name: str
+    title: str
+    description: str
+    light: Path
+    dark: Path
+
+
+def draw_pictures(report: dict[str, Any], folder: Path) -> list[Picture]:
+    """Draw what the report has data for into `folder`/*.png.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", "drawing the report's pictures") from error
+    pictures = []
+    for name, (title, description, draw) in PICTURES.items():
+        files = {}
+        for theme in (LIGHT, DARK):
+            with matplotlib.rc_context(_style(theme)):
+                figure = draw(report, theme)
+                if figure is None:
+                    break
+                path = folder / f"{name}{theme.suffix}.png"
+                with atomic_path(path) as part:
+                    figure.savefig(part, format="png", dpi=DPI)
+                files[theme.name] = path
+        if len(files) == 2:
+            pictures.append(Picture(name, title, description, files["light"], files["dark"]))
+    return pictures
+
+
+def _style(theme: Theme) -> dict[str, Any]:
+    return {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": theme.text,
+        # Names come from outside; a dollar sign in one is no formula.
+        "text.parse_math": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 10,
+        "axes.labelcolor": theme.faint,
+        "axes.edgecolor": theme.grid,
+        "axes.facecolor": theme.background,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": theme.faint,
+        "ytick.color": theme.faint,
+        "grid.color": theme.grid,
+        "figure.facecolor": theme.background,
+        "legend.frameon": False,
+        "legend.labelcolor": theme.text,
+        "legend.fontsize": 9,
+    }
+
+
+def _figure(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.06, hspace=0.08)
+    axes = [figure.add_subplot(rows, columns, n + 1) for n in range(rows * columns)]
+    return figure, axes
+
+
+def draw_summary(report: dict[str, Any], theme: Theme) -> Figure | None:
+    """Each targeted cost before and after with its target line; accuracy at every station."""
+    before, after, target = report["baseline"], report["final"], targets_of(report)
+    panels: list[tuple[str, str, Callable[[float], str], float]] = [
+        ("latency_ms", "Latency, ms per inference", milliseconds, 1.0),
+        ("macs", "MACs per image, millions", count, 1e6),
+        ("parameters", "Parameters, thousands", count, 1e3),
+    ]
+    shown = [
+        panel
+        for panel in panels
+        if before[panel[0]] is not None
+        and after[panel[0]] is not None
+        and (panel[0] in target or panel[0] == "latency_ms")
+    ]
+    stations = _accuracy_stations(report)
+    total = len(shown) + bool(stations)
+    if not total:
+        return None
+    figure, axes = _figure(3.4, columns=total)
+    for axis, (key, title, text, scale) in zip(axes, shown, strict=False):
+        values = [before[key] / scale, after[key] / scale]
+        words = [text(before[key]), text(after[key])]
+        _bars(axis, ["before", "after"], values, words, [theme.before, theme.after], theme)
+        axis.set_title(title)
+        limit = target.get(key)
+        if limit is not None:
+            axis.axhline(limit / scale, color=theme.target, linestyle=(0, (5, 3)), linewidth=1.6)
+            axis.set_xlim(-0.6, 2.35)
+            axis.text(
+                2.33,
+                limit / scale,
+                f"target\n{text(limit)}",
+                color=theme.target,
+                ha="right",
+                va="center",
+                linespacing=1.5,
+                fontsize=9,
+                bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 3},
+            )
+            axis.set_ylim(0, 1.18 * max([*values, limit / scale]))
+    if stations:
+        names, values = [name for name, _ in stations], [100 * value for _, value in stations]
+        colours = [theme.before] * (len(values) - 1) + [theme.after]
+        _bars(axes[-1], names, values, [f"{value:.1f}" for value in values], colours, theme)
+        axes[-1].set_title("Accuracy, %")
+        axes[-1].set_ylim(0, 115)
+        axes[-1].set_yticks([0, 25, 50, 75, 100])
+    return figure
+
+
+def _accuracy_stations(report: dict[str, Any]) -> list[tuple[str, float]]:
+    removal = report["after_removal"] or {}
+    stations = [
+        ("before", report["baseline"]["accuracy"]),
+        ("channels\nremoved", removal.get("accuracy")),
+        ("statistics\nrenewed", removal.get("accuracy_recalibrated")),
+        ("after", report["final"]["accuracy"]),
+    ]
+    if stations[0][1] is None or stations[-1][1] is None:
+        return []
+    return [(name, value) for name, value in stations if value is not None]
+
+
+def _bars(
+    axis: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    words: Sequence[str],
+    colours: Sequence[str],
+    theme: Theme,
+) -> None:
+    places = range(len(values))
+    axis.bar(places, values, width=0.62, color=colours)
+    axis.set_xticks(list(places), names, color=theme.text)
+    axis.tick_params(axis="x", length=0)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y")
+    axis.set_ylim(0, 1.18 * max(max(values), 1e-12))
+    axis.spines["left"].set_visible(False)
+    for place, value, word in zip(places, values, words, strict=True):
+        axis.annotate(
+            word,
+            (place, value),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+            zorder=5,
+            bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1, "alpha": 0.85},
+        )
+
+
+def draw_widths(report: dict[str, Any], theme: Theme) -> Figure | None:
+    """Dense and kept channels of every group, in the order of the network."""
+    from matplotlib.patches import Patch
+
+    rows = report["widths"]
+    if not rows:
+        return None
+    row_inches = 0.24 if len(rows) > 12 else 0.32
+    figure, (axis,) = _figure(1.25 + row_inches * len(rows))
+    places = list(range(len(rows)))
+    dense, kept = [row["dense"] for row in rows], [row["kept"] for row in rows]
+    axis.barh(places, dense, height=0.72, color=theme.grid)
+    axis.barh(places, kept, height=0.72, color=theme.after)
+    longest = max(dense)
+    for place, row in zip(places, rows, strict=True):
+        axis.annotate(
+            f"{row['kept']} of {row['dense']}",
+            (row["dense"], place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=theme.faint,
+        )
+    axis.set_yticks(places, [shorten(row["group"]) for row in rows], fontsize=8.5, color=theme.text)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(0, longest * 1.14)
+    axis.tick_params(length=0)
+    axis.grid(axis="x")
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("channels")
+    handles = [Patch(color=theme.after, label="kept"), Patch(color=theme.grid, label="removed")]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    return figure
+
+
+def shorten(name: str, most: int = 40) -> str:
+    """A long name with its middle left out; both ends tell groups apart.
+
+    >>> shorten("features.denseblock4.denselayer16.conv2", 20)
+    'features.d…r16.conv2'
+    """
+    if len(name) <= most:
+        return name
+    head = most // 2
+    return name[:head] + "…" + name[len(name) - (most - head - 1) :]
+
+
+def draw_lpnet(report: dict[str, Any], theme: Theme) -> Figure | None:
+    """Predicted against measured latency; the diagonal is a perfect prediction."""
+    points = report["lpnet"]["predictions"] if report["lpnet"] else []
+    if not points:
+        return None
+    figure, (axis,) = _figure(5.4)
+    values = [point[key] for point in points for key in ("measured_ms", "predicted_ms")]
+    low, high = min(values), max(values)
+    gap = 0.06 * (high - low) or 0.1 * high
+    ends = [max(0.0, low - gap), high + gap]
+    axis.fill_between(
+        ends,
+        [0.9 * end for end in ends],
+        [1.1 * end for end in ends],
+        color=theme.grid,
+        alpha=0.7,
+        linewidth=0,
+        label="within 10 %",
+    )
+    axis.plot(ends, ends, color=theme.faint, linewidth=1.2, label="perfect prediction")
+    for name, label, colour, marker in (
+        ("sampled", "sampled for the fit", theme.before, "o"),
+        ("visited", "visited by the search", theme.target, "D"),
+    ):
+        mine = [point for point in points if point["set"] == name]
+        if mine:
+            axis.scatter(
+                [point["measured_ms"] for point in mine],
+                [point["predicted_ms"] for point in mine],
+                s=30 if marker == "o" else 46,
+                marker=marker,
+                color=colour,
+                edgecolors=theme.background,
+                linewidths=0.6,
+                label=f"{label} ({len(mine)})",
+                zorder=3,
+            )
+    axis.set_xlim(*ends)
+    axis.set_ylim(*ends)
+    axis.grid()
+    axis.tick_params(length=0)
+    axis.set_xlabel("measured latency, ms")
+    axis.set_ylabel("predicted latency, ms")
+    if report["target_ms"] is not None and ends[0] < report["target_ms"] < ends[1]:
+        axis.axvline(report["target_ms"], color=theme.target, linestyle=(0, (5, 3)), linewidth=1.2)
+        axis.annotate(
+            f"target {milliseconds(report['target_ms'])}",
+            (report["target_ms"], ends[0]),
+            xytext=(5, 6),
+            textcoords="offset points",
+            color=theme.target,
+            fontsize=9,
+        )
+    axis.legend(loc="upper left")
+    return figure
+
+
+def draw_training(report: dict[str, Any], theme: Theme) -> Figure | None:
+    """Gate phase step by step, and training accuracy epoch by epoch."""
+    gates, epochs = report["gates"], report["training"]
+    panels: list[Callable[[Axes], None]] = []
+    if gates:
+        panels.append(lambda axis: _curve(axis, gates, "loss", "Loss in the gate phase", theme))
+        panels.append(lambda axis: _violation(axis, gates, theme))
+        panels.append(lambda axis: _shares(axis, gates, theme))
+    if any(epoch.get("accuracy") is not None for epoch in epochs):
+        panels.append(lambda axis: _accuracy_by_epoch(axis, epochs, theme))
+    if not panels:
+        return None
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(2.9 * rows, columns=columns, rows=rows)
+    for axis, panel in zip(axes, panels, strict=False):
+        panel(axis)
+        axis.grid()
+        axis.tick_params(length=0)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def _series(points: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    known = [point for point in points if point.get(key) is not None]
+    return [point["step"] for point in known], [point[key] for point in known]
+
+
+def _curve(axis: Axes, points: list[dict[str, Any]], key: str, title: str, theme: Theme) -> None:
+    steps, values = _series(points, key)
+    marker = "o" if len(values) == 1 else ""
+    if len(values) > 40:
+        axis.plot(steps, values, color=theme.after, linewidth=0.8, alpha=0.3)
+        axis.plot(steps, smooth(values), color=theme.after, linewidth=1.8)
+    else:
+        axis.plot(steps, values, color=theme.after, linewidth=1.8, marker=marker)
+    axis.set_title(title)
+    axis.set_xlabel("gate step")
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average without the pull of its start (Adam's correction)."""
+    total, norm, out = 0.0, 0.0, []
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        out.append(total / norm)
+    return out
+
+
+def _violation(axis: Axes, gates: list[dict[str, Any]], theme: Theme) -> None:
+    steps, values = _series(gates, "violation")
+    scaled = [100 * value for value in values]
+    axis.axhline(0, color=theme.target, linestyle=(0, (5, 3)), linewidth=1.4, label="target")
+    axis.plot(
+        steps, scaled, color=theme.after, linewidth=1.4, marker="o" if len(scaled) == 1 else ""
+    )
+    axis.set_title("Predicted cost over the target, %")
+    axis.set_xlabel("gate step")
+    axis.legend(loc="best")
+
+
+def _shares(axis: Axes, gates: list[dict[str, Any]], theme: Theme) -> None:
+    for key, label, colour in (
+        ("open_share", "open", theme.after),
+        ("dead_share", "out of reach", theme.target),
+    ):
+        steps, values = _series(gates, key)
+        marker = "o" if len(values) == 1 else ""
+        scaled = [100 * value for value in values]
+        axis.plot(steps, scaled, color=colour, linewidth=1.8, label=label, marker=marker)
+    axis.set_ylim(-3, 103)
+    axis.set_title("Gates, % of all channels")
+    axis.set_xlabel("gate step")
+    axis.legend(loc="best")
+
+
+def _accuracy_by_epoch(axis: Axes, epochs: list[dict[str, Any]], theme: Theme) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    labels = list(dict.fromkeys(epoch["label"] for epoch in epochs))
+    colours = [theme.after, theme.second, theme.target, theme.before]
+    for number, label in enumerate(labels):
+        mine = [
+            (place + 1, 100 * epoch["accuracy"])
+            for place, epoch in enumerate(epochs)
+            if epoch["label"] == label and epoch.get("accuracy") is not None
+        ]
+        if mine:
+            axis.plot(
+                [place for place, _ in mine],
+                [value for _, value in mine],
+                marker="o",
+                markersize=4,
+                linewidth=1.8,
+                color=colours[number % len(colours)],
+                label=label,
+            )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_title("Accuracy on training images, %")
+    axis.set_xlabel("epoch")
+    axis.legend(loc="best")
+
+
+PICTURES: dict[str, tuple[str, str, Callable[[dict[str, Any], Theme], Any]]] = {
+    "summary": (
+        "Before and after",
+        "Bars of latency and accuracy before and after pruning, with the target.",
+        draw_summary,
+    ),
+    "widths": (
+        "Channels kept",
+        "Horizontal bars of kept and removed channels for each channel group.",
+        draw_widths,
+    ),
+    "lpnet": (
+        "How well latency was predicted",
+        "Predicted over measured latency of sampled and visited networks.",
+        draw_lpnet,
+    ),
+    "training": (
+        "How it learned",
+        "Loss, excess over the target and share of open gates by step; accuracy by epoch.",
+        draw_training,
+    ),
+}

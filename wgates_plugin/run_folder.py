@@ -1,0 +1,160 @@
+"""The run folder: what a job has done so far, written so that it can be stopped at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from wgates_plugin.errors import FileFormatError, RunFolderError
+from wgates_plugin.files import atomic_path, read_json, write_json
+
+T = TypeVar("T")
+
+
+class RunFolder:
+    """A folder of finished stages. Each is one file that appears whole or not at all.
+
+    With several processes only rank 0 computes and writes; the others wait and read.
+    """
+
+    def __init__(self, path: str | Path, fabric: Fabric) -> None:
+        self.path = Path(path)
+        self.fabric = fabric
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def stage_file(self, name: str) -> Path:
+        return self.path / "stages" / name
+
+    @property
+    def is_writer(self) -> bool:
+        return self.fabric.global_rank == 0
+
+    def claim(self, identity: dict[str, Any], *, resume: bool) -> None:
+        """Start the folder for the job described by `identity`, or take it up again.
+
+        Raises:
+            RunFolderError: it holds another job, or a job and `resume` was not asked for.
+        """
+        identity = json.loads(json.dumps(identity))
+        path = self.file("run.json")
+        problem = None
+        if self.is_writer:
+            problem = self._claim_problem(identity, path, resume)
+            if problem is None and not path.exists():
+                write_json(path, identity)
+        problem = self.fabric.broadcast(problem)
+        if problem:
+            raise RunFolderError(problem)
+
+    def _claim_problem(self, identity: dict[str, Any], path: Path, resume: bool) -> str | None:
+        if self.path.exists() and not self.path.is_dir():
+            return f"run folder `{self.path}`: is a file; choose another path"
+        if not path.exists():
+            occupied = self.path.exists() and any(self.path.iterdir())
+            if occupied and not {p.name for p in self.path.iterdir()} <= {"dense.safetensors"}:
+                return (
+                    f"run folder `{self.path}`: holds files but no run.json; choose an empty or "
+                    "new folder"
+                )
+            return None
+        try:
+            found = read_json(path, kind="run description")
+        except FileFormatError as error:
+            return f"run folder `{self.path}`: {error}"
+        if not isinstance(found, dict):
+            return (
+                f"run folder `{self.path}`: run.json is no run description; choose another folder"
+            )
+        changed = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
+        if changed:
+            return (
+                f"run folder `{self.path}`: belongs to another run (different: "
+                f"{', '.join(changed)}); choose another folder, or resume with the same network, "
+                "target and settings"
+            )
+        if not resume:
+            return (
+                f"run folder `{self.path}`: already holds this run; resume it (`resume=True`, "
+                "`--resume`) or choose another folder"
+            )
+        return None
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """The stored JSON value of stage `name`, computed by rank 0 when it is not there yet."""
+        path = self.stage_file(f"{name}.json")
+        failure: BaseException | None = None
+        if self.is_writer and not path.exists():
+            try:
+                with self.clock(name):
+                    value = compute()
+                write_json(path, value)
+            except Exception as error:
+                failure = error
+        failed = self.fabric.broadcast(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if failed is not None:
+            raise RunFolderError(f"stage `{name}` failed on rank 0: {failed}")
+        result: T = read_json(path, kind=f"stage `{name}`")
+        return result
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Add the block's wall time to the phase, over all sittings of the run."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.is_writer:
+                seconds = self.seconds()
+                seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
+                write_json(self.stage_file("seconds.json"), seconds)
+
+    def seconds(self) -> dict[str, float]:
+        path = self.stage_file("seconds.json")
+        found: dict[str, float] = read_json(path, kind="phase times") if path.exists() else {}
+        return found
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint of tensors and plain values (rank 0 only)."""
+        if self.is_writer:
+            with atomic_path(self.stage_file(name)) as part:
+                torch.save(state, part)
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        """The checkpoint called `name`, or None when there is none yet.
+
+        Raises:
+            FileFormatError: it is corrupt.
+        """
+        path = self.stage_file(name)
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise FileFormatError(
+                f"checkpoint `{path}`: cannot be read ({type(error).__name__}); delete it to repeat "
+                "its phase from the beginning"
+            ) from error
+        return state
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Short hash of all weights and buffers: tells whether a run is resumed on the same network."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,154 @@
+"""What the user asks for: how fast or how small, and the settings of the whole job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from wgates_plugin.efficiency.base import check_target
+from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.strategies.wgates import WGatesSettings
+from wgates_plugin.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Either an absolute amount or a fraction of what the untouched network costs."""
+
+    fraction: float | None = field(default=None, kw_only=True)
+
+    @property
+    def amount(self) -> float | None:
+        raise NotImplementedError
+
+    unit = ""
+
+    def __post_init__(self) -> None:
+        if (self.amount is None) == (self.fraction is None):
+            raise TargetError(
+                f"{type(self).__name__}: give either an amount in {self.unit} or `fraction` of "
+                "the untouched network, not both"
+            )
+        check_target(self.amount if self.amount is not None else self.fraction, self.unit)
+
+    def resolve(self, baseline: float) -> float:
+        """The target in its unit, given what the untouched network costs."""
+        if self.amount is not None:
+            return float(self.amount)
+        assert self.fraction is not None
+        return self.fraction * baseline
+
+
+@dataclass(frozen=True)
+class LatencyTarget(_Target):
+    """So many milliseconds per inference of the example batch, on a runtime.
+
+    Example:
+        >>> LatencyTarget(fraction=0.5).resolve(baseline=12.0)
+        6.0
+    """
+
+    milliseconds: float | None = None
+    runtime: str = "onnxruntime"
+    threads: int = 1
+    device: str = "cpu"
+    unit = "ms"
+
+    @property
+    def amount(self) -> float | None:
+        return self.milliseconds
+
+
+@dataclass(frozen=True)
+class MacsTarget(_Target):
+    """So many multiply-adds per image."""
+
+    macs: float | None = None
+    unit = "MACs"
+
+    @property
+    def amount(self) -> float | None:
+        return self.macs
+
+
+@dataclass(frozen=True)
+class ParametersTarget(_Target):
+    """So many parameters."""
+
+    parameters: float | None = None
+    unit = "parameters"
+
+    @property
+    def amount(self) -> float | None:
+        return self.parameters
+
+
+Target = LatencyTarget | MacsTarget | ParametersTarget
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """Everything about the job but the target. The defaults suit small image networks.
+
+    Attributes:
+        gate_epochs: epochs in which gates and weights learn together; 0 decides by filter norms.
+        fine_tune_epochs: epochs after the removal. One learning-rate schedule runs over both.
+        train_weights: False learns the gates with the weights frozen.
+        samples: sub-networks measured for LPNet.
+        seconds_per_sample: timed inference per sub-network, the reference's share included.
+        measure_seconds: the same for the baseline and for the delivered artefact.
+        grid: channel multiple; None probes the runtime.
+        min_channels, min_fraction, floors, caps, ignored_layers: see `trace`.
+        margin: aim this far under the target, so that noise does not break the contract.
+        attempts: how often the closed loop may correct a network that is over the target.
+        recalibration_images: training images for BatchNorm statistics after the removal.
+    """
+
+    gate_epochs: int = 2
+    fine_tune_epochs: int = 4
+    train_weights: bool = True
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    gates: WGatesSettings = field(default_factory=WGatesSettings)
+    samples: int = 100
+    seconds_per_sample: float = 0.4
+    measure_seconds: float = 3.0
+    grid: int | None = None
+    min_channels: int = 1
+    min_fraction: float = 0.05
+    floors: dict[str, int] = field(default_factory=dict)
+    caps: dict[str, int] = field(default_factory=dict)
+    ignored_layers: Sequence[str] = ()
+    margin: float = 0.02
+    attempts: int = 4
+    recalibration_images: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        whole: dict[str, tuple[Any, int]] = {
+            "gate_epochs": (self.gate_epochs, 0),
+            "fine_tune_epochs": (self.fine_tune_epochs, 0),
+            "samples": (self.samples, 8),
+            "min_channels": (self.min_channels, 1),
+            "attempts": (self.attempts, 1),
+            "recalibration_images": (self.recalibration_images, 1),
+            "seed": (self.seed, 0),
+        }
+        if self.grid is not None:
+            whole["grid"] = (self.grid, 1)
+        for name, (value, least) in whole.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                problems.append(f"{name} is {value!r}, needs a whole number from {least}")
+        for name in ("seconds_per_sample", "measure_seconds"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} is {getattr(self, name)!r}, needs more than 0")
+        if not 0 <= self.min_fraction <= 1:
+            problems.append(f"min_fraction is {self.min_fraction!r}, needs 0 to 1")
+        if not 0 <= self.margin < 0.5:
+            problems.append(f"margin is {self.margin!r}, needs 0 to 0.5")
+        if problems:
+            raise ConfigError("pruning settings", problems)
+
+    def training_for(self, epochs: int) -> TrainingSettings:
+        return replace(self.training, epochs=epochs)

@@ -1,0 +1,61 @@
+"""Which processes and devices train, and which part of the data is each one's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from torch.utils.data import DataLoader
+
+from wgates_plugin.errors import TrainingError
+from wgates_plugin.training.settings import TrainingSettings
+
+
+def default_fabric(settings: TrainingSettings) -> Fabric:
+    """A launched Fabric: all processes of torchrun if it started us, else a single device."""
+    options: dict[str, Any] = {"accelerator": settings.accelerator, "precision": settings.precision}
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // local
+        fabric = Fabric(**options, strategy="ddp", devices=local, num_nodes=nodes)
+    else:
+        fabric = Fabric(**options, devices=1)
+    fabric.launch()
+    return fabric
+
+
+def share_loader(loader: Iterable[Any], fabric: Fabric) -> Any:
+    """This process's part of `loader`: the loader itself if there is one process.
+
+    Raises:
+        TrainingError: the loader has no length or no batches, or processes cannot share it.
+    """
+    name = type(loader).__name__
+    world, rank = fabric.world_size, fabric.global_rank
+    shared: Any = loader
+    if world > 1:
+        if hasattr(loader, "shard"):
+            shared = loader.shard(rank, world)
+        elif isinstance(loader, DataLoader):
+            shared = fabric.setup_dataloaders(loader, move_to_device=False)
+        else:
+            raise TrainingError(
+                f"loader `{name}`: {world} processes cannot share it; use a torch DataLoader, or "
+                "give it a method shard(rank, world)"
+            )
+    try:
+        batches = len(shared)
+    except TypeError:
+        raise TrainingError(
+            f"loader `{name}`: its length is unknown, and the learning-rate schedule needs it; "
+            "give it a __len__ that counts batches"
+        ) from None
+    if batches == 0:
+        raise TrainingError(
+            f"loader `{name}`: it has no batches; use a smaller batch size or keep the last, "
+            "smaller batch"
+        )
+    return shared
