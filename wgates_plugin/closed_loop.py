@@ -43,7 +43,6 @@ def settle(
     attempts: int,
     grid: int,
     seconds: float,
-    seed: int,
 ) -> Settled:
     """Find widths near `widths` that were *measured* under the target, and not far under it.
 
@@ -84,7 +83,8 @@ def settle(
         close = held and found >= aim * (1.0 - CLOSE_ENOUGH)
         if close or (best is not None and attempt + 1 >= attempts):
             break
-        local = study.fit(seed=seed).corrected(current, found)
+        lpnet = study.refit(lpnet)
+        local = lpnet.corrected(current, found)
     chosen = best or min(measured, key=lambda widths: measured[widths])
     return Settled(chosen, best is not None, log)
 
@@ -100,9 +100,15 @@ def trimmed(
     # Channels that went already must stay behind those that are still there.
     present = plan.mask.to(scores.device)
     ranked = torch.where(present, scores, scores.min() - 1.0)
-    return PruningPlan.top(
-        plan.space, ranked, fit_to_budget(space, ranked, plan.widths, budget, grid)
-    )
+    try:
+        widths = fit_to_budget(space, ranked, plan.widths, budget, grid)
+    except InfeasibleTargetError:
+        # A prediction only; measured again, one step narrower everywhere may well do.
+        widths = tuple(
+            max([w for w in group.allowed_widths(grid) if w < width], default=width)
+            for group, width in zip(plan.space.groups, plan.widths, strict=True)
+        )
+    return PruningPlan.top(plan.space, ranked, widths)
 
 
 def capped(space: ChannelSpace, widths: Sequence[int]) -> ChannelSpace:

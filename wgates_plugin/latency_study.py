@@ -121,11 +121,17 @@ class LatencyStudy:
 
     def fit(self, *, seed: int) -> LPNet:
         """LPNet from the samples and from everything visited since."""
+        return LPNet.fit(self.space, *self._seen(), seed=seed)
+
+    def refit(self, lpnet: LPNet) -> LPNet:
+        """`lpnet` trained further on everything seen by now."""
+        return lpnet.refit(*self._seen())
+
+    def _seen(self) -> tuple[list[tuple[int, ...]], list[float]]:
         assert self.samples is not None
         assert self.visited is not None
         widths = [*self.samples.widths, *self.visited.widths]
-        latencies = [*self.samples.latencies_ms, *self.visited.latencies_ms]
-        return LPNet.fit(self.space, widths, latencies, seed=seed)
+        return widths, [*self.samples.latencies_ms, *self.visited.latencies_ms]
 
     def visited_error(self, lpnet: LPNet) -> float | None:
         """Mean relative error of `lpnet` on the visited widths, None when there are none."""

@@ -436,7 +436,6 @@ class _Job:
             attempts=settings.attempts,
             grid=self.grid,
             seconds=settings.measure_seconds / 2,
-            seed=settings.seed,
         )
         return {"widths": list(settled.widths), "attempts": settled.attempts}
 

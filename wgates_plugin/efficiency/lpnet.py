@@ -83,14 +83,16 @@ class LPNet(nn.Module):
         return torch.cat([macs[..., weighted], traffic[..., weighted]], dim=-1)
 
     def forward(self, widths: Tensor) -> Tensor:
-        shares = widths.double() / self._full
-        residual = self.mlp(2.0 * shares - 1.0).squeeze(-1)
-        if self.structure == "mlp":
-            return self.correction * self.scale * torch.exp(residual)
         features = self._features(widths) / self.feature_scale
+        return self.correction * self._predict(widths, features)
+
+    def _predict(self, widths: Tensor, features: Tensor) -> Tensor:
+        residual = self.mlp(2.0 * widths.double() / self._full - 1.0).squeeze(-1)
+        if self.structure == "mlp":
+            return self.scale * torch.exp(residual)
         work = features @ nn.functional.softplus(self.coefficients)
         base = work + nn.functional.softplus(self.constant)
-        return self.correction * self.scale * base * torch.exp(0.5 * torch.tanh(residual))
+        return self.scale * base * torch.exp(0.5 * torch.tanh(residual))
 
     @classmethod
     def fit(
@@ -151,29 +153,47 @@ class LPNet(nn.Module):
             model.constant.fill_(float(torch.log(torch.expm1(targets.new_tensor(0.1)))))
             model.mlp[-1].weight.zero_()  # type: ignore[operator, union-attr]
             model.mlp[-1].bias.zero_()  # type: ignore[operator, union-attr]
+        return model._descend(inputs, targets, steps=steps, rate=1.0)
+
+    def _descend(self, inputs: Tensor, targets: Tensor, *, steps: int, rate: float) -> LPNet:
+        """Minimise the mean squared log error over all pairs at once."""
+        self.requires_grad_(True)
         optimizer = torch.optim.AdamW(
             [
-                {"params": [model.coefficients, model.constant], "lr": 3e-2, "weight_decay": 0.0},
-                {"params": model.mlp.parameters(), "lr": 3e-3, "weight_decay": 3e-2},
+                {
+                    "params": [self.coefficients, self.constant],
+                    "lr": 3e-2 * rate,
+                    "weight_decay": 0.0,
+                },
+                {"params": self.mlp.parameters(), "lr": 3e-3 * rate, "weight_decay": 3e-2},
             ]
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        features = model._features(inputs) / model.feature_scale
-        shares = 2.0 * inputs / model._full - 1.0
+        features = self._features(inputs) / self.feature_scale
         for _ in range(steps):
-            residual = model.mlp(shares).squeeze(-1)
-            if structure == "mlp":
-                predicted = model.scale * torch.exp(residual)
-            else:
-                base = features @ nn.functional.softplus(model.coefficients)
-                base = base + nn.functional.softplus(model.constant)
-                predicted = model.scale * base * torch.exp(0.5 * torch.tanh(residual))
-            loss = (predicted.log() - targets.log()).square().mean()
+            loss = (self._predict(inputs, features).log() - targets.log()).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        return model.requires_grad_(False).eval()
+        return self.requires_grad_(False).eval()
+
+    def refit(
+        self, widths: Sequence[Sequence[int]], latencies_ms: Sequence[float], *, steps: int = 300
+    ) -> LPNet:
+        """A copy trained a little further on all pairs, after new ones were measured."""
+        inputs = torch.tensor(widths, dtype=torch.float64)
+        targets = torch.tensor(latencies_ms, dtype=torch.float64)
+        _check_samples(self._shapes.space, inputs, targets)
+        twin = self._twin()
+        twin.correction.fill_(1.0)
+        return twin._descend(inputs, targets, steps=steps, rate=0.3)
+
+    def _twin(self) -> LPNet:
+        twin = LPNet(self._shapes.space, structure=self.structure, hidden=self.hidden)
+        twin.load_state_dict(self.state_dict())
+        twin.report = self.report
+        return twin.requires_grad_(False).eval()
 
     @torch.no_grad()
     def relative_errors(self, widths: Tensor, latencies_ms: Tensor) -> Tensor:
@@ -182,13 +202,10 @@ class LPNet(nn.Module):
 
     def corrected(self, widths: Sequence[int], measured_ms: float) -> LPNet:
         """A copy scaled so that it is exact at `widths`: for the neighbourhood of one network."""
-        space = self._shapes.space
-        twin = LPNet(space, structure=self.structure, hidden=self.hidden)
-        twin.load_state_dict(self.state_dict())
-        twin.report = self.report
+        twin = self._twin()
         predicted = float(self(torch.tensor(widths, dtype=torch.float64)))
         twin.correction.mul_(measured_ms / predicted)
-        return twin.requires_grad_(False).eval()
+        return twin
 
     def save(self, path: str | Path) -> None:
         """Write weights and description to one safetensors file, atomically."""

@@ -17,6 +17,9 @@ from wgates_plugin.files import append_line, write_text
 from wgates_plugin.latency.base import Family, Measurement, Session
 from wgates_plugin.latency.timing import measure
 
+LEAST_SAMPLES = 8
+"""Fewer measurements than this fit no LPNet."""
+
 
 def draw_widths(space: ChannelSpace, grid: int, rng: np.random.Generator) -> tuple[int, ...]:
     """Random widths on the grid: one overall share, and each group a little off it.
@@ -155,6 +158,7 @@ def collect(
 ) -> SamplingCost:
     """Measure random widths until the file holds `count` samples; no widths twice.
 
+    Where the grid leaves fewer different widths than that, all that turn up are measured.
     The n-th sample depends on `seed` and n alone, so that an interrupted run goes on where it was.
     """
     started, inside = time.perf_counter(), 0.0
@@ -165,12 +169,14 @@ def collect(
         attempt += 1
         widths = draw_widths(space, grid, rng)
         if widths in seen:
-            if attempt > 50 * count + 1000:
-                raise MeasurementError(
-                    f"sampling: only {len(file)} different widths on a grid of {grid}, {count} were "
-                    "asked for; use a finer grid or ask for fewer samples"
-                )
-            continue
+            if attempt < 50 * count + 1000:
+                continue
+            if len(file) >= LEAST_SAMPLES:
+                break  # a coarse grid on a narrow network has no more to show
+            raise MeasurementError(
+                f"sampling: only {len(file)} different widths on a grid of {grid}, at least "
+                f"{LEAST_SAMPLES} are needed; use a finer grid or lower floors"
+            )
         seen.add(widths)
         measurement = measure_widths(
             family, widths, reference, file.header["reference_ms"], seconds_per_sample

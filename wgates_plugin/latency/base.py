@@ -136,8 +136,9 @@ class BaseSession(ABC):
     def active(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    @abstractmethod
     def close(self) -> None:
-        """Nothing to free beyond Python's own references."""
+        """Free what the session holds; it cannot run any more."""
 
     def __enter__(self) -> Self:
         return self
@@ -174,8 +175,8 @@ class BaseRuntime(ABC):
             raise ConfigError(f"runtime `{self.name}`", problems)
         if self.settings.device.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeUnavailableError(
-                f"runtime `{self.name}`: device `{self.settings.device}` asked for, but torch finds "
-                "no CUDA device; use device `cpu` or a machine that has one"
+                f"runtime `{self.name}`: device `{self.settings.device}` asked for, but torch "
+                "finds no CUDA device; use device `cpu` or a machine that has one"
             )
 
     def identity(self, example_inputs: ExampleInputs) -> dict[str, Any]:

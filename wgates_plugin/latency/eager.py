@@ -74,10 +74,9 @@ class EagerRuntime(BaseRuntime):
         # (stack traces) names source files of this machine.
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
-        with atomic_path(path) as part:
-            # torch.export.save insists on the suffix for paths; a file object may have any name.
-            with part.open("wb") as file:
-                torch.export.save(program, file)
+        # torch.export.save insists on the suffix for paths; a file object may have any name.
+        with atomic_path(path) as part, part.open("wb") as file:
+            torch.export.save(program, file)
         return Path(path)
 
     def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> EagerSession:
@@ -97,7 +96,9 @@ class EagerRuntime(BaseRuntime):
         dtype = _DTYPES[self.settings.precision]
         moved = frozen_copy(network).to(torch.device(self.settings.device), dtype)
         if self.channels_last:
-            moved = moved.to(memory_format=torch.channels_last)
+            for parameter in moved.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return moved
 
     def _moved(self, example_inputs: ExampleInputs) -> ExampleInputs:
@@ -114,9 +115,7 @@ class EagerRuntime(BaseRuntime):
             moved = moved.contiguous(memory_format=torch.channels_last)
         return moved
 
-    def _session(
-        self, network: Callable[..., Any], example_inputs: ExampleInputs
-    ) -> EagerSession:
+    def _session(self, network: Callable[..., Any], example_inputs: ExampleInputs) -> EagerSession:
         kind = CudaEagerSession if self.settings.device.startswith("cuda") else EagerSession
         return kind(
             network,

@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,9 @@ def export_torchscript(
     """Export by tracing. `template` keeps every parameter under its state-dict name, unfolded."""
     inputs, names = _ordered_inputs(network, example_inputs)
     args, kwargs = split_inputs(inputs)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"kwargs": kwargs, "input_names": names, "dynamo": False}
     if template:
-        options = {
+        options |= {
             # PRESERVE on an eval network keeps BatchNorm as a node; the default folds it away.
             "training": torch.onnx.TrainingMode.PRESERVE,
             "do_constant_folding": False,
@@ -77,9 +77,8 @@ def export_torchscript(
         }
     buffer = io.BytesIO()
     with _silence():
-        torch.onnx.export(
-            network, args, buffer, kwargs=kwargs, input_names=names, dynamo=False, **options
-        )
+        # The annotation knows paths only; the TorchScript exporter writes to buffers too.
+        torch.onnx.export(network, args, cast(Any, buffer), **options)
     return buffer.getvalue()
 
 

@@ -88,8 +88,8 @@ def _sliced(array: np.ndarray, slices: Mapping[int, np.ndarray]) -> np.ndarray:
 def _named_initializers(graph: Any, state: Mapping[str, np.ndarray], onnx: Any) -> dict[str, Any]:
     """Initializer arrays by name, with the exporter's sharing of equal tensors undone.
 
-    The exporter stores tensors of equal content once (fresh BatchNorms all look alike) and gives the
-    others an `Identity` node. Equal content does not mean equal widths, so each gets its own.
+    The exporter stores tensors of equal content once (fresh BatchNorms all look alike) and gives
+    the others an `Identity` node. Equal content does not mean equal widths, so each gets its own.
     """
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     kept = []

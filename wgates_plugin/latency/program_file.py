@@ -1,9 +1,10 @@
 """A check of `torch.export` files before torch reads them, so that reading executes nothing.
 
 `torch.export.load` is not safe on a file from elsewhere (torch 2.13): it unpickles tensors marked
-`use_pickle`, falls back to full unpickling of sample inputs, evaluates symbolic expressions through
-sympy, imports modules named by enums, compiles guard code and looks operators up anywhere under
-`torch`. Programs of fixed shapes made of registered operators need none of these, so any is refused.
+`use_pickle`, falls back to full unpickling of sample inputs, evaluates symbolic expressions
+through sympy, imports modules named by enums, compiles guard code and looks operators up anywhere
+under `torch`. Programs of fixed shapes made of registered operators need none of these, so any is
+refused.
 """
 
 from __future__ import annotations

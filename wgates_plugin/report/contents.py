@@ -118,5 +118,7 @@ def _compare(value: Any, shape: Any, where: str) -> tuple[list[str], list[str]]:
 def _name(kinds: Any) -> str:
     names = {str: "text", int: "a whole number", float: "a number", dict: "an object"}
     all_kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    parts = [names.get(kind, "null") for kind in all_kinds if not (kind is int and float in all_kinds)]
+    parts = [
+        names.get(kind, "null") for kind in all_kinds if not (kind is int and float in all_kinds)
+    ]
     return " or ".join(parts)

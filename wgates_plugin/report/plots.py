@@ -1,4 +1,4 @@
-"""The pictures of a report. Each is drawn twice, for light and for dark pages."""
+"""The pictures of a report: what was won, what was removed, what was predicted."""
 
 from __future__ import annotations
 
@@ -9,47 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from wgates_plugin.errors import MissingExtraError
 from wgates_plugin.files import atomic_path
+from wgates_plugin.report.curves import draw_training
 from wgates_plugin.report.tables import count, milliseconds, targets_of
+from wgates_plugin.report.theme import DARK, LIGHT, Theme, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 150
-WIDTH_INCHES = 9.0
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours. `before` and `after` mean the same in every picture; safe for colour-blind eyes."""
-
-    name: str
-    suffix: str
-    background: str
-    text: str
-    faint: str
-    grid: str
-    before: str
-    after: str
-    second: str
-    target: str
-
-
-LIGHT = Theme(
-    "light", "", "#ffffff", "#1f2733", "#5b6675", "#e4e8ee", "#a9b4c2", "#1668c7", "#0f8f76", "#d4500c"
-)
-DARK = Theme(
-    "dark",
-    "-dark",
-    "#171c24",
-    "#e6eaf0",
-    "#9aa6b5",
-    "#2b333f",
-    "#66748a",
-    "#5aa7ff",
-    "#3fcaa9",
-    "#ff9152",
-)
 
 
 @dataclass(frozen=True)
@@ -77,7 +45,7 @@ def draw_pictures(report: dict[str, Any], folder: Path) -> list[Picture]:
     for name, (title, description, draw) in PICTURES.items():
         files = {}
         for theme in (LIGHT, DARK):
-            with matplotlib.rc_context(_style(theme)):
+            with matplotlib.rc_context(style(theme)):
                 figure = draw(report, theme)
                 if figure is None:
                     break
@@ -88,44 +56,6 @@ def draw_pictures(report: dict[str, Any], folder: Path) -> list[Picture]:
         if len(files) == 2:
             pictures.append(Picture(name, title, description, files["light"], files["dark"]))
     return pictures
-
-
-def _style(theme: Theme) -> dict[str, Any]:
-    return {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": theme.text,
-        # Names come from outside; a dollar sign in one is no formula.
-        "text.parse_math": False,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 10,
-        "axes.labelcolor": theme.faint,
-        "axes.edgecolor": theme.grid,
-        "axes.facecolor": theme.background,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": theme.faint,
-        "ytick.color": theme.faint,
-        "grid.color": theme.grid,
-        "figure.facecolor": theme.background,
-        "legend.frameon": False,
-        "legend.labelcolor": theme.text,
-        "legend.fontsize": 9,
-    }
-
-
-def _figure(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.06, hspace=0.08)
-    axes = [figure.add_subplot(rows, columns, n + 1) for n in range(rows * columns)]
-    return figure, axes
 
 
 def draw_summary(report: dict[str, Any], theme: Theme) -> Figure | None:
@@ -147,7 +77,7 @@ def draw_summary(report: dict[str, Any], theme: Theme) -> Figure | None:
     total = len(shown) + bool(stations)
     if not total:
         return None
-    figure, axes = _figure(3.4, columns=total)
+    figure, axes = new_figure(3.4, columns=total)
     for axis, (key, title, text, scale) in zip(axes, shown, strict=False):
         values = [before[key] / scale, after[key] / scale]
         words = [text(before[key]), text(after[key])]
@@ -229,7 +159,7 @@ def draw_widths(report: dict[str, Any], theme: Theme) -> Figure | None:
     if not rows:
         return None
     row_inches = 0.24 if len(rows) > 12 else 0.32
-    figure, (axis,) = _figure(1.25 + row_inches * len(rows))
+    figure, (axis,) = new_figure(1.25 + row_inches * len(rows))
     places = list(range(len(rows)))
     dense, kept = [row["dense"] for row in rows], [row["kept"] for row in rows]
     axis.barh(places, dense, height=0.72, color=theme.grid)
@@ -274,7 +204,7 @@ def draw_lpnet(report: dict[str, Any], theme: Theme) -> Figure | None:
     points = report["lpnet"]["predictions"] if report["lpnet"] else []
     if not points:
         return None
-    figure, (axis,) = _figure(5.4)
+    figure, (axis,) = new_figure(5.4)
     values = [point[key] for point in points for key in ("measured_ms", "predicted_ms")]
     low, high = min(values), max(values)
     gap = 0.06 * (high - low) or 0.1 * high
@@ -290,8 +220,8 @@ def draw_lpnet(report: dict[str, Any], theme: Theme) -> Figure | None:
     )
     axis.plot(ends, ends, color=theme.faint, linewidth=1.2, label="perfect prediction")
     for name, label, colour, marker in (
-        ("sampled", "sampled for the fit", theme.before, "o"),
-        ("visited", "visited by the search", theme.target, "D"),
+        ("sampled", "sampled for the fit", theme.after, "o"),
+        ("visited", "visited by the search", theme.second, "D"),
     ):
         mine = [point for point in points if point["set"] == name]
         if mine:
@@ -324,111 +254,6 @@ def draw_lpnet(report: dict[str, Any], theme: Theme) -> Figure | None:
         )
     axis.legend(loc="upper left")
     return figure
-
-
-def draw_training(report: dict[str, Any], theme: Theme) -> Figure | None:
-    """Gate phase step by step, and training accuracy epoch by epoch."""
-    gates, epochs = report["gates"], report["training"]
-    panels: list[Callable[[Axes], None]] = []
-    if gates:
-        panels.append(lambda axis: _curve(axis, gates, "loss", "Loss in the gate phase", theme))
-        panels.append(lambda axis: _violation(axis, gates, theme))
-        panels.append(lambda axis: _shares(axis, gates, theme))
-    if any(epoch.get("accuracy") is not None for epoch in epochs):
-        panels.append(lambda axis: _accuracy_by_epoch(axis, epochs, theme))
-    if not panels:
-        return None
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = _figure(2.9 * rows, columns=columns, rows=rows)
-    for axis, panel in zip(axes, panels, strict=False):
-        panel(axis)
-        axis.grid()
-        axis.tick_params(length=0)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    return figure
-
-
-def _series(points: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    known = [point for point in points if point.get(key) is not None]
-    return [point["step"] for point in known], [point[key] for point in known]
-
-
-def _curve(axis: Axes, points: list[dict[str, Any]], key: str, title: str, theme: Theme) -> None:
-    steps, values = _series(points, key)
-    marker = "o" if len(values) == 1 else ""
-    if len(values) > 40:
-        axis.plot(steps, values, color=theme.after, linewidth=0.8, alpha=0.3)
-        axis.plot(steps, smooth(values), color=theme.after, linewidth=1.8)
-    else:
-        axis.plot(steps, values, color=theme.after, linewidth=1.8, marker=marker)
-    axis.set_title(title)
-    axis.set_xlabel("gate step")
-
-
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the pull of its start (Adam's correction)."""
-    total, norm, out = 0.0, 0.0, []
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        out.append(total / norm)
-    return out
-
-
-def _violation(axis: Axes, gates: list[dict[str, Any]], theme: Theme) -> None:
-    steps, values = _series(gates, "violation")
-    scaled = [100 * value for value in values]
-    axis.axhline(0, color=theme.target, linestyle=(0, (5, 3)), linewidth=1.4, label="target")
-    axis.plot(
-        steps, scaled, color=theme.after, linewidth=1.4, marker="o" if len(scaled) == 1 else ""
-    )
-    axis.set_title("Predicted cost over the target, %")
-    axis.set_xlabel("gate step")
-    axis.legend(loc="best")
-
-
-def _shares(axis: Axes, gates: list[dict[str, Any]], theme: Theme) -> None:
-    for key, label, colour in (
-        ("open_share", "open", theme.after),
-        ("dead_share", "out of reach", theme.target),
-    ):
-        steps, values = _series(gates, key)
-        marker = "o" if len(values) == 1 else ""
-        scaled = [100 * value for value in values]
-        axis.plot(steps, scaled, color=colour, linewidth=1.8, label=label, marker=marker)
-    axis.set_ylim(-3, 103)
-    axis.set_title("Gates, % of all channels")
-    axis.set_xlabel("gate step")
-    axis.legend(loc="best")
-
-
-def _accuracy_by_epoch(axis: Axes, epochs: list[dict[str, Any]], theme: Theme) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    labels = list(dict.fromkeys(epoch["label"] for epoch in epochs))
-    colours = [theme.after, theme.second, theme.target, theme.before]
-    for number, label in enumerate(labels):
-        mine = [
-            (place + 1, 100 * epoch["accuracy"])
-            for place, epoch in enumerate(epochs)
-            if epoch["label"] == label and epoch.get("accuracy") is not None
-        ]
-        if mine:
-            axis.plot(
-                [place for place, _ in mine],
-                [value for _, value in mine],
-                marker="o",
-                markersize=4,
-                linewidth=1.8,
-                color=colours[number % len(colours)],
-                label=label,
-            )
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title("Accuracy on training images, %")
-    axis.set_xlabel("epoch")
-    axis.legend(loc="best")
 
 
 PICTURES: dict[str, tuple[str, str, Callable[[dict[str, Any], Theme], Any]]] = {

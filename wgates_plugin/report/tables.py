@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-NOTHING = "–"
+NOTHING = "-"
 
 _PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -107,7 +107,9 @@ def comparison_rows(report: dict[str, Any]) -> list[Row]:
         change, share, better = NOTHING, None, None
         if old is not None and new is not None:
             if key == "accuracy":
-                change, better = f"{(new - old) * 100:+.1f} points", new >= old
+                change = f"{(new - old) * 100:+.1f} points"
+                # Half a point either way is what another seed gives.
+                better = None if abs(new - old) < 0.005 else new > old
             elif old > 0:
                 share, better = new / old, new <= old
                 change = f"{(share - 1) * 100:+.0f} %"

@@ -1,0 +1,1 @@
+"""One script per claim; run one with `python -m benchmarks NAME`."""

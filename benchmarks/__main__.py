@@ -1,0 +1,41 @@
+"""`python -m benchmarks NAME [options]`: run one benchmark, the scoreboard or the tables."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+BENCHMARKS = {
+    "gate_step": "a training step with gates against the plain step and activation masking",
+    "removal": "trace and removal against torch-pruning and NNI",
+    "masked_equals_removed": "gated and physically smaller network compute the same",
+    "sampling": "how much of LPNet's sampling is timed inference, against the plain way",
+    "targets_at_224": "half the latency of ImageNet-sized networks, held by the exported file",
+    "fashion_mnist": "half the latency on Fashion-MNIST: accuracy kept, three seeds (hours)",
+    "demo": "`wgates demo` from start to end",
+    "scoreboard": "scoreboard.json from the stored results",
+    "tables": "the tables of benchmarks/README.md from the stored results",
+}
+
+
+def usage() -> str:
+    width = max(map(len, BENCHMARKS))
+    rows = [f"  {name.ljust(width)}  {about}" for name, about in BENCHMARKS.items()]
+    return "\n".join(["usage: python -m benchmarks NAME [options]", "", *rows])
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *options = argv
+    if name not in BENCHMARKS:
+        print(f"benchmark `{name}`: unknown; choose one of: {', '.join(BENCHMARKS)}")
+        return 2
+    importlib.import_module(f"benchmarks.{name}").main(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""What a benchmark leaves behind: one JSON file with numbers, raw samples, surroundings and seed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wgates_plugin.errors import FileFormatError
+from wgates_plugin.files import read_json, write_json
+from wgates_plugin.latency.environment import describe_environment
+
+HOME = Path(__file__).parent
+RESULTS = HOME / "results"
+KIND = "wgates-benchmark"
+
+
+def parser(name: str, about: str | None, *, seed: int = 0) -> argparse.ArgumentParser:
+    """Options every benchmark has: where to write, and the seed."""
+    options = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}", description=(about or "").split("\n")[0]
+    )
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON")
+    options.add_argument("--seed", type=int, default=seed)
+    return options
+
+
+def write_record(
+    folder: Path,
+    name: str,
+    *,
+    claim: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    numbers: Any,
+    samples: Any,
+) -> Path:
+    """Write `folder/name.json`.
+
+    Args:
+        numbers: what the benchmark found. samples: the raw values it was computed from.
+    """
+    path = folder / f"{name}.json"
+    value = {
+        "kind": KIND,
+        "version": 1,
+        "benchmark": name,
+        "claim": claim,
+        "numbers": numbers,
+        "samples": samples,
+        "settings": dict(settings),
+        "seed": seed,
+        "environment": describe_environment(),
+    }
+    write_json(path, value)
+    print(f"wrote {path}")
+    return path
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """The record `folder/name.json`, None when the benchmark has not been run.
+
+    Raises:
+        FileFormatError: the file is no record of this benchmark.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    value = read_json(path, kind="benchmark result")
+    if not isinstance(value, dict) or value.get("kind") != KIND or value.get("benchmark") != name:
+        raise FileFormatError(
+            f"benchmark result `{path}`: no record of `{name}`; run `python -m benchmarks {name}`"
+        )
+    return value
+
+
+def fashion_mnist_reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """"<network>-<seed>" -> report of every stored Fashion-MNIST run, in the order of names."""
+    return {
+        path.stem: read_json(path, kind="report")
+        for path in sorted((folder / "fashion_mnist").glob("*.json"))
+    }

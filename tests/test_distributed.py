@@ -1,0 +1,75 @@
+"""Two processes, gloo: gates, plan and weights are identical on every rank."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import test_pipeline
+import torch
+
+from wgates_plugin.files import load_tensors
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import test_pipeline as t
+from wgates_plugin.catalogue.tensor_loader import TensorLoader
+from wgates_plugin import pipeline
+from wgates_plugin.files import save_tensors, write_json
+from wgates_plugin.pipeline import prune_to_target
+from wgates_plugin.targets import MacsTarget
+import os
+rank = os.environ["RANK"]
+images, targets = (torch.cat(part) for part in zip(*t.make_data()))
+loader = TensorLoader(images, targets, batch_size=16, shuffle=True)
+learn = pipeline._Job._learn_gates
+
+
+def learn_and_keep(job):
+    network, gates = learn(job)
+    learned = {{"scores": gates.unit_scores(), **dict(network.named_parameters())}}
+    save_tensors(Path({out!r}) / f"learned-{{rank}}.safetensors", learned)
+    return network, gates
+
+
+pipeline._Job._learn_gates = learn_and_keep
+result = prune_to_target(t.make_network(), t.EXAMPLE, loader, loader, target=MacsTarget(fraction=0.5),
+                         settings=t.SETTINGS, run_folder=Path({out!r}) / "run", progress=False)
+write_json(Path({out!r}) / f"plan-{{rank}}.json", result.plan.to_json())
+"""
+
+
+def test_two_ranks_end_alike(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(script),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plans = [json.loads((tmp_path / f"plan-{rank}.json").read_text()) for rank in (0, 1)]
+    assert plans[0] == plans[1]
+    first, second = (
+        load_tensors(tmp_path / f"learned-{rank}.safetensors", kind="weights") for rank in (0, 1)
+    )
+    start = dict(test_pipeline.make_network().named_parameters())
+    assert not torch.equal(first["conv1.weight"], start["conv1.weight"])
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["contract"] == "held"

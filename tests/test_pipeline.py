@@ -1,0 +1,374 @@
+"""The whole job on a tiny network: contract, resume, refusal of bad input."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wgates_plugin import pipeline
+from wgates_plugin.errors import (
+    ConfigError,
+    FileFormatError,
+    InfeasibleTargetError,
+    RunFolderError,
+    RuntimeUnavailableError,
+    TargetError,
+    TraceError,
+    TrainingError,
+)
+from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.pipeline import PruningResult, prune_to_target
+from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
+from wgates_plugin.training import TrainingSettings
+from wgates_plugin.verification import relative_error
+
+EXAMPLE = torch.zeros(1, 1, 12, 12)
+
+
+class Tiny(nn.Module):
+    """A residual network of a few thousand parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.bn = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 32, 3, stride=2)
+        self.fc = nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.stem(x)).relu()
+        x = (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
+        return self.fc(self.conv3(x).relu().mean((2, 3)))
+
+
+def make_data(count: int = 96, batch: int = 32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Three classes of stripes in noise."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(0, 3, (count,), generator=generator)
+    images = 0.3 * torch.randn(count, 1, 12, 12, generator=generator)
+    for row, label in enumerate(targets.tolist()):
+        images[row, 0, label::3] += 1.0
+    return list(zip(images.split(batch), targets.split(batch), strict=True))
+
+
+def make_network() -> nn.Module:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+SETTINGS = PruningSettings(
+    gate_epochs=2,
+    fine_tune_epochs=2,
+    samples=10,
+    seconds_per_sample=0.02,
+    measure_seconds=0.1,
+    grid=2,
+    recalibration_images=96,
+    training=TrainingSettings(learning_rate=0.02, accelerator="cpu"),
+)
+
+
+def run(folder: Path, **changes: Any) -> PruningResult:
+    options: dict[str, Any] = {
+        "target": MacsTarget(fraction=0.5),
+        "settings": SETTINGS,
+        "run_folder": folder,
+        "progress": False,
+    }
+    options.update(changes)
+    network = options.pop("network", None) or make_network()
+    example = options.pop("example", EXAMPLE)
+    data = make_data()
+    return prune_to_target(network, example, data, data, **options)
+
+
+@pytest.fixture(scope="module")
+def latency_run(tmp_path_factory: pytest.TempPathFactory) -> PruningResult:
+    folder = tmp_path_factory.mktemp("run") / "latency"
+    return run(folder, target=LatencyTarget(fraction=0.8, runtime="onnxruntime"))
+
+
+def test_the_artefact_is_delivered_with_its_record(latency_run: PruningResult) -> None:
+    report = latency_run.report
+    for key in ("runtime", "device", "target_ms", "contract", "seed", "seconds", "environment"):
+        assert key in report
+    for side in ("baseline", "final"):
+        assert {"latency_ms", "accuracy", "macs", "parameters"} <= set(report[side])
+    assert report["target_ms"] == pytest.approx(0.8 * report["baseline"]["latency_ms"])
+    on_target = report["final"]["latency_ms"] <= report["target_ms"]
+    assert report["contract"] == ("held" if on_target else "missed")
+    assert latency_run.held == on_target
+    for name in (
+        "model.onnx",
+        "plan.json",
+        "pruned.safetensors",
+        "report.html",
+        "lpnet.safetensors",
+    ):
+        assert (latency_run.run_folder / name).is_file(), name
+    assert report["masked_equals_removed"] <= 1e-5
+    assert report["lpnet"]["samples"] >= 8
+    assert report["final"]["parameters"] == sum(p.numel() for p in latency_run.network.parameters())
+
+
+def test_the_artefact_computes_what_the_network_computes(latency_run: PruningResult) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(latency_run.artefact), providers=["CPUExecutionProvider"]
+    )
+    x = torch.randn(1, 1, 12, 12)
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    with torch.no_grad():
+        assert relative_error(found, latency_run.network(x)) < 1e-4
+
+
+def test_the_users_network_is_only_read(tmp_path: Path) -> None:
+    network = make_network()
+    network.stem.eval()
+    before = copy.deepcopy(network.state_dict())
+    state = torch.get_rng_state()
+    run(tmp_path / "run", network=network)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training
+    assert not network.stem.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert not network._forward_pre_hooks
+    assert not network.conv1._forward_pre_hooks
+
+
+def test_nothing_to_do_is_a_success(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", target=LatencyTarget(milliseconds=1e6, runtime="eager"))
+    assert result.held
+    assert result.plan.widths == result.plan.space.full_widths
+    assert result.artefact.is_file()
+    assert not (tmp_path / "run" / "stages" / "gates.pt").exists()
+
+
+def test_several_targets_hold_together(tmp_path: Path) -> None:
+    result = run(
+        tmp_path / "run", target=[MacsTarget(fraction=0.6), ParametersTarget(fraction=0.4)]
+    )
+    final, baseline = result.report["final"], result.report["baseline"]
+    assert final["macs"] <= 0.6 * baseline["macs"]
+    assert final["parameters"] <= 0.4 * baseline["parameters"]
+    assert result.held
+
+
+def test_gates_learn_with_frozen_weights(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, train_weights=False, fine_tune_epochs=0)
+    network = make_network()
+    result = run(tmp_path / "run", network=network, settings=settings)
+    kept = list(result.plan.kept[0])
+    assert torch.equal(result.network.stem.weight, network.stem.weight[kept])
+
+
+def test_a_target_below_the_least_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleTargetError, match="least allowed widths") as error:
+        run(tmp_path / "run", target=LatencyTarget(milliseconds=1e-4, runtime="eager"))
+    assert "ask for more" in str(error.value)
+    assert not (tmp_path / "run" / "stages" / "gates.pt").exists()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "8", None, True])
+def test_impossible_targets(value: Any) -> None:
+    with pytest.raises(TargetError):
+        LatencyTarget(milliseconds=value)
+
+
+def test_targets_that_contradict() -> None:
+    with pytest.raises(TargetError, match="not both"):
+        LatencyTarget(milliseconds=1.0, fraction=0.5)
+
+
+def test_two_targets_of_a_kind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="given 2 times"):
+        run(tmp_path / "run", target=[MacsTarget(fraction=0.5), MacsTarget(fraction=0.4)])
+
+
+def test_unknown_runtime(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="onnxruntime"):
+        run(tmp_path / "run", target=LatencyTarget(fraction=0.5, runtime="no-such"))
+
+
+def test_example_of_wrong_shape(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="example inputs"):
+        run(tmp_path / "run", example=torch.zeros(1, 3, 12, 12))
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C at a chosen place."""
+
+
+PLACES = {
+    "baseline": (pipeline._Job, "_limits"),
+    "grid": (pipeline._Job, "_check_feasible"),
+    "after one gate epoch": (pipeline.RunFolder, "save_state"),
+    "deciding": (pipeline._Job, "_settle"),
+    "removal": (pipeline._Job, "_recalibrate"),
+    "fine-tuning": (pipeline._Job, "_fine_tune"),
+    "delivery": (pipeline._Job, "_export_and_measure"),
+    "report": (pipeline._Job, "_report"),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> PruningResult:
+    return run(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.parametrize("place", list(PLACES))
+def test_interrupted_anywhere_it_ends_in_the_same_place(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: PruningResult
+) -> None:
+    owner, method = PLACES[place]
+    original = getattr(owner, method)
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if place == "after one gate epoch":
+            original(*args, **kwargs)
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, stop)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run")
+    resumed = run(tmp_path / "run", resume=True)
+    assert resumed.plan.kept == uninterrupted.plan.kept
+    expected = uninterrupted.network.state_dict()
+    for name, value in resumed.network.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_the_same_seed_gives_the_same_plan(tmp_path: Path, uninterrupted: PruningResult) -> None:
+    again = run(tmp_path / "run")
+    assert again.plan.kept == uninterrupted.plan.kept
+
+
+def test_a_finished_run_is_read_not_repeated(uninterrupted: PruningResult) -> None:
+    started = time.perf_counter()
+    again = run(uninterrupted.run_folder, resume=True)
+    assert again.report == uninterrupted.report
+    assert time.perf_counter() >= started
+
+
+def test_a_folder_is_not_overwritten(uninterrupted: PruningResult) -> None:
+    with pytest.raises(RunFolderError, match="already holds this run"):
+        run(uninterrupted.run_folder)
+
+
+def test_a_folder_of_another_run(uninterrupted: PruningResult) -> None:
+    with pytest.raises(RunFolderError, match=r"belongs to another run.*targets"):
+        run(uninterrupted.run_folder, resume=True, target=MacsTarget(fraction=0.3))
+
+
+def test_a_folder_with_other_files(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(RunFolderError, match=r"no run\.json"):
+        run(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_corrupt_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Job, "_settle", stop)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "stages" / "gates.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(FileFormatError, match=r"gates\.pt"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_turns_nan_keeps_the_last_good_state(tmp_path: Path) -> None:
+    calls = 0
+
+    def spoilt(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = nn.functional.cross_entropy(logits, targets)
+        return loss * float("nan") if calls == 5 else loss
+
+    with pytest.raises(TrainingError, match="epoch 2, step 4"):
+        run(tmp_path / "run", loss=spoilt)
+    state = torch.load(tmp_path / "run" / "stages" / "gates.pt", weights_only=True)
+    assert state["trainer"]["epoch"] == 1
+    assert all(torch.isfinite(v).all() for v in state["network"].values() if v.is_floating_point())
+    assert run(tmp_path / "run", resume=True).held
+
+
+def test_over_target_at_delivery_is_trimmed_and_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LatencyStudy.of_file
+    factors = iter([1.6])
+
+    def slower_once(self: LatencyStudy, path: Path, seconds: float) -> Any:
+        found = original(self, path, seconds)
+        ratio = 0.8 * next(factors, 0.5)
+        return dataclasses.replace(found, latency_ms=ratio * found.reference_ms, ratio=ratio)
+
+    monkeypatch.setattr(LatencyStudy, "of_file", slower_once)
+    result = run(tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"))
+    verdicts = [a["verdict"] for a in result.report["attempts"] if a["stage"] == "delivery"]
+    assert verdicts == ["over", "held"]
+    settled = json.loads((tmp_path / "run" / "stages" / "plan.json").read_text())["widths"]
+    assert all(a <= b for a, b in zip(result.plan.widths, settled, strict=True))
+    assert sum(result.plan.widths) < sum(settled)
+    with torch.no_grad():
+        assert torch.isfinite(result.network(EXAMPLE)).all()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_pipeline as t
+from wgates_plugin.targets import LatencyTarget
+from pathlib import Path
+print("started", flush=True)
+t.run(Path({folder!r}), target=LatencyTarget(fraction=0.8, runtime="eager"), resume={resume})
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_killed_from_outside_and_resumed(kind: signal.Signals, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), resume=False)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for _ in range(3000):
+        if (folder / "samples.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.send_signal(kind)
+    assert process.wait(timeout=60) != 0
+    assert not (folder / "report.json").exists()
+    seen = (folder / "samples.jsonl").read_text().rpartition("\n")[0]
+    result = run(folder, target=LatencyTarget(fraction=0.8, runtime="eager"), resume=True)
+    assert (folder / "samples.jsonl").read_text().startswith(seen)
+    assert result.artefact.is_file()
+    assert result.held == (result.report["final"]["latency_ms"] <= result.report["target_ms"])

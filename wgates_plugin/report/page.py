@@ -1,0 +1,98 @@
+"""The page of a run: one HTML file that needs nothing else, readable in light and dark."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from wgates_plugin.errors import MissingExtraError
+from wgates_plugin.files import write_text
+from wgates_plugin.report import blocks
+from wgates_plugin.report.contents import load_report
+from wgates_plugin.report.plots import Picture, draw_pictures
+from wgates_plugin.report.tables import headline
+
+CAPTIONS = {
+    "summary": "Statistics renewed: BatchNorm means and variances were taken again after the "
+    "channels were removed, before any further training.",
+    "lpnet": "Sampled networks were measured before the search; visited ones are those that the "
+    "search came by. Error figures are in the table below.",
+    "training": "Out of reach: gates so far from their threshold that hardly any gradient gets "
+    "through. Pale lines are single steps, strong lines their moving average.",
+}
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Draw `pictures/*.png` and write `report.html` from `report.json`; returns the page's path.
+
+    Without matplotlib the page is written without pictures and says so.
+
+    Raises:
+        FileFormatError: report.json is missing or incomplete.
+    """
+    folder = Path(run_folder)
+    report = load_report(folder)
+    pictures: list[Picture] = []
+    note = None
+    try:
+        pictures = draw_pictures(report, folder / "pictures")
+    except MissingExtraError as error:
+        note = str(error)
+    path = folder / "report.html"
+    write_text(path, render(report, pictures, note=note))
+    return path
+
+
+def render(report: dict[str, Any], pictures: list[Picture], *, note: str | None = None) -> str:
+    """The page's HTML. `note` says why there are no pictures."""
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    held = report["contract"] == "held"
+    drawn = {picture.name: _figure(picture, report) for picture in pictures}
+    missing = "" if note is None else blocks.section("Pictures", f"<p>{escape(note)}</p>")
+    parts = [
+        blocks.section("Figures", blocks.comparison(report) + drawn.pop("summary", "")),
+        missing,
+        *drawn.values(),
+        blocks.pair(
+            blocks.section("How well latency was predicted, in figures", blocks.lpnet(report)),
+            blocks.section("Attempts", blocks.attempts(report)),
+        ),
+        blocks.pair(
+            blocks.section("Where the time went", blocks.seconds(report)),
+            blocks.section("Measured on", blocks.environment(report)),
+        ),
+        blocks.folded("All settings", blocks.settings(report)),
+        blocks.folded("Channels by group", blocks.widths(report)),
+    ]
+    return template.substitute(
+        title=escape(report["name"]),
+        mood="good" if held else "bad",
+        verdict="Target held" if held else "Target missed",
+        headline=escape(headline(report, arrow="→")),
+        body="\n".join(part for part in parts if part),
+        footer=f"Strategy {escape(report['strategy'])}, seed {report['seed']}. The claimed "
+        "latency was measured on the exported file, interleaved with the untouched network.",
+    )
+
+
+def _figure(picture: Picture, report: dict[str, Any]) -> str:
+    alternative = escape(picture.description, quote=True)
+    caption = CAPTIONS.get(picture.name)
+    if picture.name == "summary" and not report["after_removal"]:
+        caption = None
+    if picture.name == "training" and not report["gates"]:
+        caption = None
+    inside = (
+        f'<div class="picture"><picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(picture.dark)}">'
+        f'<img src="{_data_uri(picture.light)}" alt="{alternative}"></picture></div>'
+    )
+    if caption:
+        inside += f'<p class="note">{escape(caption)}</p>'
+    return inside if picture.name == "summary" else blocks.section(picture.title, inside)
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
