@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.activation_masking import ActivationMasking
-from benchmarks.interleave import Contender, compare, interleave
+from benchmarks.interleave import at_once, compare, interleave
 from benchmarks.records import parser, write_record
 from benchmarks.subjects import SIDE, images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
@@ -112,7 +112,7 @@ def measure_network(name: str, arguments: argparse.Namespace) -> tuple[dict[str,
     labels = torch.arange(arguments.batch) % 1000
     made = steps(network, batch, labels, arguments.seed)
     alike = check_alike(made)
-    contenders: dict[str, Contender] = {key: (lambda step=step: step) for key, step in made.items()}
+    contenders = {key: at_once(step) for key, step in made.items()}
     seconds = interleave(contenders, rounds=arguments.rounds, warmup=2)
     numbers: dict[str, Any] = {
         key: compare(seconds[key], seconds["plain"]) for key in seconds if key != "plain"

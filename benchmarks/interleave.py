@@ -15,6 +15,11 @@ Contender = Callable[[], Job]
 """Prepares one fresh run, untimed, and returns the job to be timed."""
 
 
+def at_once(job: Job) -> Contender:
+    """A contender that needs no preparation and runs the same job every time."""
+    return lambda: job
+
+
 def interleave(
     contenders: Mapping[str, Contender],
     *,

@@ -76,7 +76,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def fashion_mnist_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """"<network>-<seed>" -> report of every stored Fashion-MNIST run, in the order of names."""
+    """Reports of all stored Fashion-MNIST runs by "<network>-<seed>", in the order of names."""
     return {
         path.stem: read_json(path, kind="report")
         for path in sorted((folder / "fashion_mnist").glob("*.json"))

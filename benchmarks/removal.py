@@ -37,7 +37,9 @@ NNI_HINT = 'nni is not installed; pip install "wgates-plugin[nni]" in an environ
 def half_plan(space: ChannelSpace, seed: int) -> PruningPlan:
     """Random half of every group's channels."""
     scores = torch.rand(space.total_units, generator=torch.Generator().manual_seed(seed))
-    return PruningPlan.top(space, scores, [group.round_up(group.channels / 2) for group in space.groups])
+    return PruningPlan.top(
+        space, scores, [group.round_up(group.channels / 2) for group in space.groups]
+    )
 
 
 def ours(plan: PruningPlan, example: Tensor, *, verify: bool) -> Removal:

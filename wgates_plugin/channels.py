@@ -107,12 +107,13 @@ class ChannelGroup:
         """Widths on the grid between floor and cap, ascending.
 
         Multiples of `grid` (and of `ties`), and the full width even when it is off the grid:
-        a layer nobody cut is as aligned as it was.
+        a layer nobody cut is as aligned as it was. A cap below the first grid step is the one
+        width left.
         """
         step = math.lcm(max(1, grid), self.ties)
         widths = [w for w in range(step, self.channels, step) if self.floor <= w <= self.cap]
         if self.cap >= self.channels or not widths:
-            widths.append(self.channels)
+            widths.append(min(self.cap, self.channels))
         return widths
 
     def round_up(self, width: float, grid: int = 1) -> int:

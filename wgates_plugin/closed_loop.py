@@ -123,14 +123,25 @@ def capped(space: ChannelSpace, widths: Sequence[int]) -> ChannelSpace:
 def relative_plan(inner: PruningPlan, outer: PruningPlan, space: ChannelSpace) -> PruningPlan:
     """`inner`, in the numbering of the network that `outer` left behind (its `space`).
 
+    A group that `outer` cut to one unit may be missing from `space`, or have become a depthwise
+    convolution with units of another kind there: it has nothing left to choose and stays as it is.
+
     Raises:
-        PlanError: `inner` keeps a channel that `outer` removed.
+        PlanError: `inner` keeps a channel that `outer` removed, or the networks do not match.
     """
-    kept = []
-    for name, first, second in zip(space.names, outer.kept, inner.kept, strict=True):
+    kept = {group.name: tuple(range(group.units)) for group in space.groups}
+    units = {group.name: group.units for group in space.groups}
+    for name, first, second in zip(outer.space.names, outer.kept, inner.kept, strict=True):
         place = {unit: index for index, unit in enumerate(first)}
         missing = [unit for unit in second if unit not in place]
         if missing:
             raise PlanError(f"group `{name}`: unit {missing[0]} is gone already")
-        kept.append(tuple(place[unit] for unit in second))
-    return PruningPlan(space, tuple(kept))
+        if second == first:
+            continue
+        if units.get(name) != len(first):
+            raise PlanError(
+                f"group `{name}`: has {units.get(name)} units in the smaller network, the plan "
+                f"left {len(first)}; trace the network that the plan left behind"
+            )
+        kept[name] = tuple(place[unit] for unit in second)
+    return PruningPlan(space, tuple(kept[name] for name in space.names))

@@ -65,7 +65,8 @@ class Gating:
                 continue
             index = self.space.unit_index(name, "in")
             assert index is not None
-            weight: Tensor = module.weight  # type: ignore[assignment]
+            weight = module.weight
+            assert isinstance(weight, Tensor)
             self._indices[module] = torch.from_numpy(index).to(weight.device)
             self._handles.append(module.register_forward_pre_hook(self._shadow))
             self._handles.append(module.register_forward_hook(self._unshadow, always_call=True))

@@ -228,14 +228,18 @@ class _Job:
         }
 
     def _limits(self) -> dict[str, float | None]:
-        latency, macs, parameters = self.latency_target, None, None
+        macs: float | None = None
+        parameters: float | None = None
+        latency: float | None = None
+        if self.latency_target is not None:
+            latency = self.latency_target.resolve(self.baseline["latency_ms"])
         for target in self.count_targets:
             if isinstance(target, MacsTarget):
                 macs = target.resolve(self.baseline["macs"])
             else:
                 parameters = target.resolve(self.baseline["parameters"])
         return {
-            "latency_ms": latency and latency.resolve(self.baseline["latency_ms"]),
+            "latency_ms": latency,
             "macs": macs,
             "parameters": parameters,
         }
@@ -389,7 +393,7 @@ class _Job:
         try:
             check_feasible(self.space, budget, self.grid)
         except InfeasibleTargetError:
-            measured = self.folder.once("feasibility", dict)
+            measured: dict[str, Any] = self.folder.once("feasibility", dict)
             if self.lpnet is None or "least_ms" not in measured:
                 raise
             self.lpnet = self.lpnet.corrected(measured["widths"], measured["least_ms"])
@@ -687,7 +691,7 @@ class _Job:
         }
 
     def _training_log(self) -> list[dict[str, Any]]:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name in ("gates.pt", "fine-tune.pt"):
             state = self.folder.load_state(name)
             rows += state["history"] if state else []

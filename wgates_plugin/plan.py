@@ -38,8 +38,9 @@ class PruningPlan:
             if list(kept) != sorted(set(kept)):
                 problems.append(f"group `{group.name}`: kept units repeat or are out of order")
             elif kept and not (kept[0] >= 0 and kept[-1] < group.units):
+                wrong = kept[0] if kept[0] < 0 else kept[-1]
                 problems.append(
-                    f"group `{group.name}`: unit {kept[-1]} of {group.units} does not exist"
+                    f"group `{group.name}`: unit {wrong} of {group.units} does not exist"
                 )
             elif width < group.floor:
                 problems.append(
@@ -116,13 +117,28 @@ class PruningPlan:
         return [unit + tie * group.units for tie in range(group.ties) for unit in gone]
 
     def compose(self, inner: PruningPlan) -> PruningPlan:
-        """The one plan that equals this plan followed by `inner`, made for the smaller network."""
-        if len(inner.kept) != len(self.kept):
-            raise PlanError("plan: the second plan is for a network with other groups")
+        """The one plan that equals this plan followed by `inner`, made for the smaller network.
+
+        A group that is down to one unit has nothing left to choose, so that `inner` need not know it.
+        """
+        if unknown := set(inner.space.names) - set(self.space.names):
+            raise PlanError(
+                f"plan: the second plan has a group `{min(unknown)}` that the first does not know; "
+                "it is for another network"
+            )
+        seconds = dict(zip(inner.space.names, inner.kept, strict=True))
+        units = {group.name: group.units for group in inner.space.groups}
         kept = []
-        for group, first, second in zip(self.space.groups, self.kept, inner.kept, strict=True):
-            if second and second[-1] >= len(first):
-                raise PlanError(f"group `{group.name}`: the second plan keeps what is gone already")
+        for name, first in zip(self.space.names, self.kept, strict=True):
+            second = seconds.get(name, ())
+            if name not in seconds or (len(first) == 1 and len(second) == units[name]):
+                kept.append(first)
+                continue
+            if units[name] != len(first):
+                raise PlanError(
+                    f"group `{name}`: the second plan chooses among {units[name]} units, the first "
+                    f"left {len(first)}; it keeps what is gone already or is for another network"
+                )
             kept.append(tuple(first[unit] for unit in second))
         return PruningPlan(self.space, tuple(kept), {**self.note, **inner.note})
 

@@ -144,10 +144,10 @@ def resize_map(
     plan = widths if isinstance(widths, PruningPlan) else PruningPlan.leading(space, widths)
     mask = np.append(plan.mask.numpy(), True)
     kept: dict[tuple[str, str], np.ndarray] = {}
-    for module, side in space.slots_of:
-        index = space.unit_index(module, side)
+    for place in space.slots_of:
+        index = space.unit_index(*place)
         if index is not None and not mask[index].all():
-            kept[module, side] = np.flatnonzero(mask[index])
+            kept[place] = np.flatnonzero(mask[index])
     found = dict(network.named_modules())
     tensors: dict[str, dict[int, np.ndarray]] = {}
     attributes: dict[str, dict[str, int]] = {}

@@ -17,6 +17,7 @@ from torch_pruning import ops as tp_ops
 from wgates_plugin import modules as kinds
 from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
 from wgates_plugin.errors import TraceError
+from wgates_plugin.gating import Gating
 
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -130,6 +131,21 @@ class DependencyTrace:
                     f"module `{name}`: has a parametrization on its weight; remove it with "
                     "torch.nn.utils.parametrize.remove_parametrizations first"
                 )
+            if isinstance(module, kinds.WEIGHTED) and module._parameters.get("weight") is None:
+                raise TraceError(
+                    f"module `{name}`: its weight is computed, not a parameter (weight_norm, "
+                    "spectral_norm, a lazy or tied layer); make it a plain parameter first, for "
+                    "example with torch.nn.utils.remove_weight_norm"
+                )
+            if any(
+                isinstance(getattr(hook, "__self__", None), Gating)
+                for hook in module._forward_pre_hooks.values()
+            ):
+                raise TraceError(
+                    f"module `{name or type(module).__name__}`: gates are attached to it; call "
+                    "`detach()` on them before tracing"
+                )
+        self._refuse_tied_weights()
         tensors = self.example_inputs
         flat = list(tensors.values()) if isinstance(tensors, dict) else tensors
         flat = list(flat) if isinstance(flat, (tuple, list)) else [flat]
@@ -140,6 +156,17 @@ class DependencyTrace:
                     f"example inputs: on {tensor.device}, the network is on {device}; "
                     f"move them with `.to('{device}')`"
                 )
+
+    def _refuse_tied_weights(self) -> None:
+        owners: dict[nn.Parameter, str] = {}
+        for name, module in self.network.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                first = owners.setdefault(parameter, f"{name}.{key}")
+                if first != f"{name}.{key}":
+                    raise TraceError(
+                        f"parameter `{name}.{key}`: is the same as `{first}`; tied layers cannot "
+                        "be cut apart, give each its own parameter or use one module twice"
+                    )
 
     def _run_and_describe(self) -> tuple[Layer, ...]:
         """One forward pass with hooks: layer shapes, and a check that every layer takes part."""
@@ -292,6 +319,8 @@ class DependencyTrace:
                 if not is_out:
                     consumers += 1
                     continue
+            elif isinstance(module, kinds.INSTANCE_NORMS) and module.track_running_stats:
+                return f"torch-pruning does not cut the running statistics of `{name}`"
             elif isinstance(module, nn.Module) and name and not _acts_per_channel(module):
                 return f"`{name}` ({type(module).__name__}) mixes channels outside a convolution"
             if module in ignored:
@@ -326,11 +355,16 @@ class DependencyTrace:
                 continue
             if any(index is None for index in item.root_idxs):
                 return f"the channel order into `{self.names[module]}` is not known"
+            if max(item.idxs) >= size:
+                return f"the channel order into `{self.names[module]}` is not known"
             owner = np.full(size, -1, dtype=np.int64)
             owner[np.asarray(item.idxs)] = np.asarray(item.root_idxs) % units
             owned = owner[owner >= 0]
             if len(np.unique(np.bincount(owned, minlength=units))) != 1:
                 return f"its channels do not reach `{self.names[module]}` evenly"
+            parts = module.groups if weighted and not isinstance(module, nn.Linear) else 1
+            if (owner.reshape(parts, -1) != owner[: size // parts]).any():
+                return f"the conv groups of `{self.names[module]}` would keep different channels"
             slots.append(Slot(self.names[module], side, role, owner))  # type: ignore[arg-type]
         order = {module_name: index for index, module_name in enumerate(self.names.values())}
         slots.sort(key=lambda slot: (order[slot.module], slot.side != "out"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.channels import ChannelSpace, Side
 
 
 class LayerShapes:
@@ -20,8 +20,10 @@ class LayerShapes:
         self.in_slope = torch.zeros(count, groups, dtype=torch.float64)
         self.out_slope = torch.zeros(count, groups, dtype=torch.float64)
         for row, layer in enumerate(space.layers):
-            for side, slope in (("in", self.in_slope), ("out", self.out_slope)):
-                for index, slot in space.slots_of.get((layer.name, side), []):  # type: ignore[call-overload]
+            sides: tuple[tuple[Side, torch.Tensor], ...]
+            sides = (("in", self.in_slope), ("out", self.out_slope))
+            for side, slope in sides:
+                for index, slot in space.slots_of.get((layer.name, side), []):
                     reached = int((slot.units >= 0).sum())
                     slope[row, index] += reached / space.groups[index].channels
             if layer.kind in ("depthwise", "norm", "other"):  # one record serves both sides

@@ -65,13 +65,14 @@ class LPNet(nn.Module):
         # softplus keeps every per-layer coefficient positive
         self.coefficients = nn.Parameter(torch.zeros(features.shape[-1], dtype=torch.float64))
         self.constant = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.mlp = nn.Sequential(
-            nn.Linear(len(space.groups), hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, 1),
-        ).double()
+        with torch.random.fork_rng(devices=[]):  # loading or copying must not move the user's RNG
+            self.mlp = nn.Sequential(
+                nn.Linear(len(space.groups), hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, 1),
+            ).double()
 
     def _features(self, widths: Tensor) -> Tensor:
         """Per-layer work: MACs, then values read and written, (..., 2 * L)."""
@@ -151,8 +152,8 @@ class LPNet(nn.Module):
             share = targets.new_tensor(1.0 / count)
             model.coefficients.copy_(torch.log(torch.expm1(share)).expand(count))
             model.constant.fill_(float(torch.log(torch.expm1(targets.new_tensor(0.1)))))
-            model.mlp[-1].weight.zero_()  # type: ignore[operator, union-attr]
-            model.mlp[-1].bias.zero_()  # type: ignore[operator, union-attr]
+            model.mlp[-1].weight.zero_()  # type: ignore[operator]
+            model.mlp[-1].bias.zero_()  # type: ignore[operator]
         return model._descend(inputs, targets, steps=steps, rate=1.0)
 
     def _descend(self, inputs: Tensor, targets: Tensor, *, steps: int, rate: float) -> LPNet:

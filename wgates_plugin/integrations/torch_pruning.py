@@ -179,10 +179,10 @@ def _budget(
     model: EfficiencyModel
     if efficiency is None:
         model = MacsModel(space)
-    elif isinstance(efficiency, type):
+    elif isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
         model = efficiency(space)
     else:
-        model = efficiency  # type: ignore[assignment]
+        model = efficiency
     if target is not None:
         return Budget.of(Limit(model, target))
     assert pruning_ratio is not None

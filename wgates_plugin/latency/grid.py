@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class GridProbe:
     """The channel multiple found and what was seen.
 
     Attributes:
-        grid: the coarsest candidate between whose multiples nothing is won.
+        grid: the coarsest candidate between whose multiples nothing is won (`choose_grid`).
         evidence: (width, ms) of the probing network, ascending widths.
         candidates: multiples that were asked about, ascending.
         tolerance: relative time difference taken for noise.
@@ -80,20 +81,21 @@ def probe_widths(candidates: Sequence[int]) -> list[int]:
 
 
 def choose_grid(
-    latency_ms: Mapping[int, float], candidates: Sequence[int], *, tolerance: float = 0.03
+    latency_ms: Mapping[int, float], candidates: Sequence[int], *, tolerance: float = 0.08
 ) -> int:
-    """The coarsest candidate g for which every timed width w off the grid of g satisfies
+    """The coarsest candidate g at which rounding up costs nothing:
 
-        latency(w) >= (1 - tolerance) * latency(ceil(w / g) * g)
+        mean_w latency(w) / latency(ceil(w / g) * g) >= 1 - tolerance
 
-    wherever both were timed. A candidate without such a pair proves nothing and is not chosen; 1
-    always holds.
+    over the timed widths w off the grid of g whose next multiple was timed too. The mean, because
+    a network rounds many layers at once, and because it outlives one disturbed timing. A candidate
+    without such a pair proves nothing and is not chosen; 1 always holds.
     """
     best = 1
     for grid in sorted(candidates):
         pairs = [(width, -(-width // grid) * grid) for width in latency_ms if width % grid]
-        timed = [(latency_ms[width], latency_ms[up]) for width, up in pairs if up in latency_ms]
-        if timed and all(below >= (1 - tolerance) * above for below, above in timed):
+        ratios = [latency_ms[width] / latency_ms[up] for width, up in pairs if up in latency_ms]
+        if ratios and statistics.mean(ratios) >= 1 - tolerance:
             best = grid
     return best
 
@@ -101,9 +103,9 @@ def choose_grid(
 def probe_grid(
     runtime: Runtime,
     *,
-    seconds: float = 8.0,
+    seconds: float = 5.0,
     candidates: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    tolerance: float = 0.03,
+    tolerance: float = 0.08,
 ) -> GridProbe:
     """Find the runtime's channel multiple by timing small convolution chains at many widths.
 

@@ -25,7 +25,7 @@ _NUMBERS = (
 )
 _MAY_BE_ZERO = ("ratio_spread",)
 _SERIES = ("samples_ms", "reference_samples_ms")
-_COUNTS = ("rounds", "warmup")
+_COUNTS = ("rounds", "warmup", "disturbed")
 _RECORDS = ("identity", "environment")
 
 
@@ -55,6 +55,8 @@ class Measurement:
         reference_ms: calibrated latency of the reference, or the median of its samples.
         median_ms: median of `samples_ms`. minimum_ms: their minimum.
         rounds: rounds taken. warmup: untimed inferences of the candidate before them.
+        disturbed: inferences during which the processor was taken away; they count with the
+            processor time they used (one thread), or not at all.
         inference_seconds: time inside timed inferences, the reference's included.
         seconds: time from start to end of the measurement.
         identity: what was measured on: `Runtime.identity`.
@@ -74,6 +76,7 @@ class Measurement:
     minimum_ms: float
     rounds: int
     warmup: int
+    disturbed: int
     inference_seconds: float
     seconds: float
     identity: dict[str, Any]
@@ -102,8 +105,9 @@ class Measurement:
             problems.append(
                 f"{len(self.reference_samples_ms)} reference samples for {self.rounds} rounds"
             )
-        if self.warmup < 0:
-            problems.append(f"`warmup` is {self.warmup}")
+        for name in ("warmup", "disturbed"):
+            if getattr(self, name) < 0:
+                problems.append(f"`{name}` is {getattr(self, name)}")
         if not problems:
             claims = {
                 "latency_ms": (self.latency_ms, self.ratio * self.reference_ms),

@@ -51,14 +51,19 @@ def export_checked(network: nn.Module, example_inputs: ExampleInputs, run: RunOn
             check_agreement(run(model), frozen, example_inputs)
             return model
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            reasons.append(f"{exporter.__name__}: {type(error).__name__}: {reason}")
+            reasons.append(describe_failure(exporter, error))
             last = error
     raise ExportError(
         "onnx: no exporter gives a model that computes what the network computes ("
         + "; ".join(reasons)
         + "); remove the operation named, or choose the runtime `eager`"
     ) from last
+
+
+def describe_failure(exporter: Callable[..., bytes], error: Exception) -> str:
+    """One line: which exporter failed and the first line of why."""
+    reason = str(error).strip().split("\n")[0]
+    return f"{exporter.__name__}: {type(error).__name__}: {reason}"
 
 
 def export_torchscript(
@@ -82,14 +87,22 @@ def export_torchscript(
     return buffer.getvalue()
 
 
-def export_dynamo(network: nn.Module, example_inputs: ExampleInputs) -> bytes:
-    """Export through `torch.export`."""
+def export_dynamo(
+    network: nn.Module, example_inputs: ExampleInputs, *, template: bool = False
+) -> bytes:
+    """Export through `torch.export`. `template`: as for `export_torchscript`."""
     require("onnxscript", extra="onnx", purpose="exporting this network to ONNX")
     inputs, names = _ordered_inputs(network, example_inputs)
     args, kwargs = split_inputs(inputs)
     with _silence():
         program = torch.onnx.export(
-            network, args, kwargs=kwargs, input_names=names, dynamo=True, verbose=False
+            network,
+            args,
+            kwargs=kwargs,
+            input_names=names,
+            dynamo=True,
+            verbose=False,
+            optimize=not template,
         )
     if program is None:
         raise ExportError("onnx: the dynamo exporter returned nothing")
@@ -122,6 +135,10 @@ def _silence() -> Iterator[None]:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    # The TorchScript exporter prints the whole graph from C++ when it fails, unless this is off.
+    switch = getattr(torch._C, "_jit_set_onnx_log_enabled", lambda _: None)
+    was_on = bool(getattr(torch._C, "_jit_is_onnx_log_enabled", lambda: False)())
+    switch(False)
     try:
         with (
             warnings.catch_warnings(),
@@ -132,6 +149,7 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        switch(was_on)
 
 
 def check_agreement(

@@ -93,8 +93,17 @@ class OnnxRuntime(BaseRuntime):
     ) -> Family:
         return OnnxFamily(self, network, space, example_inputs)
 
-    def session_of(self, model: bytes, example_inputs: ExampleInputs) -> OnnxSession:
+    def session_of(
+        self,
+        model: bytes,
+        example_inputs: ExampleInputs,
+        *,
+        initializers: Mapping[str, np.ndarray] | None = None,
+    ) -> OnnxSession:
         """A session of a serialised model.
+
+        Args:
+            initializers: values of the initializers that the model only declares (as external).
 
         Raises:
             ExportError: the model's inputs are not the example's.
@@ -109,10 +118,15 @@ class OnnxRuntime(BaseRuntime):
         if self._on_cuda:
             index = torch.device(self.settings.device).index or 0
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
+        if initializers:
+            values = [self._ort.OrtValue.ortvalue_from_numpy(v) for v in initializers.values()]
+            options.add_external_initializers(list(initializers), values)
         native = self._ort.InferenceSession(model, options, providers=providers)
         feeds = _feeds(native, example_inputs)
         kind = CudaOnnxSession if self._on_cuda else OnnxSession
-        return kind(native, feeds, identity=self.identity(example_inputs))
+        session = kind(native, feeds, identity=self.identity(example_inputs))
+        session.holds = dict(initializers or {})
+        return session
 
     def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
         def run(model: bytes) -> list[Tensor]:
@@ -153,6 +167,8 @@ class OnnxSession(BaseSession):
         super().__init__(identity)
         self._native = native
         self._feeds = dict(feeds)
+        self.holds: dict[str, np.ndarray] = {}
+        """Arrays whose memory the native session may share, so they must live as long."""
 
     def _call(self) -> Sequence[Any]:
         if self._native is None:
@@ -167,7 +183,7 @@ class OnnxSession(BaseSession):
         return [torch.from_numpy(np.array(value, dtype=np.float32)) for value in self._call()]
 
     def close(self) -> None:
-        self._native, self._feeds = None, {}
+        self._native, self._feeds, self.holds = None, {}, {}
 
 
 class CudaOnnxSession(OnnxSession):

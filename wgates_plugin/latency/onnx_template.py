@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +12,20 @@ from torch import nn
 
 from wgates_plugin.errors import ExportError
 from wgates_plugin.latency.base import BaseSession, ResizeFamily, frozen_copy, require
-from wgates_plugin.latency.onnx_export import check_agreement, export_torchscript
+from wgates_plugin.latency.onnx_export import (
+    check_agreement,
+    describe_failure,
+    export_dynamo,
+    export_torchscript,
+)
 
 if TYPE_CHECKING:
     from wgates_plugin.channels import ChannelSpace
     from wgates_plugin.latency.onnx_runtime import OnnxRuntime
     from wgates_plugin.surgery import ResizeMap
     from wgates_plugin.tracing import ExampleInputs
+
+_BESIDE_BYTES = 4096
 
 
 class OnnxTemplate:
@@ -28,25 +35,27 @@ class OnnxTemplate:
     optimised graph is that of an ordinary export.
     """
 
-    def __init__(self, network: nn.Module, example_inputs: ExampleInputs) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        example_inputs: ExampleInputs,
+        *,
+        exporter: Callable[..., bytes] = export_torchscript,
+    ) -> None:
         self._onnx = require("onnx", extra="onnx", purpose="latency samples on ONNX Runtime")
-        model = self._onnx.load_from_string(
-            export_torchscript(network, example_inputs, template=True)
-        )
+        model = self._onnx.load_from_string(exporter(network, example_inputs, template=True))
         state = {name: value.detach().numpy() for name, value in network.state_dict().items()}
         self._arrays = _named_initializers(model.graph, state, self._onnx)
-        self._dense = {name: self._tensor(name, array) for name, array in self._arrays.items()}
         # Recorded shapes of intermediate values are those of the dense network.
         del model.graph.value_info[:]
-        del model.graph.initializer[:]
         self._model = model
         self._groups = _group_attributes(model.graph)
 
-    def _tensor(self, name: str, array: np.ndarray) -> Any:
-        return self._onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+    def at(self, change: ResizeMap) -> tuple[bytes, dict[str, np.ndarray]]:
+        """The model with `change` applied: its graph, and the large arrays that go beside it.
 
-    def serialise(self, change: ResizeMap) -> bytes:
-        """The model with `change` applied.
+        Large initializers are only declared in the graph: copying them into a protobuf and out
+        again costs more than making the session does.
 
         Raises:
             ExportError: a tensor or attribute to change is not in the graph.
@@ -67,16 +76,22 @@ class OnnxTemplate:
             for attribute, dense in attributes:
                 attribute.i = change.attributes.get(module, {}).get("groups", dense)
         initializers = self._model.graph.initializer
-        try:
-            for name, array in self._arrays.items():
-                slices = change.tensors.get(name)
-                tensor = self._dense[name]
-                if slices:
-                    tensor = self._tensor(name, _sliced(array, slices))
-                initializers.append(tensor)
-            return bytes(self._model.SerializeToString())
-        finally:
-            del initializers[:]
+        beside: dict[str, np.ndarray] = {}
+        del initializers[:]
+        for name, dense in self._arrays.items():
+            array = np.ascontiguousarray(_sliced(dense, change.tensors.get(name, {})))
+            tensor = initializers.add()
+            tensor.name = name
+            tensor.data_type = self._onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            tensor.dims.extend(array.shape)
+            if array.nbytes < _BESIDE_BYTES:
+                tensor.raw_data = array.tobytes()
+                continue
+            tensor.data_location = self._onnx.TensorProto.EXTERNAL
+            entry = tensor.external_data.add()
+            entry.key, entry.value = "location", "given-to-the-session"
+            beside[name] = array
+        return bytes(self._model.SerializeToString()), beside
 
 
 def _sliced(array: np.ndarray, slices: Mapping[int, np.ndarray]) -> np.ndarray:
@@ -147,19 +162,22 @@ class OnnxFamily:
         self._example_inputs = example_inputs
         self._slow = ResizeFamily(runtime, self._network, space, example_inputs)
         self._template: OnnxTemplate | None = None
-        try:
-            self._template = OnnxTemplate(self._network, example_inputs)
-            self._check()
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            self._template = None
-            warnings.warn(
-                "onnxruntime: one export cannot serve all widths of this network "
-                f"({type(error).__name__}: {reason}); every latency sample is exported by itself, "
-                "which is slower but as exact",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        reasons = []
+        for exporter in (export_torchscript, export_dynamo):
+            try:
+                template = OnnxTemplate(self._network, example_inputs, exporter=exporter)
+                self._check(template)
+                self._template = template
+                return
+            except Exception as error:
+                reasons.append(describe_failure(exporter, error))
+        warnings.warn(
+            "onnxruntime: one export cannot serve all widths of this network ("
+            + "; ".join(reasons)
+            + "); every latency sample is exported by itself, which is slower but as exact",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     @property
     def from_template(self) -> bool:
@@ -167,17 +185,21 @@ class OnnxFamily:
         return self._template is not None
 
     def session(self, widths: Sequence[int]) -> BaseSession:
-        from wgates_plugin.surgery import resize_map
-
         if self._template is None:
             return self._slow.session(widths)
-        change = resize_map(self._network, self._space, widths)
-        return self._runtime.session_of(self._template.serialise(change), self._example_inputs)
+        return self._sliced_session(self._template, widths)
 
-    def _check(self) -> None:
+    def _sliced_session(self, template: OnnxTemplate, widths: Sequence[int]) -> BaseSession:
+        from wgates_plugin.surgery import resize_map
+
+        change = resize_map(self._network, self._space, widths)
+        graph, beside = template.at(change)
+        return self._runtime.session_of(graph, self._example_inputs, initializers=beside)
+
+    def _check(self, template: OnnxTemplate) -> None:
         from wgates_plugin.surgery import resize
 
         widths = halfway_widths(self._space)
         smaller = resize(self._network, self._space, widths).eval()
-        with self.session(widths) as session:
+        with self._sliced_session(template, widths) as session:
             check_agreement(session.outputs(), smaller, self._example_inputs)

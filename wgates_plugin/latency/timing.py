@@ -1,5 +1,9 @@
 """Honest timing: candidate and reference interleaved, per-round minima, a median of ratios.
 
+An inference during which the scheduler took the processor away says nothing about the network. It is
+recognised by the process's involuntary context switches; on one thread it counts with the processor
+time it used instead of the wall's, otherwise it is taken again.
+
 On a shared machine a lone median drifts by 6-26 % between minutes, because the machine does. Two
 networks timed within the same few milliseconds drift together, so their ratio holds to about 1 %.
 """
@@ -11,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from wgates_plugin.errors import MeasurementError
@@ -19,9 +23,15 @@ from wgates_plugin.latency.base import Session
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.measurement import Measurement, half_interquartile_range
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 _BLOCK_MS = 15.0
 _WARMUP_SECONDS = 0.5
 _MOST_PER_BLOCK = 2000
+_PATIENCE = 4
 
 
 def measure(
@@ -35,6 +45,8 @@ def measure(
     identity: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
+    processor_ns: Callable[[], int] = time.thread_time_ns,
+    switches: Callable[[], int] | None = None,
 ) -> Measurement:
     """Time one inference of `session`.
 
@@ -57,26 +69,28 @@ def measure(
         identity: the runtime's `identity`; by default what the session carries.
         environment: by default `describe_environment()`.
         clock_ns: the clock, in nanoseconds.
+        processor_ns: processor time of the calling thread, in nanoseconds.
+        switches: counts involuntary context switches; by default the operating system's count,
+            where it has one.
 
     Raises:
         MeasurementError: an argument makes no sense, or a time is not finite and positive.
     """
     _check_arguments(reference, reference_ms, seconds, min_rounds, warmup)
+    clock = _Clock(clock_ns, processor_ns, switches or involuntary_switches)
     started = clock_ns()
     sessions = [session] if reference is None else [session, reference]
     with _no_garbage_collection():
-        warmed = [_warm_up(each, warmup, clock_ns) for each in sessions]
+        warmed = [_warm_up(each, warmup, clock) for each in sessions]
         counts = [_block_length(estimate) for _, estimate in warmed]
         minima: list[list[float]] = [[] for _ in sessions]
-        spent_ms = 0.0
-        while len(minima[0]) < min_rounds or spent_ms < seconds * 1e3:
+        clock.spent_ms, clock.disturbed = 0.0, 0
+        while len(minima[0]) < min_rounds or clock.spent_ms < seconds * 1e3:
             order = list(range(len(sessions)))
             if len(minima[0]) % 2:
                 order.reverse()
             for index in order:
-                times = _block(sessions[index], counts[index], clock_ns)
-                minima[index].append(min(times))
-                spent_ms += sum(times)
+                minima[index].append(_least_of_block(sessions[index], counts[index], clock))
     samples = tuple(minima[0])
     reference_samples = tuple(minima[1]) if reference is not None else ()
     if reference is None:
@@ -104,7 +118,8 @@ def measure(
         minimum_ms=min(samples),
         rounds=len(samples),
         warmup=warmed[0][0],
-        inference_seconds=spent_ms / 1e3,
+        disturbed=clock.disturbed,
+        inference_seconds=clock.spent_ms / 1e3,
         seconds=(clock_ns() - started) / 1e9,
         identity=dict(identity),
         environment=dict(environment),
@@ -145,11 +160,63 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _warm_up(session: Session, most: int, clock_ns: Callable[[], int]) -> tuple[int, float]:
+class _Clock:
+    """Times single inferences and notices which of them were disturbed."""
+
+    def __init__(
+        self,
+        clock_ns: Callable[[], int],
+        processor_ns: Callable[[], int],
+        switches: Callable[[], int],
+    ) -> None:
+        self.now_ns, self.processor_ns, self.switches = clock_ns, processor_ns, switches
+        self.spent_ms = 0.0
+        self.disturbed = 0
+
+    def time(self, session: Session) -> tuple[float, bool]:
+        """(milliseconds of one inference, whether the figure is undisturbed)."""
+        elapsed_ms = getattr(session, "elapsed_ms", None)
+        before = self.switches()
+        worked = self.processor_ns()
+        start = self.now_ns()
+        if elapsed_ms is not None:
+            took = float(elapsed_ms())
+        else:
+            session.run()
+            took = (self.now_ns() - start) / 1e6
+        if not (math.isfinite(took) and took > 0):
+            raise MeasurementError(
+                f"measure: one inference took {took!r} ms; expected a finite positive time, check "
+                "the session's clock and that it waits for the device to finish"
+            )
+        self.spent_ms += took
+        if self.switches() == before:
+            return took, True
+        self.disturbed += 1
+        if not _runs_in_calling_thread(session):
+            return took, False
+        worked_ms = (self.processor_ns() - worked) / 1e6
+        return (min(took, worked_ms) if worked_ms > 0 else took), True
+
+
+def _runs_in_calling_thread(session: Session) -> bool:
+    identity = getattr(session, "identity", {})
+    return identity.get("threads") == 1 and identity.get("device") == "cpu"
+
+
+def involuntary_switches() -> int:
+    """How often the scheduler took a processor from this process; 0 where that is not counted."""
+    if resource is None:
+        return 0
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
+
+
+def _warm_up(session: Session, most: int, clock: _Clock) -> tuple[int, float]:
     """Run until warm; returns the number of runs and the least time seen, ms."""
     times: list[float] = []
-    while len(times) < most and sum(times) < _WARMUP_SECONDS * 1e3:
-        times += _block(session, 1, clock_ns)
+    with _active(session):
+        while len(times) < most and sum(times) < _WARMUP_SECONDS * 1e3:
+            times.append(clock.time(session)[0])
     return len(times), min(times)
 
 
@@ -157,23 +224,22 @@ def _block_length(estimate_ms: float) -> int:
     return max(1, min(_MOST_PER_BLOCK, math.ceil(_BLOCK_MS / estimate_ms)))
 
 
-def _block(session: Session, count: int, clock_ns: Callable[[], int]) -> list[float]:
-    """Times of `count` inferences in a row, ms."""
-    active = getattr(session, "active", nullcontext)
-    elapsed_ms = getattr(session, "elapsed_ms", None)
-    times: list[float] = []
-    with active():
-        for _ in range(count):
-            if elapsed_ms is not None:
-                times.append(float(elapsed_ms()))
-                continue
-            start = clock_ns()
-            session.run()
-            times.append((clock_ns() - start) / 1e6)
-    wrong = [value for value in times if not (math.isfinite(value) and value > 0)]
-    if wrong:
-        raise MeasurementError(
-            f"measure: one inference took {wrong[0]!r} ms; expected a finite positive time, check "
-            "the session's clock and that it waits for the device to finish"
-        )
-    return times
+def _least_of_block(session: Session, count: int, clock: _Clock) -> float:
+    """Least time of `count` undisturbed inferences in a row, ms.
+
+    On a machine so busy that hardly any is left alone, the least of all is what there is.
+    """
+    quiet: list[float] = []
+    every: list[float] = []
+    with _active(session):
+        while len(quiet) < count and len(every) < _PATIENCE * count:
+            took, undisturbed = clock.time(session)
+            every.append(took)
+            if undisturbed:
+                quiet.append(took)
+    return min(quiet or every)
+
+
+def _active(session: Session) -> AbstractContextManager[None]:
+    context: AbstractContextManager[None] = getattr(session, "active", nullcontext)()
+    return context

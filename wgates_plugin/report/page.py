@@ -86,7 +86,8 @@ def _figure(picture: Picture, report: dict[str, Any]) -> str:
     if picture.name == "training" and not report["gates"]:
         caption = None
     inside = (
-        f'<div class="picture"><picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(picture.dark)}">'
+        '<div class="picture"><picture><source media="(prefers-color-scheme: dark)" '
+        f'srcset="{_data_uri(picture.dark)}">'
         f'<img src="{_data_uri(picture.light)}" alt="{alternative}"></picture></div>'
     )
     if caption:

@@ -77,11 +77,14 @@ def draw_summary(report: dict[str, Any], theme: Theme) -> Figure | None:
     total = len(shown) + bool(stations)
     if not total:
         return None
-    figure, axes = new_figure(3.4, columns=total)
+    columns = 2 if total == 4 else total
+    figure, axes = new_figure(3.4 * (total // columns), columns=columns, rows=total // columns)
     for axis, (key, title, text, scale) in zip(axes, shown, strict=False):
         values = [before[key] / scale, after[key] / scale]
         words = [text(before[key]), text(after[key])]
-        _bars(axis, ["before", "after"], values, words, [theme.before, theme.after], theme)
+        # The bar's own end is where the target line runs, so the figures stand below.
+        names = [f"{name}\n{word}" for name, word in zip(("before", "after"), words, strict=True)]
+        _bars(axis, names, values, ["", ""], [theme.before, theme.after], theme)
         axis.set_title(title)
         limit = target.get(key)
         if limit is not None:
@@ -98,7 +101,7 @@ def draw_summary(report: dict[str, Any], theme: Theme) -> Figure | None:
                 fontsize=9,
                 bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 3},
             )
-            axis.set_ylim(0, 1.18 * max([*values, limit / scale]))
+            axis.set_ylim(0, 1.08 * max([*values, limit / scale]))
     if stations:
         names, values = [name for name, _ in stations], [100 * value for _, value in stations]
         colours = [theme.before] * (len(values) - 1) + [theme.after]
@@ -106,6 +109,8 @@ def draw_summary(report: dict[str, Any], theme: Theme) -> Figure | None:
         axes[-1].set_title("Accuracy, %")
         axes[-1].set_ylim(0, 115)
         axes[-1].set_yticks([0, 25, 50, 75, 100])
+        if columns == 3:
+            axes[-1].tick_params(axis="x", labelsize=7.5)
     return figure
 
 

@@ -143,15 +143,17 @@ def starting_offsets(
     """Offsets (total_units,) that open `widths` (G,) channels of largest norm (ours).
 
     Scores are equally spaced by rank, so that as many channels stand close to the threshold in every
-    layer. The threshold sits half a grid step inside the open channels: with widths rounded up to
-    the grid, a group then has equally far to go to its next wider and its next narrower step.
+    layer. The threshold sits half a step inside the open channels: with widths rounded up to the
+    grid, a group then has equally far to go to its next wider and its next narrower step.
     """
     offsets = torch.empty(space.total_units)
     for index, (group, width) in enumerate(zip(space.groups, widths, strict=True)):
         where = space.unit_slice(index)
         ranks = torch.argsort(torch.argsort(norms[where].cpu(), stable=True), stable=True)
-        slack = min(grid, width) / 2 / group.channels if grid > 1 else 0.0
-        threshold = 1.0 - width / group.channels + slack
+        # The step below may be shorter than the grid: a full width need not lie on it.
+        narrower = max((w for w in group.allowed_widths(grid) if w < width), default=0)
+        slack = (width - narrower) // group.ties // 2 if grid > 1 else 0
+        threshold = 1.0 - (width // group.ties - slack) / group.units
         quantiles = (ranks + 0.5) / group.units
         offsets[where] = spread * (quantiles - threshold) / max(threshold, 1 - threshold)
     return offsets
@@ -282,7 +284,7 @@ class WGates:
         task = leaf.grad if self.average is None else self.average(leaf.grad)
         if not torch.isfinite(task).all():
             raise TrainingError(f"gates: gradient not finite at gate step {self.step}")
-        violations, pull = self._efficiency_gradient(scores)
+        violations, pull = self._efficiency_gradient(scores, task)
         gradient = (task + pull.to(task)) * surrogate(scores.detach())
         self.optimizer.zero_grad(set_to_none=True)
         scores.backward(gradient=gradient)
@@ -292,7 +294,7 @@ class WGates:
         self.step += 1
         return self._monitor(scores.detach(), violations)
 
-    def _efficiency_gradient(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _efficiency_gradient(self, scores: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """(violations (K,), gradient per unit (total_units,))."""
         widths = torch.tensor(
             widths_of(self.space, scores, self.settings.grid), dtype=torch.float64
@@ -302,9 +304,8 @@ class WGates:
         (plain,) = torch.autograd.grad(violations.sum(), widths, retain_graph=True)
         (pressed,) = torch.autograd.grad((violations * pressure).sum(), widths)
         # Multipliers get a scale of their own (ours): pressure 1 pushes as hard as the task pulls.
-        assert self._leaf is not None
-        assert self._leaf.grad is not None
-        task_size = float(self._leaf.grad.abs().mean())
+        # The averaged gradient, so that every rank finds the same scale.
+        task_size = float(task.abs().mean())
         plain_size = float(self._per_unit(plain).abs().mean())
         ratio = task_size / plain_size if plain_size > 0 else 0.0
         self.balance = ratio if self.step == 0 else 0.95 * self.balance + 0.05 * ratio

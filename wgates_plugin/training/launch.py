@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from wgates_plugin.errors import TrainingError
@@ -24,7 +26,17 @@ def default_fabric(settings: TrainingSettings) -> Fabric:
     else:
         fabric = Fabric(**options, devices=1)
     fabric.launch()
+    if fabric.world_size > 1:
+        # Fabric does this for nccl only; a gloo group that is still up when the interpreter ends
+        # now and then aborts the process ("terminate called without an active exception").
+        atexit.unregister(_leave_process_group)
+        atexit.register(_leave_process_group)
     return fabric
+
+
+def _leave_process_group() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def share_loader(loader: Iterable[Any], fabric: Fabric) -> Any:

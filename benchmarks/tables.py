@@ -1,0 +1,214 @@
+"""The tables of benchmarks/README.md, rewritten between their markers from the stored results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import scoreboard
+from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
+from wgates_plugin.files import write_text
+
+NOT_RUN = "*not run yet*"
+Rows = list[list[str]]
+
+
+def markdown(head: Sequence[str], rows: Rows) -> str:
+    """A markdown table; a note instead where there are no rows.
+
+    Example:
+        >>> print(markdown(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    if not rows:
+        return NOT_RUN
+    lines = [list(head), *rows]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])
+
+
+def score_table(folder: Path) -> str:
+    rows = [
+        [
+            f"`{entry.claim}`",
+            "-" if entry.value is None else f"{entry.value:.3g}",
+            f"{'at most' if entry.better == 'lower' else 'at least'} {entry.bar:g}",
+            "yes" if entry.holds else "**no**",
+        ]
+        for entry in scoreboard.entries(folder)
+    ]
+    return markdown(["claim", "value", "bar", "holds"], rows)
+
+
+def _ratio(facts: dict[str, Any]) -> str:
+    return f"{facts['ratio']:.3f} ± {facts['ratio_spread']:.3f}"
+
+
+def gate_step_table(folder: Path) -> str:
+    record = read_record(folder, "gate_step")
+    rows = [
+        [
+            network,
+            f"{numbers['plain_median_seconds']:.2f} s",
+            _ratio(numbers["wgates"]),
+            _ratio(numbers["activation_masking"]),
+        ]
+        for network, numbers in (record["numbers"] if record else {}).items()
+    ]
+    return markdown(["network", "plain step", "with W-Gates", "gates on feature maps"], rows)
+
+
+REMOVAL_WAYS = {
+    "torch_pruning": "torch-pruning",
+    "ours": "ours, with the check of the trace",
+    "ours_without_check": "ours, without it",
+}
+
+
+def removal_table(folder: Path) -> str:
+    record = read_record(folder, "removal")
+    if record is None:
+        return NOT_RUN
+    numbers = record["numbers"]
+    rows = [
+        [about, f"{numbers[way]['median_seconds']:.3f} s", _ratio(numbers[way])]
+        for way, about in REMOVAL_WAYS.items()
+    ]
+    nni = numbers["nni"]
+    if nni["installed"]:
+        share = nni["ratio"] * numbers["ours"]["ratio"]
+        rows.append(["NNI ModelSpeedup", f"{nni['median_seconds']:.2f} s", f"{share:.0f}"])
+    else:
+        rows.append(["NNI ModelSpeedup", "not installed", "-"])
+    return markdown(["way", "median", "over torch-pruning"], rows)
+
+
+def masked_table(folder: Path) -> str:
+    record = read_record(folder, "masked_equals_removed")
+    rows = [
+        [network, str(len(record["samples"][network])), f"{worst:.1e}"]
+        for network, worst in (record["numbers"]["worst_by_network"] if record else {}).items()
+        if record
+    ]
+    return markdown(["network", "plans", "worst relative error"], rows)
+
+
+def sampling_table(folder: Path) -> str:
+    record = read_record(folder, "sampling")
+    rows = [
+        [
+            runtime,
+            "ours" if way == "ours" else "copy, trace, prune, export each time",
+            f"{facts['share_in_inference']:.0%}",
+            f"{1000 * facts['overhead_seconds_per_sample']:.0f} ms",
+            f"{facts['setup_seconds']:.1f} s",
+        ]
+        for runtime, numbers in (record["numbers"] if record else {}).items()
+        for way, facts in numbers.items()
+    ]
+    head = ["runtime", "way", "share in inference", "overhead per sample", "once"]
+    return markdown(head, rows)
+
+
+def targets_table(folder: Path) -> str:
+    record = read_record(folder, "targets_at_224")
+    rows = [
+        [
+            network,
+            f"{n['baseline_ms']:.2f} ms",
+            f"{n['target_ms']:.2f} ms",
+            f"{n['latency_ms']:.2f} ms",
+            n["contract"],
+            f"{n['macs_share']:.0%}",
+            f"{n['lpnet_held_out']['mape']:.1%}",
+            "-" if n["lpnet_mape_visited"] is None else f"{n['lpnet_mape_visited']:.1%}",
+            f"{sum(n['seconds'].values()):.0f} s",
+        ]
+        for network, n in (record["numbers"] if record else {}).items()
+    ]
+    head = ["network", "untouched", "target", "exported file", "target held", "MACs kept"]
+    head += ["LPNet error, held out", "visited", "whole job"]
+    return markdown(head, rows)
+
+
+def fashion_mnist_table(folder: Path) -> str:
+    by_network: dict[str, list[dict[str, Any]]] = {}
+    for name, report in fashion_mnist_reports(folder).items():
+        by_network.setdefault(name.rpartition("-")[0], []).append(report)
+    rows = [
+        [
+            network,
+            str(len(reports)),
+            _over_seeds([100 * r["baseline"]["accuracy"] for r in reports], "{:.2f}", " %"),
+            _over_seeds([100 * r["final"]["accuracy"] for r in reports], "{:.2f}", " %"),
+            _over_seeds([r["baseline"]["latency_ms"] for r in reports], "{:.3f}", " ms"),
+            _over_seeds([r["final"]["latency_ms"] for r in reports], "{:.3f}", " ms"),
+            f"{sum(r['contract'] == 'held' for r in reports)} of {len(reports)}",
+        ]
+        for network, reports in by_network.items()
+    ]
+    head = ["network", "seeds", "accuracy before", "after", "latency before", "after"]
+    return markdown([*head, "target held"], rows)
+
+
+def _over_seeds(values: Sequence[float], form: str, unit: str) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{form.format(statistics.mean(values))} ± {form.format(spread)}{unit}"
+
+
+def demo_table(folder: Path) -> str:
+    record = read_record(folder, "demo")
+    if record is None:
+        return NOT_RUN
+    n = record["numbers"]
+    row = [
+        f"{n['seconds']:.0f} s",
+        f"{n['baseline_ms']:.3f} ms",
+        f"{n['latency_ms']:.3f} ms",
+        f"{100 * n['baseline_accuracy']:.1f} %",
+        f"{100 * n['accuracy']:.1f} %",
+        n["contract"],
+    ]
+    head = ["wall time", "latency before", "after", "accuracy before", "after", "target"]
+    return markdown(head, [row])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "scoreboard": score_table,
+    "gate_step": gate_step_table,
+    "removal": removal_table,
+    "masked_equals_removed": masked_table,
+    "sampling": sampling_table,
+    "targets_at_224": targets_table,
+    "fashion_mnist": fashion_mnist_table,
+    "demo": demo_table,
+}
+
+
+def rewritten(text: str, folder: Path) -> str:
+    """`text` with the lines between `<!-- table NAME -->` and `<!-- end NAME -->` made anew.
+
+    Raises:
+        ValueError: a table of `TABLES` has no pair of markers.
+    """
+    for name, table in TABLES.items():
+        start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
+        head, found_start, rest = text.partition(start)
+        _, found_end, tail = rest.partition(end)
+        if not (found_start and found_end):
+            raise ValueError(f"README: no markers `{start.strip()}`, `{end}`")
+        text = f"{head}{start}{table(folder)}\n{end}{tail}"
+    return text
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    options = parser("tables", __doc__)
+    options.add_argument("--readme", type=Path, default=HOME / "README.md")
+    arguments = options.parse_args(list(argv))
+    text = arguments.readme.read_text(encoding="utf-8")
+    write_text(arguments.readme, rewritten(text, arguments.results))
+    print(f"rewrote {arguments.readme}")

@@ -1,0 +1,317 @@
+"""The benchmarks' own logic on made-up results; nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import fashion_mnist, removal, scoreboard, tables
+from benchmarks.activation_masking import ActivationMasking
+from benchmarks.demo import find_report
+from benchmarks.gate_step import check_alike, steps
+from benchmarks.interleave import at_once, compare, interleave
+from benchmarks.masked_equals_removed import errors
+from benchmarks.records import KIND, RESULTS, read_record, write_record
+from benchmarks.sampling import naive_session
+from benchmarks.scoreboard import Entry
+from tests import networks
+from wgates_plugin.errors import FileFormatError
+from wgates_plugin.gating import Gating
+from wgates_plugin.latency import get_runtime
+from wgates_plugin.recipe import load_recipe
+from wgates_plugin.surgery import remove, resize
+from wgates_plugin.targets import LatencyTarget
+from wgates_plugin.tracing import trace
+
+
+def record(folder: Path, name: str, numbers: Any, samples: Any = None) -> None:
+    write_record(
+        folder, name, claim="a claim", settings={}, seed=0, numbers=numbers, samples=samples or {}
+    )
+
+
+def report(before: float, after: float, contract: str = "held") -> dict[str, Any]:
+    return {
+        "contract": contract,
+        "baseline": {"accuracy": before, "latency_ms": 2.0},
+        "final": {"accuracy": after, "latency_ms": 1.0},
+    }
+
+
+def store(folder: Path, name: str, value: Any) -> None:
+    path = folder / "fashion_mnist" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def board(folder: Path) -> dict[str, Entry]:
+    return {entry.claim: entry for entry in scoreboard.entries(folder)}
+
+
+def gate_numbers(ratio: float) -> dict[str, Any]:
+    facts = {"ratio": ratio, "ratio_spread": 0.01, "median_seconds": 1.0}
+    return {"wgates": facts, "activation_masking": facts, "plain_median_seconds": 1.0}
+
+
+def full_results(folder: Path) -> None:
+    """One made-up result of every benchmark."""
+    record(folder, "gate_step", {"resnet50": gate_numbers(1.04), "mobilenet_v2": gate_numbers(1.2)})
+    facts = {"ratio": 1.1, "ratio_spread": 0.02, "median_seconds": 0.3}
+    record(
+        folder,
+        "removal",
+        {
+            "ours": facts,
+            "ours_without_check": facts,
+            "torch_pruning": facts,
+            "nni": {"installed": False},
+        },
+    )
+    sampled = {
+        "share_in_inference": 0.7,
+        "overhead_seconds_per_sample": 0.1,
+        "setup_seconds": 1.0,
+    }
+    record(folder, "sampling", {"onnxruntime": {"ours": sampled, "naive": sampled}})
+    record(
+        folder,
+        "masked_equals_removed",
+        {"worst": 2e-7, "worst_by_network": {"plain": 2e-7}},
+        {"plain": [1e-7, 2e-7]},
+    )
+    record(
+        folder,
+        "targets_at_224",
+        {
+            "resnet34": {
+                "contract": "held",
+                "baseline_ms": 30.0,
+                "target_ms": 15.0,
+                "latency_ms": 14.0,
+                "macs_share": 0.4,
+                "lpnet_held_out": {"mape": 0.05},
+                "lpnet_mape_visited": 0.04,
+                "seconds": {"trace": 1.0, "sampling": 60.0},
+            }
+        },
+    )
+    record(
+        folder,
+        "demo",
+        {
+            "seconds": 200.0,
+            "baseline_ms": 1.0,
+            "latency_ms": 0.49,
+            "baseline_accuracy": 0.98,
+            "accuracy": 0.97,
+            "contract": "held",
+        },
+    )
+    for seed in range(3):
+        store(folder, f"resnet-{seed}", report(0.92, 0.92 - 0.001 * (seed + 1)))
+
+
+def test_without_results_no_claim_holds(tmp_path: Path) -> None:
+    found = board(tmp_path)
+    assert len(found) == len(scoreboard.CLAIMS)
+    assert all(entry.value is None and not entry.holds for entry in found.values())
+
+
+def test_scoreboard_reads_values_and_keeps_missed_bars(tmp_path: Path) -> None:
+    full_results(tmp_path)
+    found = board(tmp_path)
+    assert found["gate_step_ratio/resnet50"].holds
+    missed = found["gate_step_ratio/mobilenet_v2"]
+    assert (missed.value, missed.bar, missed.holds) == (1.2, 1.05, False)
+    assert found["sampling_share_in_inference/mobilenet_v2/onnxruntime"].holds
+    assert found["accuracy_loss_50/fashion_mnist/resnet"].value == pytest.approx(0.2)
+    assert found["target_held_share"].value == 1.0
+    assert sum(not entry.holds for entry in found.values()) == 1
+
+
+def test_one_missed_target_breaks_the_share(tmp_path: Path) -> None:
+    full_results(tmp_path)
+    store(tmp_path, "mobilenet-0", report(0.9, 0.9, contract="missed"))
+    entry = board(tmp_path)["target_held_share"]
+    assert entry.value == pytest.approx(4 / 5)
+    assert not entry.holds
+
+
+def test_accuracy_needs_all_seeds(tmp_path: Path) -> None:
+    store(tmp_path, "resnet-0", report(0.92, 0.92))
+    store(tmp_path, "resnet-1", report(0.92, 0.92))
+    assert board(tmp_path)["accuracy_loss_50/fashion_mnist/resnet"].value is None
+
+
+def test_scoreboard_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full_results(tmp_path / "results")
+    out = tmp_path / "scoreboard.json"
+    scoreboard.main(["--results", str(tmp_path / "results"), "--out", str(out)])
+    rows = json.loads(out.read_text())
+    keys = {"claim", "value", "bar", "better", "holds", "source"}
+    assert all(set(row) == keys for row in rows)
+    assert "MISSED  gate_step_ratio/mobilenet_v2: 1.2 <= 1.05" in capsys.readouterr().out
+
+
+def test_a_foreign_file_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text('{"kind": "something else"}')
+    with pytest.raises(FileFormatError, match="no record of `demo`"):
+        read_record(tmp_path, "demo")
+
+
+def test_records_say_what_they_are(tmp_path: Path) -> None:
+    record(tmp_path, "demo", {"seconds": 1.0})
+    value = json.loads((tmp_path / "demo.json").read_text())
+    assert value["kind"] == KIND
+    assert value["environment"]["libraries"]["torch"] == torch.__version__
+
+
+def test_tables_fill_the_readme(tmp_path: Path) -> None:
+    full_results(tmp_path)
+    text = (RESULTS.parent / "README.md").read_text()
+    filled = tables.rewritten(text, tmp_path)
+    assert tables.NOT_RUN not in filled
+    assert "| mobilenet_v2 | 1.00 s | 1.200 ± 0.010 | 1.200 ± 0.010 |" in filled
+    assert "| `gate_step_ratio/mobilenet_v2` | 1.2 | at most 1.05 | **no** |" in filled
+    empty = tables.rewritten(filled, tmp_path / "nothing")
+    assert empty.count(tables.NOT_RUN) == len(tables.TABLES) - 1
+    assert tables.rewritten(empty, tmp_path) == filled
+
+
+def test_tables_need_their_markers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no markers"):
+        tables.rewritten("# Benchmarks\n", tmp_path)
+
+
+def test_committed_results_and_readme_agree() -> None:
+    text = (RESULTS.parent / "README.md").read_text()
+    assert tables.rewritten(text, RESULTS) == text
+
+
+def test_unknown_benchmark_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["speed"]) == 2
+    said = capsys.readouterr().out
+    assert all(name in said for name in command.BENCHMARKS)
+    assert command.main([]) == 2
+    assert command.main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_every_benchmark_has_its_file_and_options(name: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main([name, "--help"])
+    assert stop.value.code == 0
+
+
+def test_interleave_alternates_and_leaves_warmup_out() -> None:
+    ran: list[str] = []
+    ticks = iter(range(100))
+    contenders = {name: at_once(lambda name=name: ran.append(name)) for name in ("a", "b")}
+    found = interleave(contenders, rounds=2, warmup=1, clock=lambda: next(ticks))
+    assert ran == ["b", "a", "a", "b", "b", "a"]
+    assert found == {"a": [1, 1], "b": [1, 1]}
+
+
+def test_compare_pairs_rounds() -> None:
+    found = compare([2.0, 4.4, 3.0], [1.0, 2.0, 2.0])
+    assert found["ratio"] == 2.0
+    assert found["ratio_of_minima"] == 2.0
+    assert found["rounds"] == 3
+
+
+@pytest.mark.parametrize("name", ["projection", "grouped", "flattened", "concat"])
+def test_masking_feature_maps_is_the_same_function(name: str) -> None:
+    network, example = networks.tiny(name), networks.example()
+    space = trace(network, example)
+    gates = torch.ones(space.total_units)
+    gates[::3] = 0.0
+    outputs = []
+    for way in (Gating, ActivationMasking):
+        leaf = gates.clone().requires_grad_(True)
+        gating = way(network, space, lambda leaf=leaf: leaf)
+        gating.attach()
+        output = network(example)
+        gating.detach()
+        (gradient,) = torch.autograd.grad(output.square().sum(), leaf)
+        outputs.append((output.detach(), gradient))
+    (mine, first), (theirs, second) = outputs
+    assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(mine, network(example).detach())
+
+
+def test_gate_steps_train_all_contenders() -> None:
+    network, batch = networks.tiny("residual"), networks.example(batch=4)
+    made = steps(network, batch, torch.arange(4), seed=0)
+    assert check_alike(made)["gate_gradient"] < 1e-3
+    for step in made.values():
+        before = [parameter.detach().clone() for parameter in step.network.parameters()]
+        step()
+        after = list(step.network.parameters())
+        assert any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_torch_pruning_is_handed_our_masks() -> None:
+    network, example = networks.tiny("projection"), networks.example(batch=1)
+    space = trace(network, example)
+    plan = removal.half_plan(space, seed=3)
+    expected = remove(networks.tiny("projection"), plan, example)
+    for way in (
+        removal.ours(plan, example, verify=True),
+        removal.torch_pruning(plan, example, list(space.excluded)),
+    ):
+        found = way(networks.tiny("projection"))
+        assert removal.difference(found, expected, example)["same_tensors"]
+
+
+def test_masked_errors_are_of_real_plans() -> None:
+    found = errors(networks.tiny("residual"), networks.example(), plans=3, seed=1)
+    assert len(found) == 3
+    assert all(error < 1e-5 for error in found)
+
+
+def test_the_naive_sample_is_the_same_network() -> None:
+    network, example = networks.tiny("depthwise"), networks.example(batch=1)
+    space = trace(network, example)
+    widths = [max(1, group.channels // 2) for group in space.groups]
+    runtime = get_runtime("eager")
+    naive = naive_session(network, space, widths, example, runtime)
+    ours = runtime.load(resize(network, space, widths), example)
+    assert torch.allclose(naive.outputs()[0], ours.outputs()[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("network", fashion_mnist.NETWORKS)
+def test_recipes_are_valid_and_ask_for_half(network: str) -> None:
+    overrides = ["seed=2", "run_folder=runs/here"]
+    recipe = load_recipe(fashion_mnist.recipe_path(network), overrides=overrides)
+    assert recipe.all_targets[0].build() == LatencyTarget(fraction=0.5, runtime="onnxruntime")
+    assert recipe.trains_first
+    assert recipe.seed == 2
+    assert recipe.folder == Path("runs/here")
+
+
+def test_stored_runs_are_skipped_and_lose_their_bulk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lean = fashion_mnist.without_bulk(
+        {"gates": [1], "lpnet": {"predictions": [1], "mape_visited": 0.1}, "seed": 0}
+    )
+    assert lean == {"lpnet": {"mape_visited": 0.1}, "seed": 0}
+    store(tmp_path, "resnet-0", report(0.9, 0.9))
+    fashion_mnist.main(
+        ["--networks", "resnet", "--seeds", "0", "--results", str(tmp_path), "--scratch", "no"]
+    )
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_the_demo_leaves_one_report(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="0 files"):
+        find_report(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.json").write_text("{}")
+    assert find_report(tmp_path) == tmp_path / "run"

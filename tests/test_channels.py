@@ -1,0 +1,379 @@
+"""Tracing: what groups hold, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import TINY, Head, conv, conv_bn, example, randomised, tiny, torchvision_network
+from torch import Tensor, nn
+
+from wgates_plugin import ChannelGroup, ChannelSpace, trace
+from wgates_plugin.channels import _from_runs, _to_runs
+from wgates_plugin.errors import FileFormatError, PlanError, TraceError
+from wgates_plugin.gating import Gating
+from wgates_plugin.verification import removal_error
+
+
+class Wired(nn.Module):
+    """Modules and the function that wires them."""
+
+    def __init__(self, wire: Callable[[Any, Tensor], Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.m = nn.ModuleList(layers)
+        self.wire = wire
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wire(self.m, x)
+
+
+def _group(channels: int = 64, ties: int = 1, floor: int = 1, cap: int = 64) -> ChannelGroup:
+    return ChannelGroup("g", channels, ties, floor, cap, ())
+
+
+@pytest.mark.parametrize(
+    ("group", "grid", "allowed"),
+    [
+        (_group(8, cap=8), 1, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (_group(32, cap=32), 8, [8, 16, 24, 32]),
+        (_group(20, cap=20), 8, [8, 16, 20]),
+        (_group(6, cap=6), 8, [6]),
+        (_group(32, floor=9, cap=32), 8, [16, 24, 32]),
+        (_group(32, cap=17), 8, [8, 16]),
+        (_group(32, cap=4), 8, [4]),
+        (_group(32, floor=10, cap=12), 8, [12]),
+        (_group(24, ties=3, floor=3, cap=24), 1, [3, 6, 9, 12, 15, 18, 21, 24]),
+        (_group(24, ties=3, floor=3, cap=24), 4, [12, 24]),
+    ],
+)
+def test_allowed_widths(group: ChannelGroup, grid: int, allowed: list[int]) -> None:
+    assert group.allowed_widths(grid) == allowed
+    assert all(group.floor <= width <= group.cap for width in allowed)
+    assert group.round_up(0, grid) == allowed[0]
+    assert group.round_up(allowed[-1] + 5, grid) == allowed[-1]
+    assert group.round_up(allowed[0] + 0.5, grid) == (allowed + allowed)[min(1, len(allowed) - 1)]
+
+
+@pytest.mark.parametrize(
+    "units",
+    [
+        [],
+        [-1],
+        [0],
+        [0, 1, 2],
+        [0, 0, 0, 1, 1, 1],
+        [-1, -1, 4, 5, 6, -1],
+        [3, 1, 2, 0],
+        [0, 1, 0, 1],
+    ],
+)
+def test_index_maps_survive_their_short_form(units: list[int]) -> None:
+    runs = _to_runs(np.array(units, dtype=np.int64))
+    assert _from_runs(json.loads(json.dumps(runs))).tolist() == units
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_spaces_survive_json_and_do_not_depend_on_weights(name: str) -> None:
+    space = trace(tiny(name), example())
+    again = ChannelSpace.from_json(json.loads(json.dumps(space.to_json())))
+    assert again.to_json() == space.to_json()
+    assert again.fingerprint == space.fingerprint
+    other = trace(tiny(name, seed=1), example(3, seed=5), min_channels=2)
+    assert other.fingerprint == space.fingerprint
+    assert trace(TINY["plain"](), example(size=6)).fingerprint != space.fingerprint
+
+
+def test_groups_come_in_module_order() -> None:
+    network = tiny("projection")
+    space = trace(network, example())
+    order = [name for name, _ in network.named_modules()]
+    assert sorted(space.names, key=order.index) == list(space.names)
+    assert space.names == ("0.0", "1.main.0.0", "1.main.1")
+    assert space.full_widths == (8, 6, 12)
+    assert space.offsets == (0, 8, 14, 26)
+
+
+def test_flattened_channels_own_their_stretch_of_the_linear_layer() -> None:
+    space = trace(tiny("flattened"), example())
+    (reader,) = space.group("0.0").slots_as("consumer")
+    assert reader.module == "2"
+    assert reader.units.tolist() == np.repeat(np.arange(8), 16).tolist()
+
+
+def test_concatenated_groups_share_one_reader() -> None:
+    space = trace(tiny("concat"), example())
+    index = space.unit_index("1.layers.1.0", "in")
+    assert index is not None
+    names = np.repeat(space.names, [g.units for g in space.groups])
+    assert [str(n) for n in names[index]] == ["0.0"] * 6 + ["1.layers.0.0"] * 4
+    assert space.unit_index("5.fc", "out") is None
+
+
+def test_ignored_layers_stay_whole() -> None:
+    network = tiny("residual")
+    by_name = trace(network, example(), ignored_layers=["1.main.0"])
+    by_module = trace(network, example(), ignored_layers=[network.get_submodule("1.main.0.0")])
+    assert by_name.names == by_module.names == ("0.0",)
+    assert "ignored" in by_name.excluded["1.main.0.0"]
+    with pytest.raises(TraceError, match="'nowhere', Conv2d not in the network"):
+        trace(network, example(), ignored_layers=["nowhere", nn.Conv2d(1, 1, 1)])
+
+
+def test_floors_and_caps() -> None:
+    network = tiny("grouped")
+    space = trace(network, example(), min_fraction=0.3, floors={"0.0": 7}, caps={"1.main.0.0": 8})
+    first, inner = space.group("0.0"), space.group("1.main.0.0")
+    assert (first.floor, first.cap) == (7, 8)
+    assert (inner.floor, inner.cap) == (6, 6)  # both moved onto whole conv groups of 3 channels
+    with pytest.raises(TraceError, match="`nowhere` is no prunable group"):
+        trace(network, example(), floors={"nowhere": 3})
+    with pytest.raises(TraceError, match="floor 9 and cap 8 of 8 channels leave no width"):
+        trace(network, example(), floors={"0.0": 9})
+
+
+def test_widths_are_checked() -> None:
+    space = trace(tiny("grouped"), example())
+    assert space.check_widths(space.full_widths) == space.full_widths
+    with pytest.raises(PlanError, match="got 1 numbers for 4 groups"):
+        space.check_widths([3])
+    wrong = list(space.full_widths)
+    wrong[1] = 4
+    with pytest.raises(PlanError, match=r"`1.main.0.0`: width 4 .* multiple of 3"):
+        space.check_widths(wrong)
+    with pytest.raises(PlanError, match="known groups: 0.0"):
+        space.group("nowhere")
+
+
+# What cannot be pruned is left whole and says why; the rest of the network stays prunable.
+
+
+def _half(m: Any, x: Tensor) -> Tensor:
+    first, second = m[0](x).chunk(2, 1)
+    return m[2](m[1](first * torch.sigmoid(second)))
+
+
+EXCLUDED: dict[str, tuple[nn.Module, str, str]] = {
+    "concatenation into conv groups": (
+        Wired(
+            lambda m, x: m[3](m[2](torch.cat([m[0](x), m[1](x)], 1))),
+            *(conv_bn(3, 8), conv_bn(3, 8), conv_bn(16, 8, groups=2), Head(8)),
+        ),
+        "m.0.0",
+        "would keep different channels",
+    ),
+    "chunk": (Wired(_half, conv_bn(3, 16), conv_bn(8, 4), Head(4)), "m.0.0", "do not reach"),
+    "pixel shuffle": (
+        Wired(
+            lambda m, x: m[2](m[1](nn.functional.pixel_shuffle(m[0](x), 2))),
+            *(conv_bn(3, 16), conv_bn(4, 6), Head(6)),
+        ),
+        "m.0.0",
+        "is not known",
+    ),
+    "group norm": (
+        nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), conv_bn(8, 6), Head(6)),
+        "0",
+        "GroupNorm",
+    ),
+    "one channel per conv group": (
+        nn.Sequential(conv_bn(3, 8), conv_bn(8, 16, groups=8), Head(16)),
+        "0.0",
+        "leave nothing to choose",
+    ),
+    "running statistics of an instance norm": (
+        nn.Sequential(
+            *(conv(3, 8), nn.InstanceNorm2d(8, track_running_stats=True), conv(8, 6), Head(6))
+        ),
+        "0",
+        "running statistics",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXCLUDED)
+def test_what_cannot_be_pruned_is_left_whole(case: str) -> None:
+    network, name, reason = EXCLUDED[case]
+    network = randomised(network, 0)
+    space = trace(network, example())
+    assert name not in space.names
+    assert reason in space.excluded[name]
+    assert len(space.groups) >= 1
+
+
+def test_a_bare_parameter_that_shares_channels_excludes_them() -> None:
+    network = Wired(
+        lambda m, x: m[2](m[1](m[0](x) * m.scale)), conv_bn(3, 8), conv_bn(8, 4), Head(4)
+    )
+    network.m.scale = nn.Parameter(torch.ones(8, 1, 1))
+    space = trace(randomised(network, 0), example())
+    assert space.names == ("m.1.0",)
+    assert "bare parameter" in space.excluded["m.0.0"]
+
+
+# What cannot be followed at all is refused before anything is changed.
+
+
+def _shuffled(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    n, c, h, w = y.shape
+    return m[2](m[1](y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)))
+
+
+def _tied() -> nn.Module:
+    first, second = conv(8, 8), conv(8, 8)
+    second.weight = first.weight
+    return nn.Sequential(conv_bn(3, 8), first, nn.ReLU(), second, Head(8))
+
+
+def _old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        normed = nn.utils.weight_norm(nn.Conv2d(8, 8, 3))
+    return nn.Sequential(conv_bn(3, 8), normed, Head(8))
+
+
+def _parametrized() -> nn.Module:
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+    return nn.Sequential(conv_bn(3, 8), normed, Head(8))
+
+
+def _frozen() -> nn.Module:
+    return TINY["plain"]().requires_grad_(False)
+
+
+def _buffered() -> nn.Module:
+    network = Wired(lambda m, x: m[1](m[0](x) * m.scale), conv_bn(3, 8), Head(8))
+    network.m.register_buffer("scale", torch.ones(8, 1, 1))
+    return network
+
+
+def _read_backwards(m: Any, x: Tensor) -> Tensor:
+    return m[2](m[1](m[0](x).flip(1)))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "no weighted layer": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "no convolution"),
+    "no parameter": (lambda: nn.Flatten(), "no convolution"),
+    "only an output": (lambda: nn.Conv2d(3, 4, 1), "no prunable channel group"),
+    "fully frozen": (_frozen, "parameters are frozen"),
+    "a pair": (lambda: Wired(lambda m, x: (m[0](x), x), TINY["plain"]()), "returns tuple, not a"),
+    "a dict": (lambda: Wired(lambda m, x: {"y": m[0](x)}, TINY["plain"]()), "returns dict, not"),
+    "a layer that never runs": (lambda: Wired(lambda m, x: m[0](x), *[TINY["plain"]()] * 1, conv(1, 1)),
+                                "never run"),
+    "tied weights": (_tied, "is the same as `1.weight`"),
+    "old weight norm": (_old_weight_norm, "remove_weight_norm"),
+    "a parametrization": (_parametrized, "remove_parametrizations"),
+    "channel shuffle": (lambda: Wired(_shuffled, conv_bn(3, 8), conv_bn(8, 4), Head(4)), "`m.0.0`"),
+    "channels read backwards": (
+        lambda: Wired(_read_backwards, conv_bn(3, 8), conv_bn(8, 4), Head(4)),
+        "disagree for `m.0.0`;",
+    ),
+    "a buffer that shares channels": (_buffered, "disagree"),
+    "softmax over channels": (
+        lambda: Wired(lambda m, x: m[1](m[0](x).softmax(1)), conv_bn(3, 8), Head(8)),
+        "disagree",
+    ),
+    "a concatenation straight into a flatten": (
+        lambda: Wired(
+            lambda m, x: m[2](torch.cat([m[0](x), m[1](x)], 1).flatten(1)),
+            *(conv_bn(3, 2), conv_bn(3, 2), nn.Linear(256, 5)),
+        ),
+        "disagree",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    factory, words = REFUSED[case]
+    with pytest.raises(TraceError, match=words):
+        trace(factory(), example())
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_constant_example_inputs_do_not_hide_a_channel_shuffle(fill: float) -> None:
+    network = Wired(_shuffled, conv_bn(3, 8), conv_bn(8, 4), Head(4)).eval()
+    with pytest.raises(TraceError):
+        trace(network, torch.full((1, 3, 8, 8), fill))
+    assert trace(tiny("plain"), torch.full((1, 3, 8, 8), fill)).names == ("0.0", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.zeros(2, 4, 8, 8), r"shape \(2, 4, 8, 8\): the network does not run on them"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.long), "does not run on them"),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(1)), "does not run on them"),
+        ({"nothing": torch.zeros(2, 3, 8, 8)}, "does not run on them"),
+        (
+            torch.zeros(2, 3, 8, 8, device="meta"),
+            r"on meta, the network is on cpu; .*\.to\('cpu'\)",
+        ),
+    ],
+)
+def test_wrong_example_inputs(inputs: Any, words: str) -> None:
+    with pytest.raises(TraceError, match=words):
+        trace(tiny("plain"), inputs)
+
+
+def test_example_inputs_as_tuple_and_as_keywords() -> None:
+    network = tiny("plain")
+    whole = Wired(lambda m, x: m[0](x), network).eval()
+    expected = trace(whole, example()).fingerprint
+    assert trace(whole, (example(),)).fingerprint == expected
+    assert trace(whole, {"x": example()}).fingerprint == expected
+
+
+def test_an_attached_network_is_refused() -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    with (
+        Gating(network, space, lambda: torch.ones(space.total_units)),
+        pytest.raises(TraceError, match=r"`detach\(\)`"),
+    ):
+        trace(network, example())
+
+
+def test_auxiliary_heads_are_refused() -> None:
+    network = torchvision_network("googlenet", init_weights=False).train()
+    with pytest.raises(TraceError, match=r"never run in eval mode \(`aux1"):
+        trace(network, example(1, 64))
+    assert network.training
+
+
+def test_shufflenet_is_refused() -> None:
+    with pytest.raises(TraceError, match="ShuffleNetV2"):
+        trace(torchvision_network("shufflenet_v2_x0_5"), example(1, 64))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda value: None,
+        lambda value: {**value, "kind": "plan"},
+        lambda value: {**value, "version": 2},
+        lambda value: {**value, "groups": None},
+        lambda value: {**value, "groups": [{}]},
+        lambda value: {**value, "layers": [{"name": "x"}]},
+        lambda value: {key: item for key, item in value.items() if key != "excluded"},
+    ],
+)
+def test_damaged_spaces_are_refused(damage: Callable[[Any], Any]) -> None:
+    value = trace(tiny("plain"), example()).to_json()
+    with pytest.raises(FileFormatError, match="channel space"):
+        ChannelSpace.from_json(damage(value))
+
+
+def test_removal_error_sees_a_wrong_removal() -> None:
+    from helpers import random_plan
+
+    from wgates_plugin.surgery import resize
+
+    network = tiny("residual")
+    space = trace(network, example())
+    plan = random_plan(space, 0)
+    other = resize(network, space, plan.widths)  # the same widths, but the leading channels
+    assert removal_error(network, other, plan, example()) > 1e-2

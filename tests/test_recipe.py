@@ -1,0 +1,323 @@
+"""Recipes: everything wrong is said at once, and what is right becomes a job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from wgates_plugin import dense_training
+from wgates_plugin.catalogue import Data
+from wgates_plugin.errors import ConfigError, FileFormatError, RunFolderError
+from wgates_plugin.recipe import Recipe, load_recipe, prepare
+from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
+
+DEMO = Path(dense_training.__file__).parent / "recipes" / "demo.yaml"
+
+
+def sound(**changes: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = {
+        "model": {"name": "digits_resnet"},
+        "data": {"name": "digits", "batch_size": 32, "limit": 64},
+        "target": {"fraction": 0.5, "runtime": "eager"},
+        "dense_training": {"epochs": 2, "learning_rate": 0.02},
+    }
+    raw.update(changes)
+    return raw
+
+
+def loaded(raw: Any, folder: Path, *overrides: str) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return load_recipe(path, overrides=overrides)
+
+
+def problems(raw: Any, folder: Path, *overrides: str) -> dict[str, str]:
+    """Path -> what is wrong with it."""
+    with pytest.raises(ConfigError) as caught:
+        loaded(raw, folder, *overrides)
+    return {line.split("`")[1]: line.split("`", 2)[2] for line in caught.value.problems}
+
+
+def test_the_demo_is_sound() -> None:
+    recipe = load_recipe(DEMO)
+    assert recipe.model.name == "digits_resnet"
+    assert [target.build() for target in recipe.all_targets] == [
+        LatencyTarget(fraction=0.5, runtime="onnxruntime", threads=1)
+    ]
+    assert recipe.trains_first
+
+
+def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(sound()))
+    assert load_recipe(path) == loaded(sound(), tmp_path)
+
+
+def test_numbers_in_exponent_form_are_numbers(tmp_path: Path) -> None:
+    recipe = loaded(sound(pruning={"gates": {"learning_rate": "3e-4"}}), tmp_path)
+    assert recipe.pruning.gates.learning_rate == 3e-4
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    found = problems(
+        {
+            "nam": "x",
+            "samples": 3,
+            "model": {"name": "resnet81", "weigths": "a"},
+            "data": {"name": "digitz", "batch_size": 0},
+            "target": {
+                "fraction": 0.5,
+                "milliseconds": 2,
+                "runtime": "onxruntime",
+                "threads": True,
+            },
+            "dense_training": 7,
+            "pruning": {
+                "seed": 3,
+                "samples": 3,
+                "gate_epochs": "many",
+                "ignored_layers": "fc",
+                "gates": {"gridd": 1, "grid": "a", "spread": 3},
+                "training": {"epochs": -1, "optimizer": "lion"},
+            },
+        },
+        tmp_path,
+        "nonsense",
+    )
+    expected = {
+        "--set nonsense": "key=value",
+        "nam": "did you mean `name`",
+        "samples": "did you mean `pruning.samples`",
+        "model.name": "unknown model `resnet81`",
+        "model.weigths": "did you mean `model.weights`",
+        "data.name": "unknown data set `digitz`",
+        "data.batch_size": "greater than or equal to 1",
+        "target": "fraction and milliseconds",
+        "target.runtime": "did you mean `onnxruntime`",
+        "target.threads": "is true",
+        "dense_training": "needs keys below it",
+        "pruning.seed": "top level",
+        "pruning.samples": "whole number from 8",
+        "pruning.gate_epochs": "valid integer",
+        "pruning.ignored_layers": "not allowed",
+        "pruning.gates.gridd": "did you mean `pruning.gates.grid`",
+        "pruning.gates.grid": "valid integer",
+        "pruning.gates.spread": "between 0 and 0.5",
+        "pruning.training.epochs": "needs a whole number",
+        "pruning.training.optimizer": "sgd, adamw",
+    }
+    for path, words in expected.items():
+        assert path in found
+        assert words in found[path]
+    assert set(found) == set(expected)
+
+
+def test_an_empty_recipe_names_what_is_missing(tmp_path: Path) -> None:
+    assert set(problems({}, tmp_path)) == {"model", "data", "target"}
+
+
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
+    pruning = {"gates": {"grid": 8}, "training": {"epochs": 3}}
+    found = problems(sound(pruning=pruning), tmp_path)
+    assert "`pruning.grid`" in found["pruning.gates.grid"]
+    assert "fine_tune_epochs" in found["pruning.training.epochs"]
+
+
+def test_an_untrained_network_is_refused_unless_weights_come_along(tmp_path: Path) -> None:
+    raw = sound()
+    del raw["dense_training"]
+    assert "pruned untrained" in problems(raw, tmp_path)["model.weights"]
+    weights = tmp_path / "weights.safetensors"
+    weights.touch()
+    raw["model"]["weights"] = str(weights)
+    assert loaded(raw, tmp_path).model.weights == weights
+    raw["model"]["weights"] = str(tmp_path / "nothing.safetensors")
+    assert "no such file" in problems(raw, tmp_path)["model.weights"]
+
+
+def test_weights_win_over_dense_training(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.touch()
+    recipe = loaded(sound(model={"name": "digits_resnet", "weights": str(weights)}), tmp_path)
+    assert not recipe.trains_first
+
+
+def test_several_targets(tmp_path: Path) -> None:
+    raw = sound(target=None, targets=[{"milliseconds": 2}, {"macs": 1e6}])
+    raw["targets"].append({"kind": "parameters", "fraction": 0.5})
+    assert [target.build() for target in loaded(raw, tmp_path).all_targets] == [
+        LatencyTarget(milliseconds=2.0),
+        MacsTarget(macs=1e6),
+        ParametersTarget(fraction=0.5),
+    ]
+
+
+def test_bad_targets_in_a_list_are_named_by_position(tmp_path: Path) -> None:
+    raw = sound(
+        targets=[
+            {"macs": 1e6, "runtime": "eager"},
+            {"milliseconds": -1},
+            {"macs": 2},
+            {"kind": "macs", "milliseconds": 3},
+        ],
+    )
+    found = problems(raw, tmp_path)
+    assert found["targets.0.runtime"] == ": is for latency targets; this one counts macs"
+    assert "greater than 0" in found["targets.1.milliseconds"]
+    assert "second macs" in found["targets.2"]
+    assert "not milliseconds" in found["targets.3"]
+
+
+def test_overrides_reach_every_depth(tmp_path: Path) -> None:
+    recipe = loaded(
+        sound(targets=[{"macs": 5}]),
+        tmp_path,
+        "seed=3",
+        "target.fraction=0.3",
+        "targets.0.macs=1e6",
+        "pruning.gates.learning_rate=1e-2",
+        "pruning.floors.layer1.0.conv1=8",
+        "name=other",
+    )
+    assert (recipe.seed, recipe.title) == (3, "other")
+    assert [target.build() for target in recipe.all_targets] == [
+        LatencyTarget(fraction=0.3, runtime="eager"),
+        MacsTarget(macs=1e6),
+    ]
+    assert recipe.pruning.gates.learning_rate == 0.01
+    assert recipe.pruning.floors == {"layer1.0.conv1": 8}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "key=value"),
+        ("seed.deeper=1", "no keys below it"),
+        ("targets.7.macs=1", "no position"),
+        ("name={", "no YAML"),
+    ],
+)
+def test_bad_overrides(override: str, words: str, tmp_path: Path) -> None:
+    raw = sound(targets=[{"macs": 5}], seed=1)
+    assert words in problems(raw, tmp_path, override)[f"--set {override}"]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00", "!!python/object/apply:os.getcwd []"])
+def test_files_that_are_no_recipe(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(FileFormatError, match="recipe"):
+        load_recipe(path)
+    with pytest.raises(FileFormatError, match="no such file"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+def test_prepare_is_reproducible_and_leaves_the_random_state(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    recipe = loaded(sound(), tmp_path, "seed=5")
+    state = torch.get_rng_state()
+    network, data, targets, settings = prepare(recipe)
+    assert torch.equal(torch.get_rng_state(), state)
+    again, *_ = prepare(recipe)
+    for first, second in zip(network.parameters(), again.parameters(), strict=True):
+        assert torch.equal(first, second)
+    assert settings.seed == 5
+    assert targets == [LatencyTarget(fraction=0.5, runtime="eager")]
+    assert network(data.example_input).shape == (1, 10)
+
+
+class Tiny:
+    """Digits' stand-in: few images, and a wish to stop after some batches."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [
+            (torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 4) for _ in range(2)
+        ]
+        self.left = stop_after
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        for batch in self.batches:
+            if self.left is not None:
+                if self.left == 0:
+                    raise KeyboardInterrupt
+                self.left -= 1
+            yield batch
+
+
+def tiny_network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(144, 4),
+    )
+
+
+def train(recipe: Recipe, loader: Tiny, *, resume: bool = False) -> torch.nn.Module:
+    data = Data(loader, loader, 4, loader.batches[0][0][:1], "tiny")
+    return dense_training.trained(tiny_network(), data, recipe, resume=resume, progress=False)
+
+
+def test_stopped_dense_training_ends_in_the_same_place(tmp_path: Path) -> None:
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'stopped'}")
+    straight = train(recipe.model_copy(update={"run_folder": tmp_path / "straight"}), Tiny())
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, Tiny(stop_after=3))
+    assert (recipe.folder / dense_training.CHECKPOINT).exists()
+    with pytest.raises(RunFolderError, match="--resume"):
+        dense_training.check_folder(recipe.folder, resume=False)
+    dense_training.check_folder(recipe.folder, resume=True)
+    resumed = train(recipe, Tiny(), resume=True)
+    for first, second in zip(
+        straight.state_dict().values(), resumed.state_dict().values(), strict=True
+    ):
+        assert torch.equal(first, second)
+    assert [path.name for path in recipe.folder.iterdir()] == [dense_training.WEIGHTS]
+
+
+def test_a_trained_network_is_taken_from_the_folder_but_not_for_another_recipe(
+    tmp_path: Path,
+) -> None:
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
+    trained = train(recipe, Tiny())
+    again = train(recipe, Tiny(stop_after=0))
+    assert torch.equal(trained.state_dict()["3.weight"], again.state_dict()["3.weight"])
+    with pytest.raises(RunFolderError, match="different: seed"):
+        train(recipe.model_copy(update={"seed": 9}), Tiny())
+    (recipe.folder / dense_training.WEIGHTS).write_bytes(b"broken")
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        train(recipe, Tiny())
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
+    recipe.folder.mkdir()
+    (recipe.folder / dense_training.CHECKPOINT).write_bytes(b"broken")
+    with pytest.raises(FileFormatError, match="checkpoint"):
+        train(recipe, Tiny(), resume=True)
+
+
+def test_used_folders_are_refused_before_any_work(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    dense_training.check_folder(folder, resume=False)
+    folder.mkdir()
+    dense_training.check_folder(folder, resume=False)
+    (folder / "holiday.png").touch()
+    with pytest.raises(RunFolderError, match=r"no run\.json"):
+        dense_training.check_folder(folder, resume=True)
+    (folder / "run.json").touch()
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        dense_training.check_folder(folder, resume=False)
+    dense_training.check_folder(folder, resume=True)
+    with pytest.raises(RunFolderError, match="is a file"):
+        dense_training.check_folder(folder / "run.json", resume=False)

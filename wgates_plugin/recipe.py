@@ -1,0 +1,210 @@
+"""Recipes: a whole job in one YAML or JSON file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from wgates_plugin.errors import ConfigError
+from wgates_plugin.targets import (
+    LatencyTarget,
+    MacsTarget,
+    ParametersTarget,
+    PruningSettings,
+    Target,
+)
+from wgates_plugin.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from wgates_plugin.catalogue import Data
+    from wgates_plugin.pipeline import PruningResult
+
+
+class _Block(BaseModel):
+    """A part of a recipe: unknown keys are errors, in the settings' dataclasses below it too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelBlock(_Block):
+    """Which network: arguments of `catalogue.load_model`."""
+
+    name: str
+    weights: Path | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataBlock(_Block):
+    """Which data: arguments of `catalogue.load_data`."""
+
+    name: str
+    batch_size: int = Field(default=128, ge=1)
+    image_size: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    root: Path | None = None
+
+
+class TargetBlock(_Block):
+    """One target: an amount, or `fraction` of what the untouched network costs.
+
+    `kind` follows from the amount; with `fraction` it is latency unless given.
+    """
+
+    kind: Literal["latency", "macs", "parameters"] | None = None
+    fraction: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    milliseconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    macs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    parameters: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    runtime: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+    device: str | None = None
+
+    @property
+    def measure(self) -> str:
+        """The kind, given or derived."""
+        derived = {"milliseconds": "latency", "macs": "macs", "parameters": "parameters"}
+        amounts = [kind for key, kind in derived.items() if getattr(self, key) is not None]
+        return self.kind or (amounts[0] if amounts else "latency")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> TargetBlock:
+        names = ("fraction", "milliseconds", "macs", "parameters")
+        given = [name for name in names if getattr(self, name) is not None]
+        own = "milliseconds" if self.measure == "latency" else self.measure
+        problems = []
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            problems.append(f"needs exactly one of {', '.join(names)}; has {found}")
+        elif given[0] not in ("fraction", own):
+            problems.append(f"with kind {self.kind} give fraction or {own}, not {given[0]}")
+        if self.measure != "latency":
+            problems += [
+                f"{name} is for latency targets; this one counts {self.measure}"
+                for name in ("runtime", "threads", "device")
+                if getattr(self, name) is not None
+            ]
+        if problems:
+            raise ConfigError("target", problems)
+        return self
+
+    def build(self) -> Target:
+        if self.measure == "macs":
+            return MacsTarget(self.macs, fraction=self.fraction)
+        if self.measure == "parameters":
+            return ParametersTarget(self.parameters, fraction=self.fraction)
+        chosen = {"runtime": self.runtime, "threads": self.threads, "device": self.device}
+        given: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+        return LatencyTarget(self.milliseconds, fraction=self.fraction, **given)
+
+
+class Recipe(_Block):
+    """A whole job. Relative paths count from the current directory, as on the command line.
+
+    Attributes:
+        target, targets: one target, or a list of them that must all hold.
+        dense_training: trains the network first; not used when `model.weights` is given.
+        pruning: `PruningSettings`, with `training` and `gates` inside it.
+        run_folder: by default `wgates-runs/NAME`.
+        seed: seed of everything.
+    """
+
+    name: str | None = None
+    model: ModelBlock
+    data: DataBlock
+    target: TargetBlock | None = None
+    targets: list[TargetBlock] = Field(default_factory=list)
+    dense_training: TrainingSettings | None = None
+    pruning: PruningSettings = Field(default_factory=PruningSettings)
+    run_folder: Path | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def title(self) -> str:
+        return self.name or self.model.name
+
+    @property
+    def folder(self) -> Path:
+        return self.run_folder or Path("wgates-runs") / self.title.replace("/", "-")
+
+    @property
+    def all_targets(self) -> list[TargetBlock]:
+        return [*([self.target] if self.target else []), *self.targets]
+
+    @property
+    def trains_first(self) -> bool:
+        return self.dense_training is not None and self.model.weights is None
+
+
+def load_recipe(path: str | Path, *, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe. `overrides` are "key=value" with dotted keys: "target.fraction=0.3".
+
+    Raises:
+        FileFormatError: the file is missing, or no YAML or JSON.
+        ConfigError: everything that is wrong with it, each with its path.
+    """
+    from wgates_plugin import recipe_checks
+
+    raw = recipe_checks.read(Path(path))
+    return recipe_checks.checked(raw, overrides=overrides, subject=f"recipe `{path}`")
+
+
+def prepare(recipe: Recipe) -> tuple[nn.Module, Data, list[Target], PruningSettings]:
+    """Network, data, targets and settings of a recipe. The random state is left as found."""
+    from wgates_plugin.catalogue import load_data, load_model
+
+    data = load_data(
+        recipe.data.name,
+        batch_size=recipe.data.batch_size,
+        image_size=recipe.data.image_size,
+        limit=recipe.data.limit,
+        seed=recipe.seed,
+        root=recipe.data.root,
+    )
+    example = data.example_input[0] if isinstance(data.example_input, tuple) else data.example_input
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = load_model(
+            recipe.model.name,
+            classes=data.classes,
+            in_channels=int(example.shape[1]) if example.ndim > 1 else 3,
+            weights=recipe.model.weights,
+            options=recipe.model.options,
+        )
+    settings = dataclasses.replace(recipe.pruning, seed=recipe.seed)
+    return network, data, [target.build() for target in recipe.all_targets], settings
+
+
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, progress: bool | None = None
+) -> PruningResult:
+    """Do the whole job: train the dense network if asked to, then prune it to the target.
+
+    Raises:
+        RunFolderError: the run folder is taken by another run, or by this one without `resume`.
+        Everything that `prune_to_target` raises.
+    """
+    from wgates_plugin.dense_training import check_folder, trained
+    from wgates_plugin.pipeline import prune_to_target
+
+    check_folder(recipe.folder, resume=resume)
+    network, data, targets, settings = prepare(recipe)
+    if recipe.trains_first:
+        network = trained(network, data, recipe, resume=resume, progress=progress)
+    return prune_to_target(
+        network,
+        data.example_input,
+        data.train_loader,
+        data.val_loader,
+        target=targets,
+        settings=settings,
+        run_folder=recipe.folder,
+        resume=resume,
+        name=recipe.title,
+        progress=progress,
+    )
