@@ -328,54 +328,47 @@ def torchvision_network(name: str, seed: int = 0, **options: Any) -> nn.Module:
     return randomised(network, seed)
 
 
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.InstanceNorm2d
+
+
 def randomised(network: nn.Module, seed: int) -> nn.Module:
     """Give norms a random affine map and statistics that keep activations near unit size.
 
     Fresh networks have zero shifts, which hide the very error that gates on producers would make,
-    and outputs near zero, which hide any error. Statistics are therefore taken from random images
-    where the network runs on them, and then moved about. Returned in eval mode.
+    and outputs near zero, which hide any error. Statistics are therefore taken from random images,
+    and then moved about. Returned in eval mode.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         return torch.empty(like.shape).uniform_(low, high, generator=generator).to(like)
 
-    norms = [m for m in network.modules() if hasattr(m, "running_mean")]
+    norms = [module for module in network.modules() if isinstance(module, Norm)]
     with torch.no_grad():
-        for module in norms:
-            if module.weight is not None:
-                module.weight.copy_(uniform(module.weight, 0.5, 1.5))
-                module.bias.copy_(uniform(module.bias, -0.5, 0.5))
-            if module.running_mean is not None:
-                module.running_mean.zero_()
-                module.running_var.fill_(1.0)
+        for norm in norms:
+            if norm.affine:
+                norm.weight.copy_(uniform(norm.weight, 0.5, 1.5))
+                norm.bias.copy_(uniform(norm.bias, -0.5, 0.5))
         for module in network.modules():
             if isinstance(module, nn.PReLU):
                 module.weight.copy_(uniform(module.weight, -0.5, 0.5))
-        _warm_up(network, norms, seed)
-        for module in norms:
-            if module.running_mean is not None:
-                spread = module.running_var.sqrt()
-                module.running_mean.add_(spread * uniform(spread, -0.3, 0.3))
-                module.running_var.mul_(uniform(spread, 0.7, 1.4))
+        _take_statistics(network, norms, seed)
+        for norm in norms:
+            if norm.running_mean is not None and norm.running_var is not None:
+                spread = norm.running_var.sqrt()
+                norm.running_mean.add_(spread * uniform(spread, -0.3, 0.3))
+                norm.running_var.mul_(uniform(spread, 0.7, 1.4))
     return network.eval()
 
 
-def _warm_up(network: nn.Module, norms: list[nn.Module], seed: int) -> None:
-    """Set running statistics from one batch, by momentum 1 for one forward pass in train mode."""
-    kept = [module.momentum for module in norms]
+def _take_statistics(network: nn.Module, norms: list[Norm], seed: int) -> None:
+    """Set running statistics from one batch: momentum 1 for one pass with the norms training."""
+    kept = [norm.momentum for norm in norms]
     size = 8 if sum(p.numel() for p in network.parameters()) < 50_000 else 64
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.train()
-        for module in network.modules():
-            if module not in norms and not list(module.children()):
-                module.eval()  # no dropout
-        for module in norms:
-            module.momentum = 1.0
-        network(example(4, size, seed))
-    finally:
-        for module, momentum in zip(norms, kept, strict=True):
-            module.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+    network.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    network(example(4, size, seed))
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum

@@ -144,7 +144,7 @@ def test_widths_are_checked() -> None:
     wrong[1] = 4
     with pytest.raises(PlanError, match=r"`1.main.0.0`: width 4 .* multiple of 3"):
         space.check_widths(wrong)
-    with pytest.raises(PlanError, match="known groups: 0.0"):
+    with pytest.raises(PlanError, match=r"known groups: 0\.0"):
         space.group("nowhere")
 
 

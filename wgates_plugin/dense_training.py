@@ -35,7 +35,8 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         return
     if not folder.is_dir():
         raise RunFolderError(f"run folder `{folder}`: is a file; choose another path")
-    found = {path.name for path in folder.iterdir()}
+    # Hidden files are what a kill in mid-write leaves behind.
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if "run.json" in found:
         if not resume:
             raise RunFolderError(

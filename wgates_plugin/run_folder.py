@@ -19,6 +19,9 @@ from wgates_plugin.files import atomic_path, read_json, write_json
 
 T = TypeVar("T")
 
+BEFORE_THE_RUN = {"dense.safetensors"}
+"""What may lie in a folder that no run has claimed yet: the trained network to be pruned."""
+
 
 class RunFolder:
     """A folder of finished stages. Each is one file that appears whole or not at all.
@@ -61,8 +64,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             return f"run folder `{self.path}`: is a file; choose another path"
         if not path.exists():
-            occupied = self.path.exists() and any(self.path.iterdir())
-            if occupied and not {p.name for p in self.path.iterdir()} <= {"dense.safetensors"}:
+            # Hidden files are what a kill in mid-write leaves behind.
+            present = self.path.iterdir() if self.path.exists() else ()
+            if {p.name for p in present if not p.name.startswith(".")} - BEFORE_THE_RUN:
                 return (
                     f"run folder `{self.path}`: holds files but no run.json; choose an empty or "
                     "new folder"

@@ -239,8 +239,11 @@ class LPNet(nn.Module):
                 f"LPNet `{path}`: cannot be read ({error}); it is missing, corrupt or cut off, fit "
                 "it again"
             ) from error
-        if not isinstance(about, dict) or about.get("kind") != "lpnet" or about["version"] != 1:
+        if not isinstance(about, dict) or (about.get("kind"), about.get("version")) != ("lpnet", 1):
             raise FileFormatError(f"LPNet `{path}`: the file is no LPNet of a known version")
+        fields = ("fingerprint", "structure", "hidden", "report", "space")
+        if missing := [name for name in fields if name not in about]:
+            raise FileFormatError(f"LPNet `{path}`: lacks {', '.join(missing)}; fit it again")
         if space is not None and about["fingerprint"] != space.fingerprint:
             raise FileFormatError(
                 f"LPNet `{path}`: fitted for another network (fingerprint "

@@ -135,10 +135,10 @@ def _silence() -> Iterator[None]:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    # The TorchScript exporter prints the whole graph from C++ when it fails, unless this is off.
-    switch = getattr(torch._C, "_jit_set_onnx_log_enabled", lambda _: None)
-    was_on = bool(getattr(torch._C, "_jit_is_onnx_log_enabled", lambda: False)())
-    switch(False)
+    # On failure the TorchScript exporter prints the whole graph from C++, past `sys.stdout`, and it
+    # switches that log on itself, so only the function that prints can be kept quiet.
+    log = getattr(torch._C, "_jit_onnx_log", None)
+    torch._C._jit_onnx_log = lambda *_: None
     try:
         with (
             warnings.catch_warnings(),
@@ -149,7 +149,10 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-        switch(was_on)
+        if log is None:
+            del torch._C._jit_onnx_log
+        else:
+            torch._C._jit_onnx_log = log
 
 
 def check_agreement(

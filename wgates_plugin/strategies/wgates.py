@@ -90,7 +90,7 @@ class WeightScores(nn.Module):
         for index, group in enumerate(space.groups):
             for slot in group.slots_as("producer"):
                 module = found[slot.module]
-                weight: Tensor = module.weight  # type: ignore[assignment]
+                weight: Tensor = module.weight
                 units = torch.from_numpy(slot.units).to(weight.device)
                 target = torch.where(units >= 0, units + space.offsets[index], space.total_units)
                 self._producers.append((module, target))
