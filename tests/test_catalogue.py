@@ -332,7 +332,8 @@ def test_torchvision_imports_in_a_fresh_process() -> None:
         "from wgates_plugin.catalogue.torchvision_import import import_torchvision as load\n"
         "tv = load(); assert load() is tv\n"
         "import torch, torchvision\n"
-        "assert torchvision.models.resnet18(num_classes=3).eval()(torch.zeros(1,3,32,32)).shape == (1,3)\n"
+        "network = torchvision.models.resnet18(num_classes=3).eval()\n"
+        "assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 3)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -20,7 +20,7 @@ import torch
 torch.set_num_threads(1)
 import test_pipeline as t
 from wgates_plugin.catalogue.tensor_loader import TensorLoader
-from wgates_plugin import pipeline
+from wgates_plugin.pipeline import learning
 from wgates_plugin.files import save_tensors, write_json
 from wgates_plugin.pipeline import prune_to_target
 from wgates_plugin.targets import MacsTarget
@@ -28,7 +28,7 @@ import os
 rank = os.environ["RANK"]
 images, targets = (torch.cat(part) for part in zip(*t.make_data()))
 loader = TensorLoader(images, targets, batch_size=16, shuffle=True)
-learn = pipeline._Job._learn_gates
+learn = learning.learn_gates
 
 
 def learn_and_keep(job):
@@ -38,7 +38,7 @@ def learn_and_keep(job):
     return network, gates
 
 
-pipeline._Job._learn_gates = learn_and_keep
+learning.learn_gates = learn_and_keep
 result = prune_to_target(t.make_network(), t.EXAMPLE, loader, loader, target=MacsTarget(fraction=0.5),
                          settings=t.SETTINGS, run_folder=Path({out!r}) / "run", progress=False)
 write_json(Path({out!r}) / f"plan-{{rank}}.json", result.plan.to_json())

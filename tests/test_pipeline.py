@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import nn
 
-from wgates_plugin import pipeline
 from wgates_plugin.errors import (
     ConfigError,
     FileFormatError,
@@ -29,7 +28,16 @@ from wgates_plugin.errors import (
     TrainingError,
 )
 from wgates_plugin.latency_study import LatencyStudy
-from wgates_plugin.pipeline import PruningResult, prune_to_target
+from wgates_plugin.pipeline import (
+    PruningResult,
+    delivery,
+    learning,
+    preparation,
+    prune_to_target,
+    record,
+)
+from wgates_plugin.pipeline.job import Job
+from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
 from wgates_plugin.training import TrainingSettings
 from wgates_plugin.verification import relative_error
@@ -217,14 +225,14 @@ class Interrupted(BaseException):
 
 
 PLACES = {
-    "baseline": (pipeline._Job, "_limits"),
-    "grid": (pipeline._Job, "_check_feasible"),
-    "after one gate epoch": (pipeline.RunFolder, "save_state"),
-    "deciding": (pipeline._Job, "_settle"),
-    "removal": (pipeline._Job, "_recalibrate"),
-    "fine-tuning": (pipeline._Job, "_fine_tune"),
-    "delivery": (pipeline._Job, "_export_and_measure"),
-    "report": (pipeline._Job, "_report"),
+    "baseline": (preparation, "find_grid"),
+    "grid": (preparation, "check_target_is_feasible"),
+    "after one gate epoch": (RunFolder, "save_state"),
+    "deciding": (delivery, "settle"),
+    "removal": (Job, "recalibrate"),
+    "fine-tuning": (learning, "fine_tune"),
+    "delivery": (delivery, "_export_and_measure"),
+    "report": (record, "_report"),
 }
 
 
@@ -291,7 +299,7 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Job, "_settle", stop)
+        patch.setattr(delivery, "settle", stop)
         with pytest.raises(Interrupted):
             run(tmp_path / "run")
     checkpoint = tmp_path / "run" / "stages" / "gates.pt"

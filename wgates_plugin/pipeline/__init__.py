@@ -1,0 +1,111 @@
+"""The whole job: milliseconds in, a smaller exported network out, measured to hold them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wgates_plugin.files import read_json
+from wgates_plugin.pipeline import delivery, learning, preparation, record
+from wgates_plugin.pipeline.job import Job, PruningResult
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.targets import PruningSettings, Target
+from wgates_plugin.tracing import ExampleInputs
+from wgates_plugin.training.engine import LossFunction
+
+__all__ = ["PruningResult", "prune_to_target"]
+
+logger = logging.getLogger("wgates_plugin")
+
+
+def prune_to_target(
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    target: Target | Sequence[Target],
+    settings: PruningSettings | None = None,
+    run_folder: str | Path,
+    resume: bool = False,
+    loss: LossFunction | None = None,
+    name: str | None = None,
+    progress: bool | None = None,
+) -> PruningResult:
+    """Prune a trained network until its exported artefact keeps the target.
+
+    Baseline measured, LPNet fitted, feasibility measured, gates and weights trained together,
+    widths settled by measurement, channels removed, fine-tuned, exported, measured again; when that
+    is over the target, trimmed and measured again. The given network is only read.
+
+    Args:
+        network: a trained classifier whose output is one tensor of logits (N, classes).
+        example_inputs: what one inference looks like: its batch size is what is timed.
+        train_loader, val_loader: iterables of (inputs, targets) with a length.
+        target: one target, or several that must all hold (at most one of a kind).
+        run_folder: where everything is written; stopped at any moment, the job goes on from there
+            with `resume=True`.
+        loss: `loss(logits, targets)`; cross-entropy by default.
+        progress: True or False for progress bars; None shows them on a terminal.
+
+    Raises:
+        TraceError, TargetError, InfeasibleTargetError, RuntimeUnavailableError: before any training.
+        RunFolderError: the folder belongs to another run.
+        TrainingError: the loss is no longer finite; the last good state is in the folder.
+    """
+    job = Job(
+        network,
+        example_inputs,
+        train_loader,
+        val_loader,
+        [target] if isinstance(target, Target) else list(target),
+        settings or PruningSettings(),
+        run_folder,
+        loss,
+        name or type(network).__name__,
+        progress,
+    )
+    job.folder.claim(job.identity(), resume=resume)
+    if not job.folder.file("report.json").exists():
+        _run(job)
+    job.fabric.barrier()
+    return _result(job)
+
+
+def _run(job: Job) -> None:
+    """The stages in order; each is skipped when an earlier sitting finished it."""
+    preparation.measure_baseline(job)
+    if job.within_limits(job.baseline):
+        logger.info("%s: within the target as it is; nothing to prune", job.name)
+        whole = PruningPlan.leading(job.space, job.space.full_widths)
+        job.store(whole, job.dense)
+        delivery.export(job, job.dense, 0)
+        record.write(job, whole, job.dense)
+        return
+    preparation.find_grid(job)
+    preparation.fit_lpnet(job)
+    preparation.check_target_is_feasible(job)
+    network, gates = learning.learn_gates(job)
+    scores = gates.unit_scores().cpu()
+    plan = delivery.settle(job, scores, gates.widths())
+    network = delivery.remove_channels(job, network, plan)
+    network = learning.fine_tune(job, network)
+    plan, network = delivery.deliver(job, plan, network, scores)
+    record.write(job, plan, network)
+
+
+def _result(job: Job) -> PruningResult:
+    report = read_json(job.folder.file("report.json"), kind="report")
+    plan = PruningPlan.load(job.folder.file("plan.json"), space=job.space)
+    return PruningResult(
+        job.rebuilt(plan).eval(),
+        plan,
+        report,
+        job.folder.path,
+        job.artefact,
+        report["contract"] == "held",
+    )

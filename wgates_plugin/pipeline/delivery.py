@@ -1,0 +1,149 @@
+"""From scores to the delivered artefact: settled by measurement, removed exactly, measured again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from wgates_plugin import closed_loop
+from wgates_plugin.efficiency.base import Budget, Limit
+from wgates_plugin.errors import SurgeryError
+from wgates_plugin.pipeline.job import Job
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.budgeting import plan_for_budget
+from wgates_plugin.surgery import rebuild, remove
+from wgates_plugin.tracing import DependencyTrace
+from wgates_plugin.verification import removal_error
+
+REMOVAL_TOLERANCE = 1e-4
+"""Above this, the removed network is not the gated one; float noise stays far below."""
+
+
+def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
+    """The plan: widths measured to keep the target, the highest scores of each group."""
+
+    def compute() -> dict[str, Any]:
+        settings, target = job.settings, job.limits["latency_ms"]
+        if job.lpnet is None or target is None:
+            plan = plan_for_budget(job.space, scores, widths, job.budget(None), job.grid)
+            return {"widths": list(plan.widths), "attempts": []}
+        settled = closed_loop.settle(
+            job.study,
+            job.lpnet,
+            scores,
+            widths,
+            target_ms=target,
+            others=job.count_limits(),
+            margin=settings.margin,
+            attempts=settings.attempts,
+            grid=job.grid,
+            seconds=settings.measure_seconds / 2,
+        )
+        return {"widths": list(settled.widths), "attempts": settled.attempts}
+
+    return PruningPlan.top(
+        job.space, scores, job.folder.once("plan", compute)["widths"], strategy="wgates"
+    )
+
+
+def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Cut the plan's channels, check that this changed nothing, bring BatchNorm up to date.
+
+    Raises:
+        SurgeryError: gated and removed network differ.
+    """
+
+    def compute() -> dict[str, Any]:
+        gated = network.cpu()
+        smaller = remove(copy.deepcopy(gated), plan, job.example_inputs)
+        error = removal_error(gated, smaller, plan, job.example_inputs)
+        if not error <= REMOVAL_TOLERANCE:
+            raise SurgeryError(
+                f"network {job.name}: gated and removed network differ by {error:.1e} relative; "
+                "the plan was not carried out, please report the network"
+            )
+        before = job.accuracy(smaller)
+        job.recalibrate(smaller)
+        after = job.accuracy(smaller)
+        job.store(plan, smaller)
+        return {
+            "masked_equals_removed": error,
+            "accuracy": before,
+            "accuracy_recalibrated": after,
+        }
+
+    job.folder.once("removal", compute)
+    return job.rebuilt(plan)
+
+
+def deliver(
+    job: Job, plan: PruningPlan, network: nn.Module, scores: Tensor
+) -> tuple[PruningPlan, nn.Module]:
+    """Export and measure; while over the target, trim, retrain shortly, and measure again."""
+    job.store(plan, network)
+    target = job.limits["latency_ms"]
+    for attempt in range(job.settings.attempts):
+        found = export(job, network, attempt)["latency_ms"]
+        last = attempt + 1 == job.settings.attempts
+        if target is None or found <= target or last:
+            break
+        plan, network = _trim(job, plan, network, scores, found, attempt)
+    return plan, network
+
+
+def export(job: Job, network: nn.Module, attempt: int) -> dict[str, Any]:
+    """Write the artefact and time it, run from its file; the measurement as JSON."""
+    return job.folder.once(
+        f"delivery-{attempt}", functools.partial(_export_and_measure, job, network)
+    )
+
+
+def _export_and_measure(job: Job, network: nn.Module) -> dict[str, Any]:
+    with job.folder.clock("export"):
+        job.study.runtime.save(network, job.example_inputs, job.artefact)
+    return job.study.of_file(job.artefact, job.settings.measure_seconds).to_json()
+
+
+def _trim(
+    job: Job,
+    plan: PruningPlan,
+    network: nn.Module,
+    scores: Tensor,
+    measured_ms: float,
+    attempt: int,
+) -> tuple[PruningPlan, nn.Module]:
+    """A little narrower, with the prediction put right by what was measured."""
+    assert job.lpnet is not None
+    assert job.aim_ms is not None
+    exact_here = job.lpnet.corrected(plan.widths, measured_ms)
+    budget = Budget((Limit(exact_here, job.aim_ms), *job.count_limits()))
+    smaller_plan = closed_loop.trimmed(plan, scores, budget, job.grid)
+    name = f"trim-{attempt}.pt"
+    state = job.folder.load_state(name)
+    if state is not None:
+        network = rebuild(job.dense, smaller_plan, state["network"])
+    else:
+        _cut_further(job, network, plan, smaller_plan)
+        job.folder.save_state(name, {"network": network.state_dict()})
+    job.store(smaller_plan, network)
+    return smaller_plan, network
+
+
+def _cut_further(job: Job, network: nn.Module, plan: PruningPlan, smaller: PruningPlan) -> None:
+    graph = DependencyTrace(network, job.example_inputs)
+    space = graph.space(ignored_layers=job.settings.ignored_layers)
+    remove(network, closed_loop.relative_plan(smaller, plan, space), traced=graph)
+    job.recalibrate(network)
+    if job.settings.fine_tune_epochs:
+        training = job.settings.training
+        gentle = dataclasses.replace(
+            training, learning_rate=training.learning_rate / 10, warmup_epochs=0.0
+        )
+        with job.folder.clock("fine_tune"):
+            job.trainer(network, "trim", 1, gentle).run(progress=job.progress)
+        network.cpu()

@@ -1,0 +1,272 @@
+"""What all stages of a job share: the network, its space, data, limits, and the run folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from wgates_plugin.efficiency.base import Budget, Limit
+from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
+from wgates_plugin.efficiency.lpnet import LPNet
+from wgates_plugin.errors import ConfigError
+from wgates_plugin.files import load_tensors, save_tensors
+from wgates_plugin.latency.base import Measurement
+from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.run_folder import RunFolder, weights_digest
+from wgates_plugin.surgery import rebuild
+from wgates_plugin.targets import (
+    LatencyTarget,
+    MacsTarget,
+    ParametersTarget,
+    PruningSettings,
+    Target,
+)
+from wgates_plugin.tracing import ExampleInputs, trace
+from wgates_plugin.training import (
+    Trainer,
+    TrainingSettings,
+    default_fabric,
+    evaluate,
+    recalibrate_batchnorm,
+)
+from wgates_plugin.training.as_found import rng_kept
+from wgates_plugin.training.engine import LossFunction
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What the job leaves behind.
+
+    Attributes:
+        network: the smaller network, in eval mode. artefact: the exported file that was measured.
+        held: True when the artefact was measured at or under every target.
+    """
+
+    network: nn.Module
+    plan: PruningPlan
+    report: dict[str, Any]
+    run_folder: Path
+    artefact: Path
+    held: bool
+
+
+class Job:
+    """One run of the pipeline. The given network is copied, never touched.
+
+    Attributes:
+        dense: the untouched network, on the CPU. study: everything measured on it.
+        baseline: facts of the dense network, once measured. grid: the channel multiple, once found.
+        lpnet: the latency predictor, once fitted; None without a latency target.
+    """
+
+    baseline: dict[str, Any]
+    grid: int
+
+    def __init__(
+        self,
+        network: nn.Module,
+        example_inputs: ExampleInputs,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        targets: list[Target],
+        settings: PruningSettings,
+        run_folder: str | Path,
+        loss: LossFunction | None,
+        name: str,
+        progress: bool | None,
+    ) -> None:
+        self.settings, self.name, self.loss, self.progress = settings, name, loss, progress
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.example_inputs = example_inputs
+        self.latency_target, self.count_targets = _sort_targets(targets)
+        self.fabric = default_fabric(settings.training)
+        self.folder = RunFolder(run_folder, self.fabric)
+        self.dense = copy.deepcopy(network).cpu()
+        self.space = trace(
+            self.dense,
+            example_inputs,
+            ignored_layers=settings.ignored_layers,
+            min_channels=settings.min_channels,
+            min_fraction=settings.min_fraction,
+            floors=settings.floors,
+            caps=settings.caps,
+        )
+        self.study = LatencyStudy(
+            self.dense,
+            self.space,
+            example_inputs,
+            self.latency_target or LatencyTarget(fraction=1.0, runtime="eager"),
+        )
+        self.lpnet: LPNet | None = None
+
+    @property
+    def total_epochs(self) -> int:
+        """Length of the one learning-rate schedule over gate phase and fine-tuning."""
+        return self.settings.gate_epochs + self.settings.fine_tune_epochs
+
+    @property
+    def artefact(self) -> Path:
+        return self.folder.file(self.study.runtime.artefact_name)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: a folder of another one is not continued."""
+        targets = [t for t in (self.latency_target, *self.count_targets) if t is not None]
+        return {
+            "kind": "wgates-run",
+            "version": 1,
+            "network": self.name,
+            "structure": self.space.fingerprint,
+            "weights": weights_digest(self.dense),
+            "targets": [{type(target).__name__: vars(target)} for target in targets],
+            "runtime": self.study.identity,
+            "settings": dataclasses.asdict(self.settings),
+        }
+
+    # Limits
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The targets as amounts: ms, MACs and parameters; None where there is no limit."""
+        found: dict[str, float | None] = {"latency_ms": None, "macs": None, "parameters": None}
+        if self.latency_target is not None:
+            found["latency_ms"] = self.latency_target.resolve(self.baseline["latency_ms"])
+        for target in self.count_targets:
+            what = "macs" if isinstance(target, MacsTarget) else "parameters"
+            found[what] = target.resolve(self.baseline[what])
+        return found
+
+    def within_limits(self, facts: dict[str, Any]) -> bool:
+        return all(limit is None or facts[what] <= limit for what, limit in self.limits.items())
+
+    @property
+    def aim_ms(self) -> float | None:
+        """A little under the latency target, so that noise does not break the contract."""
+        target = self.limits["latency_ms"]
+        return None if target is None else target * (1.0 - self.settings.margin)
+
+    def count_limits(self) -> list[Limit]:
+        limits = self.limits
+        found = []
+        if limits["macs"] is not None:
+            found.append(Limit(MacsModel(self.space), limits["macs"]))
+        if limits["parameters"] is not None:
+            found.append(Limit(ParametersModel(self.space), limits["parameters"]))
+        return found
+
+    def budget(self, lpnet: LPNet | None) -> Budget:
+        """All limits; latency as `lpnet` predicts it, held to the aim."""
+        if lpnet is None or self.aim_ms is None:
+            return Budget.of(*self.count_limits())
+        return Budget.of(Limit(lpnet, self.aim_ms), *self.count_limits())
+
+    # Tools of several stages
+
+    def facts(
+        self, network: nn.Module, widths: Sequence[int], latency: Measurement
+    ) -> dict[str, Any]:
+        """Latency, accuracy, MACs and parameters of a network, as JSON."""
+        row = torch.tensor(widths, dtype=torch.float64)
+        return {
+            "latency_ms": latency.latency_ms,
+            "accuracy": self.accuracy(network),
+            "macs": float(MacsModel(self.space)(row)),
+            "parameters": float(ParametersModel(self.space)(row)),
+            "latency": latency.to_json(),
+        }
+
+    def accuracy(self, network: nn.Module) -> float:
+        network.to(self.fabric.device)
+        found = evaluate(network, self.val_loader).accuracy
+        network.cpu()
+        return found
+
+    def trainer(
+        self, network: nn.Module, label: str, total_epochs: int, training: TrainingSettings
+    ) -> Trainer:
+        teacher = copy.deepcopy(self.dense) if training.distillation_weight > 0 else None
+        return Trainer(
+            network.to(self.fabric.device),
+            self.train_loader,
+            training,
+            fabric=self.fabric,
+            loss=self.loss,
+            teacher=teacher,
+            total_epochs=total_epochs,
+            seed=self.settings.seed,
+            label=label,
+        )
+
+    def recalibrate(self, network: nn.Module) -> None:
+        """BatchNorm statistics for the smaller network; the same images whatever came before."""
+        network.to(self.fabric.device)
+        with rng_kept(self.fabric.device):
+            torch.default_generator.manual_seed(self.settings.seed)
+            recalibrate_batchnorm(
+                network, self.train_loader, images=self.settings.recalibration_images
+            )
+        network.cpu()
+
+    def store(self, plan: PruningPlan, network: nn.Module) -> None:
+        """Write the network as it stands: plan and weights."""
+        if self.folder.is_writer:
+            save_tensors(self.folder.file("pruned.safetensors"), network.state_dict())
+            plan.save(self.folder.file("plan.json"))
+
+    def rebuilt(self, plan: PruningPlan) -> nn.Module:
+        """The network that was stored last."""
+        state = load_tensors(self.folder.file("pruned.safetensors"), kind="pruned weights")
+        return rebuild(self.dense, plan, state)
+
+    def bar(self, label: str, total: int) -> Bar:
+        return Bar(label, total, shown=self.progress is not False and self.folder.is_writer)
+
+
+class Bar:
+    """A progress bar that is told how far things are."""
+
+    def __init__(self, label: str, total: int, *, shown: bool) -> None:
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, disable=not shown, transient=True)
+        self.task = self.progress.add_task(label, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.progress.start()
+        return lambda done: self.progress.update(self.task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+def _sort_targets(
+    targets: Sequence[Target],
+) -> tuple[LatencyTarget | None, list[MacsTarget | ParametersTarget]]:
+    """The one latency target, if any, and the others.
+
+    Raises:
+        ConfigError: none, one that is no target, or two of a kind.
+    """
+    kinds = [type(target).__name__ for target in targets]
+    problems = [] if targets else ["no target given; give a LatencyTarget"]
+    problems += [
+        f"{target!r} is no target; use LatencyTarget, MacsTarget or ParametersTarget"
+        for target in targets
+        if not isinstance(target, Target)
+    ]
+    problems += [
+        f"{kind} is given {kinds.count(kind)} times; give one of a kind"
+        for kind in sorted(set(kinds))
+        if kinds.count(kind) > 1
+    ]
+    if problems:
+        raise ConfigError("targets", problems)
+    latency = next((t for t in targets if isinstance(t, LatencyTarget)), None)
+    return latency, [t for t in targets if not isinstance(t, LatencyTarget)]

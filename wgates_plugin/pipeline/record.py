@@ -1,0 +1,125 @@
+"""The record of a finished job: report.json, and the readable report beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from torch import nn
+
+from wgates_plugin.efficiency.lpnet import LPNet
+from wgates_plugin.files import read_json, write_json
+from wgates_plugin.latency.base import Measurement
+from wgates_plugin.latency.environment import describe_environment
+from wgates_plugin.pipeline import learning
+from wgates_plugin.pipeline.job import Job
+from wgates_plugin.plan import PruningPlan
+
+GATE_POINTS = 500
+
+
+def write(job: Job, plan: PruningPlan, network: nn.Module) -> None:
+    """Write report.json, then report.html and its pictures (rank 0 only)."""
+    if not job.folder.is_writer:
+        return
+    network = network.cpu().eval()
+    job.store(plan, network)
+    deliveries = _deliveries(job)
+    final = job.facts(network, plan.widths, Measurement.from_json(deliveries[-1]))
+    write_json(job.folder.file("report.json"), _report(job, plan, final, deliveries))
+    from wgates_plugin.report import write_report
+
+    write_report(job.folder.path)
+
+
+def _report(
+    job: Job, plan: PruningPlan, final: dict[str, Any], deliveries: list[dict[str, Any]]
+) -> dict[str, Any]:
+    removal = _stage(job, "removal")
+    runtime = job.study.runtime
+    return {
+        "kind": "wgates-report",
+        "version": 1,
+        "name": job.name,
+        "strategy": "wgates",
+        "runtime": runtime.name,
+        "device": runtime.settings.device,
+        "identity": job.study.identity,
+        "target": job.limits,
+        "target_ms": job.limits["latency_ms"],
+        "contract": "held" if job.within_limits(final) else "missed",
+        "seed": job.settings.seed,
+        "baseline": {**job.baseline, "file_bytes": _dense_bytes(job)},
+        "final": {**final, "file_bytes": job.artefact.stat().st_size},
+        "after_removal": removal,
+        "seconds": _seconds(job),
+        "environment": describe_environment(),
+        "grid": _stage(job, "grid"),
+        "lpnet": _lpnet(job),
+        "widths": [
+            {"group": group.name, "dense": group.channels, "kept": width}
+            for group, width in zip(job.space.groups, plan.widths, strict=True)
+        ],
+        "gates": learning.gate_log(job, points=GATE_POINTS),
+        "training": learning.training_log(job),
+        "attempts": _attempts(job, deliveries),
+        "masked_equals_removed": removal and removal["masked_equals_removed"],
+        "settings": json.loads(json.dumps(dataclasses.asdict(job.settings))),
+    }
+
+
+def _stage(job: Job, name: str) -> Any:
+    path = job.folder.stage_file(f"{name}.json")
+    return read_json(path, kind=f"stage `{name}`") if path.exists() else None
+
+
+def _deliveries(job: Job) -> list[dict[str, Any]]:
+    found = (_stage(job, f"delivery-{attempt}") for attempt in range(job.settings.attempts))
+    return [delivery for delivery in found if delivery is not None]
+
+
+def _attempts(job: Job, deliveries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    target = job.limits["latency_ms"]
+    settled = _stage(job, "plan")
+    rows = list(settled["attempts"]) if settled else []
+    for delivery in deliveries:
+        over = target is not None and delivery["latency_ms"] > target
+        rows.append(
+            {
+                "stage": "delivery",
+                "predicted_ms": None,
+                "measured_ms": delivery["latency_ms"],
+                "verdict": "over" if over else "held",
+            }
+        )
+    return rows
+
+
+def _seconds(job: Job) -> dict[str, float]:
+    """Wall time per phase; "lpnet" is the fit alone, "delivery" includes the export."""
+    seconds = job.folder.seconds()
+    if "lpnet" in seconds:
+        seconds["lpnet"] = max(0.0, seconds["lpnet"] - seconds.get("sampling", 0.0))
+    inner = ("export",)
+    seconds["total"] = sum(value for phase, value in seconds.items() if phase not in inner)
+    return seconds
+
+
+def _dense_bytes(job: Job) -> int:
+    path = job.folder.stage_file(f"dense-{job.study.runtime.artefact_name}")
+    if not path.exists():
+        job.study.runtime.save(job.dense, job.example_inputs, path)
+    return path.stat().st_size
+
+
+def _lpnet(job: Job) -> dict[str, Any] | None:
+    facts = _stage(job, "lpnet")
+    if facts is None:
+        return None
+    fitted = LPNet.load(job.folder.file("lpnet.safetensors"), space=job.space)
+    return {
+        **facts,
+        "mape_visited": job.study.visited_error(fitted),
+        "predictions": job.study.predictions(fitted),
+    }
