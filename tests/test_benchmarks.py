@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import fashion_mnist, removal, scoreboard, tables
+from benchmarks import demo, fashion_mnist, removal, scoreboard, tables
 from benchmarks.activation_masking import ActivationMasking
 from benchmarks.demo import find_report
 from benchmarks.gate_step import check_alike, steps
@@ -20,6 +21,7 @@ from benchmarks.records import KIND, RESULTS, read_record, write_record
 from benchmarks.sampling import naive_session
 from benchmarks.scoreboard import Entry
 from tests import networks
+from wgates_plugin.cli import MISSED
 from wgates_plugin.errors import FileFormatError
 from wgates_plugin.gating import Gating
 from wgates_plugin.latency import get_runtime
@@ -67,7 +69,7 @@ def full_results(folder: Path) -> None:
         "removal",
         {
             "ours": facts,
-            "ours_without_check": facts,
+            "ours_always_checked": facts,
             "torch_pruning": facts,
             "nni": {"installed": False},
         },
@@ -262,7 +264,7 @@ def test_torch_pruning_is_handed_our_masks() -> None:
     plan = removal.half_plan(space, seed=3)
     expected = remove(networks.tiny("projection"), plan, example)
     for way in (
-        removal.ours(plan, example, verify=True),
+        removal.ours(plan, example, check=False),
         removal.torch_pruning(plan, example, list(space.excluded)),
     ):
         found = way(networks.tiny("projection"))
@@ -315,3 +317,25 @@ def test_the_demo_leaves_one_report(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "report.json").write_text("{}")
     assert find_report(tmp_path) == tmp_path / "run"
+
+
+def test_a_demo_that_misses_its_target_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"seed": 0, "target_ms": 0.5, "seconds": {"total": 1.0}, **report(0.9, 0.8, "missed")}
+
+    def run(command: list[str], cwd: str, env: dict[str, str]) -> Any:
+        assert command[1:] == ["-m", "wgates_plugin", "demo"]
+        (Path(cwd) / "report.json").write_text("{}")
+        return subprocess.CompletedProcess(command, MISSED)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(demo, "load_report", lambda folder: facts)
+    demo.main(["--results", str(tmp_path)])
+    numbers = json.loads((tmp_path / "demo.json").read_text())["numbers"]
+    assert (numbers["contract"], numbers["accuracy"]) == ("missed", 0.8)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2)
+    )
+    with pytest.raises(subprocess.CalledProcessError):
+        demo.main(["--results", str(tmp_path)])

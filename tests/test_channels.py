@@ -294,9 +294,11 @@ def test_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
-def test_constant_example_inputs_do_not_hide_a_channel_shuffle(fill: float) -> None:
-    network = Wired(_shuffled, conv_bn(3, 8), conv_bn(8, 4), Head(4)).eval()
-    with pytest.raises(TraceError):
+@pytest.mark.parametrize("wire", [_shuffled, _read_backwards])
+def test_constant_example_inputs_hide_no_wrong_order(wire: Any, fill: float) -> None:
+    """A fresh network maps zeros to its last bias, whatever becomes of the channels in between."""
+    network = Wired(wire, conv_bn(3, 8), conv_bn(8, 4), Head(4)).eval()
+    with pytest.raises(TraceError, match="disagree"):
         trace(network, torch.full((1, 3, 8, 8), fill))
     assert trace(tiny("plain"), torch.full((1, 3, 8, 8), fill)).names == ("0.0", "1.0")
 

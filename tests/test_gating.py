@@ -153,14 +153,15 @@ def test_a_failing_source_is_told_and_leaves_no_trace() -> None:
 
 
 def test_a_gated_layer_on_its_own_is_refused() -> None:
+    """Before and after a pass of the whole network: its gates are not left lying about."""
     network = tiny("plain")
     space = trace(network, example())
-    with (
-        Gating(network, space, lambda: torch.ones(space.total_units)),
-        pytest.raises(PlanError, match="call the whole network"),
-    ):
-        network[1](torch.zeros(1, 8, 8, 8))
-    assert "weight" not in vars(network[1][0])
+    with Gating(network, space, lambda: torch.ones(space.total_units)):
+        for _ in range(2):
+            with pytest.raises(PlanError, match="call the whole network"):
+                network[1](torch.zeros(1, 8, 8, 8))
+            assert "weight" not in vars(network[1][0])
+            network(example())
 
 
 def test_another_network_is_refused_and_left_as_found() -> None:

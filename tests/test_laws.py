@@ -223,6 +223,21 @@ def test_tracing_leaves_the_network_as_found(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Noise(nn.Module):
+    """Draws random numbers in eval mode too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.0 * torch.rand_like(x)
+
+
+def test_tracing_leaves_the_random_state_of_a_noisy_network() -> None:
+    network = nn.Sequential(Noise(), tiny("plain"))
+    state = torch.get_rng_state()
+    space = trace(network, example())
+    masked_output(network, random_plan(space, 0), example())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_tracing_leaves_the_network_as_found_when_it_fails() -> None:
     network = _half_frozen("plain")
     before, state = snapshot(network), torch.get_rng_state()

@@ -12,10 +12,10 @@ from networks import TINY, example, tiny
 from torch import nn
 
 from wgates_plugin import PruningPlan, trace
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import FileFormatError, PlanError, SurgeryError, WGatesError
 from wgates_plugin.files import load_tensors, save_tensors
 from wgates_plugin.surgery import rebuild, removals, remove, resize, resize_map
-from wgates_plugin.tracing import DependencyTrace
 from wgates_plugin.verification import TOLERANCE, relative_error, removal_error
 
 

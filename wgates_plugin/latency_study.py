@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.sampling import SampleFile, SamplingCost, collect, measure_widths
@@ -18,7 +19,6 @@ from wgates_plugin.latency.base import Family, Measurement, RuntimeSettings, Ses
 from wgates_plugin.latency.grid import probe_grid
 from wgates_plugin.latency.timing import measure
 from wgates_plugin.targets import LatencyTarget
-from wgates_plugin.tracing import ExampleInputs
 
 
 class LatencyStudy:

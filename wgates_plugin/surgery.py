@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
+from wgates_plugin.calling import ExampleInputs, left_as_found
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import PlanError, SurgeryError
 from wgates_plugin.files import load_tensors
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.tracing import DependencyTrace, ExampleInputs, left_as_found
 
 
 def remove(
@@ -78,22 +80,22 @@ def removals(
                 f"{group.channels} channels because a coupled layer would be left empty; "
                 "raise the group's floor"
             )
-        with left_as_found_except_shapes(network):
+        with _flags_kept([item.dep.target.module for item in removal]):
             yield removal
 
 
-class left_as_found_except_shapes:
-    """Keep each parameter's `requires_grad` by name: torch-pruning makes new ones that all train."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __enter__(self) -> None:
-        self.flags = {name: p.requires_grad for name, p in self.network.named_parameters()}
-
-    def __exit__(self, *_: object) -> None:
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, True))
+@contextmanager
+def _flags_kept(members: Sequence[Any]) -> Iterator[None]:
+    """Keep `requires_grad` of the members' parameters: torch-pruning makes new ones that all train."""
+    flags = [
+        (module, name, parameter.requires_grad)
+        for module in members
+        if isinstance(module, nn.Module)
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    yield
+    for module, name, flag in flags:
+        module.get_parameter(name).requires_grad_(flag)
 
 
 def _check_shapes(network: nn.Module, space: ChannelSpace) -> None:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import TraceError
 from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.surgery import resize
-from wgates_plugin.tracing import ExampleInputs, call_with, left_as_found
 
 TOLERANCE = 1e-5
 """Relative to the largest output, float32."""

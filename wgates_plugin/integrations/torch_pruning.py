@@ -10,14 +10,16 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from wgates_plugin.calling import ExampleInputs, left_as_found
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.wgates import WGates, WGatesSettings
 from wgates_plugin.surgery import removals
-from wgates_plugin.tracing import DependencyTrace, ExampleInputs, left_as_found
+from wgates_plugin.verification import check_traced
 
 
 class WGatesPruner(tp.pruner.BasePruner):
@@ -95,6 +97,8 @@ class WGatesPruner(tp.pruner.BasePruner):
             floors=floors,
             caps=caps,
         )
+        if not self._trace.keeps_channel_order:
+            check_traced(model, self.space, example_inputs)
         self.budget = _budget(self.space, efficiency, target, pruning_ratio)
         settings = settings or WGatesSettings()
         if round_to is not None:

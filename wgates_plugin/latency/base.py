@@ -26,8 +26,8 @@ from wgates_plugin.latency.environment import device_name, library_version
 from wgates_plugin.latency.measurement import Measurement as Measurement
 
 if TYPE_CHECKING:
+    from wgates_plugin.calling import ExampleInputs
     from wgates_plugin.channels import ChannelSpace
-    from wgates_plugin.tracing import ExampleInputs
 
 
 @dataclass(frozen=True)

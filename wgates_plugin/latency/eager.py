@@ -25,7 +25,7 @@ from wgates_plugin.latency.base import (
 from wgates_plugin.latency.program_file import check_program_file
 
 if TYPE_CHECKING:
-    from wgates_plugin.tracing import ExampleInputs
+    from wgates_plugin.calling import ExampleInputs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -24,7 +24,7 @@ from wgates_plugin.latency.base import (
 )
 
 if TYPE_CHECKING:
-    from wgates_plugin.tracing import ExampleInputs
+    from wgates_plugin.calling import ExampleInputs
 
 _TOLERANCE = 1e-4
 

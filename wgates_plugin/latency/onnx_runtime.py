@@ -24,11 +24,11 @@ from wgates_plugin.latency.onnx_export import cpu_tensors, export_checked
 from wgates_plugin.latency.onnx_template import OnnxFamily
 
 if TYPE_CHECKING:
+    from wgates_plugin.calling import ExampleInputs
     from wgates_plugin.channels import ChannelSpace
-    from wgates_plugin.tracing import ExampleInputs
 
 _PURPOSE = "the runtime `onnxruntime`"
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
 
 
 class OnnxRuntime(BaseRuntime):
@@ -113,7 +113,7 @@ class OnnxRuntime(BaseRuntime):
         options.inter_op_num_threads = 1
         options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._on_cuda:
             index = torch.device(self.settings.device).index or 0

@@ -20,10 +20,10 @@ from wgates_plugin.latency.onnx_export import (
 )
 
 if TYPE_CHECKING:
+    from wgates_plugin.calling import ExampleInputs
     from wgates_plugin.channels import ChannelSpace
     from wgates_plugin.latency.onnx_runtime import OnnxRuntime
     from wgates_plugin.surgery import ResizeMap
-    from wgates_plugin.tracing import ExampleInputs
 
 _BESIDE_BYTES = 4096
 

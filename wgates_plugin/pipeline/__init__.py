@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.files import read_json
 from wgates_plugin.pipeline import delivery, learning, preparation, record
 from wgates_plugin.pipeline.job import Job, PruningResult
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.targets import PruningSettings, Target
-from wgates_plugin.tracing import ExampleInputs
 from wgates_plugin.training.engine import LossFunction
 
 __all__ = ["PruningResult", "prune_to_target"]

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from wgates_plugin import closed_loop
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.errors import SurgeryError
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.surgery import rebuild, remove
-from wgates_plugin.tracing import DependencyTrace
 from wgates_plugin.verification import removal_error
 
 REMOVAL_TOLERANCE = 1e-4

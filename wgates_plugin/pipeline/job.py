@@ -13,6 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet
@@ -30,7 +31,7 @@ from wgates_plugin.targets import (
     PruningSettings,
     Target,
 )
-from wgates_plugin.tracing import ExampleInputs, trace
+from wgates_plugin.tracing import trace
 from wgates_plugin.training import (
     Trainer,
     TrainingSettings,

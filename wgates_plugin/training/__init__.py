@@ -2,7 +2,7 @@
 
 from wgates_plugin.training.distillation import distillation_loss
 from wgates_plugin.training.engine import StepContext, Trainer
-from wgates_plugin.training.evaluation import Evaluation, device_of, evaluate
+from wgates_plugin.training.evaluation import Evaluation, evaluate
 from wgates_plugin.training.launch import default_fabric
 from wgates_plugin.training.recalibration import recalibrate_batchnorm
 from wgates_plugin.training.settings import TrainingSettings, learning_rate_at
@@ -13,7 +13,6 @@ __all__ = [
     "Trainer",
     "TrainingSettings",
     "default_fabric",
-    "device_of",
     "distillation_loss",
     "evaluate",
     "learning_rate_at",

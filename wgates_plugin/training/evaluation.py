@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wgates_plugin.calling import device_of
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.training.as_found import modes_kept, rng_kept
 
@@ -21,13 +22,6 @@ class Evaluation:
     accuracy: float
     loss: float
     images: int
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer; the CPU for a network without either."""
-    for tensor in (*network.parameters(), *network.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def unpack(batch: Any) -> tuple[tuple[Any, ...], Any]:

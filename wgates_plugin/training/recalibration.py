@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from wgates_plugin.calling import device_of
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.modules import BATCH_NORMS
 from wgates_plugin.training.as_found import modes_kept, rng_kept
-from wgates_plugin.training.evaluation import device_of, to_device, unpack
+from wgates_plugin.training.evaluation import to_device, unpack
 
 
 @torch.no_grad()

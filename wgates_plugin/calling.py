@@ -1,0 +1,53 @@
+"""Running a user's network on example inputs, and leaving it as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+@contextmanager
+def left_as_found(network: nn.Module) -> Iterator[None]:
+    """Restore train/eval modes, `requires_grad` and the random state on leaving."""
+    modes = {module: module.training for module in network.modules()}
+    grads = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in grads.items():
+            parameter.requires_grad_(flag)
+
+
+def call_with(network: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Run the network on a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return network(**example_inputs)
+    if isinstance(example_inputs, tuple):
+        return network(*example_inputs)
+    return network(example_inputs)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a network without either."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def shapes_of(inputs: ExampleInputs) -> str:
+    values: Sequence[Any]
+    if isinstance(inputs, dict):
+        values = list(inputs.values())
+    else:
+        values = inputs if isinstance(inputs, tuple) else [inputs]
+    return ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else str(v) for v in values)

@@ -1,0 +1,75 @@
+"""Which operations are known to leave channels where they are.
+
+A network made of these alone needs no numerical check of its trace; any other one gets it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+from torch_pruning import ops as tp_ops
+
+from wgates_plugin import modules as kinds
+
+_ELEMENTWISE = {
+    "ReluBackward0",
+    "HardtanhBackward0",
+    "LeakyReluBackward0",
+    "EluBackward0",
+    "SiluBackward0",
+    "GeluBackward0",
+    "TanhBackward0",
+    "SigmoidBackward0",
+    "HardswishBackward0",
+    "HardsigmoidBackward0",
+    "AddBackward0",
+    "MaxPool2DWithIndicesBackward0",
+    "AvgPool2DBackward0",
+    "AdaptiveAvgPool2DBackward0",
+}
+
+
+def is_certain(graph: tp.DependencyGraph) -> bool:
+    """True when every operation of the traced graph is known to keep channels in place."""
+    nodes = graph.module2node.values()
+    # One channel broadcast over many looks like any other sum in the graph.
+    broadcasts = any(
+        isinstance(node.module, kinds.WEIGHTED) and kinds.out_channels_of(node.module) == 1
+        for node in nodes
+    )
+    return not broadcasts and all(_keeps_order(node) for node in nodes)
+
+
+def _keeps_order(node: Any) -> bool:
+    if isinstance(node.module, (*kinds.WEIGHTED, *kinds.BATCH_NORMS, nn.PReLU)):
+        return True
+    name = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
+    if node.type == tp_ops.OPTYPE.OUTPUT:
+        return True
+    if node.type == tp_ops.OPTYPE.CONCAT:
+        return bool(getattr(node.grad_fn, "_saved_dim", None) == 1)
+    if node.type == tp_ops.OPTYPE.RESHAPE:
+        return _is_flatten_into_linear(node)
+    if name == "TBackward0":  # the transposed weight of a linear layer
+        return not node.inputs
+    if name == "MeanBackward1":
+        return _is_spatial_mean(node.grad_fn)
+    return name in _ELEMENTWISE
+
+
+def _is_flatten_into_linear(node: Any) -> bool:
+    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+    readers = [reader.module for reader in node.outputs]
+    return bool(readers) and all(
+        isinstance(reader, nn.Linear) and reader.in_features == math.prod(sizes[1:])
+        for reader in readers
+    )
+
+
+def _is_spatial_mean(grad_fn: Any) -> bool:
+    rank = len(getattr(grad_fn, "_saved_self_sym_sizes", ()))
+    dims = {dim if dim < rank else dim - 2**64 + rank for dim in getattr(grad_fn, "_saved_dim", ())}
+    return rank == 4 and dims == {2, 3}

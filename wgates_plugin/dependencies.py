@@ -1,0 +1,379 @@
+"""Dependencies between channels: torch-pruning's graph of a network, made into plain records."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops as tp_ops
+
+from wgates_plugin import modules as kinds
+from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found, shapes_of
+from wgates_plugin.channel_order import is_certain
+from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
+from wgates_plugin.errors import TraceError
+from wgates_plugin.gating import Gating
+
+
+class DependencyTrace:
+    """A torch-pruning dependency graph of one network, and the records made from it.
+
+    Keeping the object lets surgery reuse the graph, so that trace plus removal trace once. A `graph`
+    that was built already, on this very network with all parameters live, is taken over.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        example_inputs: ExampleInputs,
+        *,
+        graph: tp.DependencyGraph | None = None,
+    ) -> None:
+        self.network = network
+        self.example_inputs = example_inputs
+        self.names = {module: name for name, module in network.named_modules()}
+        self._refuse_untraceable()
+        with left_as_found(network):
+            network.eval()
+            self.layers, self.graph = self._describe_and_trace(graph)
+
+    def _refuse_untraceable(self) -> None:
+        parameters = list(self.network.parameters())
+        if not any(isinstance(module, kinds.WEIGHTED) for module in self.network.modules()):
+            raise TraceError(
+                f"network {type(self.network).__name__}: no convolution or linear layer to prune"
+            )
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise TraceError(
+                f"network {type(self.network).__name__}: all {len(parameters)} parameters are "
+                "frozen, so nothing could recover from pruning; call "
+                "`network.requires_grad_(True)` on what may be trained"
+            )
+        for name, module in self.network.named_modules():
+            if hasattr(module, "parametrizations"):
+                raise TraceError(
+                    f"module `{name}`: has a parametrization on its weight; remove it with "
+                    "torch.nn.utils.parametrize.remove_parametrizations first"
+                )
+            if isinstance(module, kinds.WEIGHTED) and module._parameters.get("weight") is None:
+                raise TraceError(
+                    f"module `{name}`: its weight is computed, not a parameter (weight_norm, "
+                    "spectral_norm, a lazy or tied layer); make it a plain parameter first, for "
+                    "example with torch.nn.utils.remove_weight_norm"
+                )
+            if any(
+                isinstance(getattr(hook, "__self__", None), Gating)
+                for hook in module._forward_pre_hooks.values()
+            ):
+                raise TraceError(
+                    f"module `{name or type(module).__name__}`: gates are attached to it; call "
+                    "`detach()` on them before tracing"
+                )
+        self._refuse_tied_weights()
+        tensors = self.example_inputs
+        flat = list(tensors.values()) if isinstance(tensors, dict) else tensors
+        flat = list(flat) if isinstance(flat, (tuple, list)) else [flat]
+        device = device_of(self.network)
+        for tensor in flat:
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                raise TraceError(
+                    f"example inputs: on {tensor.device}, the network is on {device}; "
+                    f"move them with `.to('{device}')`"
+                )
+
+    def _refuse_tied_weights(self) -> None:
+        owners: dict[nn.Parameter, str] = {}
+        for name, module in self.network.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                first = owners.setdefault(parameter, f"{name}.{key}")
+                if first != f"{name}.{key}":
+                    raise TraceError(
+                        f"parameter `{name}.{key}`: is the same as `{first}`; tied layers cannot "
+                        "be cut apart, give each its own parameter or use one module twice"
+                    )
+
+    def _describe_and_trace(
+        self, graph: tp.DependencyGraph | None
+    ) -> tuple[tuple[Layer, ...], tp.DependencyGraph]:
+        """One forward pass: hooks note layer shapes while torch-pruning records the graph."""
+        positions: dict[nn.Module, int] = {}
+
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+            # A transposed convolution applies its kernel once per *input* position.
+            met = inputs[0] if isinstance(module, kinds.TRANSPOSED) else output
+            if isinstance(met, Tensor) and met.dim() > 1:
+                channels = met.shape[-1] if isinstance(module, nn.Linear) else met.shape[1]
+                per_image = met.numel() // max(1, met.shape[0] * channels)
+                positions[module] = positions.get(module, 0) + per_image
+
+        leaves = [m for m in self.network.modules() if list(m.parameters(recurse=False))]
+        handles = [module.register_forward_hook(count) for module in leaves]
+        try:
+            if graph is None:
+                graph = self._build_graph()
+            else:
+                with torch.no_grad():
+                    self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        silent = [
+            self.names[m] for m in leaves if m not in positions and isinstance(m, kinds.WEIGHTED)
+        ]
+        if silent:
+            shown = ", ".join(f"`{name}`" for name in silent[:4])
+            raise TraceError(
+                f"{len(silent)} layers never run in eval mode ({shown}{' ...' * (len(silent) > 4)})"
+                ", such as auxiliary heads: the removal could not follow them; drop them "
+                "(for example `network.AuxLogits = None`, `aux_logits=False`) before tracing"
+            )
+        described = (
+            _describe(self.names[module], module, positions.get(module, 0)) for module in leaves
+        )
+        return tuple(described), graph
+
+    def _run(self) -> Tensor:
+        """The network's output on the example inputs.
+
+        Raises:
+            TraceError: it does not run on them, or returns something else than one tensor.
+        """
+        try:
+            output = call_with(self.network, self.example_inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            shapes = shapes_of(self.example_inputs)
+            raise TraceError(
+                f"example inputs of shape {shapes}: the network does not run on them "
+                f"({type(error).__name__}: {error}); give one real batch"
+            ) from error
+        if not isinstance(output, Tensor):
+            raise TraceError(
+                f"network {type(self.network).__name__}: returns {type(output).__name__}, not a "
+                "tensor; wrap it in a module that returns the tensor to be trained on"
+            )
+        return output
+
+    def _build_graph(self) -> tp.DependencyGraph:
+        # Frozen parameters make groups vanish without an error, hence all are live while tracing.
+        self.network.requires_grad_(True)
+        try:
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                return tp.DependencyGraph().build_dependency(
+                    self.network,
+                    example_inputs=self.example_inputs,
+                    forward_fn=lambda *_: self._run(),
+                    verbose=False,
+                )
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(
+                f"network {type(self.network).__name__}: torch-pruning cannot trace it "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    @property
+    def keeps_channel_order(self) -> bool:
+        """True when no operation is in the network that might move channels unseen."""
+        return is_certain(self.graph)
+
+    def space(
+        self,
+        *,
+        ignored_layers: Sequence[nn.Module | str] = (),
+        min_channels: int = 1,
+        min_fraction: float = 0.0,
+        floors: Mapping[str, int] | None = None,
+        caps: Mapping[str, int] | None = None,
+    ) -> ChannelSpace:
+        """The records of this graph, unchecked; see `trace` for the arguments."""
+        ignored = self._resolve_ignored(ignored_layers)
+        order = {name: index for index, name in enumerate(self.names.values())}
+        found: list[ChannelGroup] = []
+        excluded: dict[str, str] = {}
+        with left_as_found(self.network):
+            # In whatever order the graph met them; sorted by name below.
+            for raw in self.graph.get_all_groups(root_module_types=kinds.WEIGHTED):
+                name, raw = self._rooted(raw, order)
+                reason = self._reason_to_exclude(raw, ignored)
+                group = None if reason else self._record(name, raw)
+                if group is None or isinstance(group, str):
+                    excluded[name] = reason or str(group)
+                else:
+                    found.append(group)
+        found.sort(key=lambda group: order[group.name])
+        found = _with_limits(found, min_channels, min_fraction, floors or {}, caps or {})
+        if not found:
+            why = "; ".join(f"`{name}`: {reason}" for name, reason in excluded.items())
+            raise TraceError(f"no prunable channel group in the network; {why or 'none was found'}")
+        return ChannelSpace(tuple(found), self.layers, excluded)
+
+    def _resolve_ignored(self, ignored_layers: Sequence[nn.Module | str]) -> set[nn.Module]:
+        by_name = {name: module for module, name in self.names.items()}
+        resolved: set[nn.Module] = set()
+        problems = []
+        for layer in ignored_layers:
+            module = by_name.get(layer) if isinstance(layer, str) else layer
+            if not isinstance(module, nn.Module) or module not in self.names:
+                problems.append(repr(layer) if isinstance(layer, str) else type(layer).__name__)
+                continue
+            resolved.update(module.modules())
+        if problems:
+            raise TraceError(
+                f"ignored_layers: {', '.join(problems)} not in the network; give modules of it or "
+                "their `named_modules()` names"
+            )
+        return resolved
+
+    def _rooted(self, raw: Any, order: Mapping[str, int]) -> tuple[str, Any]:
+        """Root the group at its first producer (in module order) that covers all its channels."""
+        graph = self.graph
+        covering = []
+        for item in raw:
+            module = item.dep.target.module
+            if isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module):
+                is_out = graph.is_out_channel_pruning_fn(item.dep.handler)
+                roots = {root for root in item.root_idxs if root is not None}
+                if is_out and len(roots) == len(raw[0].idxs) == kinds.out_channels_of(module):
+                    covering.append(module)
+        current = raw[0].dep.target.module
+        root = min(covering or [current], key=lambda module: order[self.names[module]])
+        if root is not current:
+            pruner = graph.get_pruner_of_module(root)
+            count = kinds.out_channels_of(root)
+            raw = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(count)))
+        return self.names[root], raw
+
+    def _reason_to_exclude(self, raw: Any, ignored: set[nn.Module]) -> str | None:
+        consumers = 0
+        for item in raw:
+            node, module = item.dep.target, item.dep.target.module
+            is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
+            name = self.names.get(module, "")
+            if isinstance(module, nn.Parameter):
+                return f"a bare parameter of shape {tuple(module.shape)} shares its channels"
+            if isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module):
+                if isinstance(module, kinds.TRANSPOSED) and module.groups > 1:
+                    return f"`{name}` is a grouped transposed convolution"
+                if not is_out:
+                    consumers += 1
+                    continue
+            elif isinstance(module, kinds.INSTANCE_NORMS) and module.track_running_stats:
+                return f"torch-pruning does not cut the running statistics of `{name}`"
+            elif isinstance(module, nn.Module) and name and not _acts_per_channel(module):
+                return f"`{name}` ({type(module).__name__}) mixes channels outside a convolution"
+            if module in ignored:
+                return f"`{name}` is ignored"
+            if node.type == tp_ops.OPTYPE.OUTPUT or not node.outputs:
+                return "its channels are outputs of the network"
+        return None if consumers else "no layer reads its channels"
+
+    def _record(self, name: str, raw: Any) -> ChannelGroup | str:
+        """The group as a record, or the reason why it cannot be one."""
+        root = raw[0].dep.target.module
+        channels = kinds.out_channels_of(root)
+        ties = 1
+        for item in raw:
+            module = item.dep.target.module
+            if isinstance(module, (*kinds.CONVS,)) and not kinds.is_depthwise(module):
+                ties = math.lcm(ties, module.groups)
+        if channels % ties or channels == ties:
+            return f"{channels} channels tied over {ties} conv groups leave nothing to choose"
+        units = channels // ties
+        slots = []
+        for item in raw:
+            module = item.dep.target.module
+            if module not in self.names:
+                continue
+            weighted = isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module)
+            is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
+            side = "out" if is_out or not weighted else "in"
+            role = ("producer" if is_out else "consumer") if weighted else "passenger"
+            size = _side_size(module, side)
+            if size is None:  # a single-parameter PReLU has no channels of its own
+                continue
+            if any(index is None for index in item.root_idxs):
+                return f"the channel order into `{self.names[module]}` is not known"
+            if max(item.idxs) >= size:
+                return f"the channel order into `{self.names[module]}` is not known"
+            owner = np.full(size, -1, dtype=np.int64)
+            owner[np.asarray(item.idxs)] = np.asarray(item.root_idxs) % units
+            owned = owner[owner >= 0]
+            if len(np.unique(np.bincount(owned, minlength=units))) != 1:
+                return f"its channels do not reach `{self.names[module]}` evenly"
+            parts = module.groups if weighted and not isinstance(module, nn.Linear) else 1
+            if (owner.reshape(parts, -1) != owner[: size // parts]).any():
+                return f"the conv groups of `{self.names[module]}` would keep different channels"
+            slots.append(Slot(self.names[module], side, role, owner))  # type: ignore[arg-type]
+        order = {module_name: index for index, module_name in enumerate(self.names.values())}
+        slots.sort(key=lambda slot: (order[slot.module], slot.side != "out"))
+        return ChannelGroup(name, channels, ties, ties, channels, tuple(slots))
+
+
+def _acts_per_channel(module: nn.Module) -> bool:
+    return kinds.is_depthwise(module) or isinstance(module, kinds.PER_CHANNEL)
+
+
+def _side_size(module: nn.Module, side: str) -> int | None:
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else None
+    if isinstance(module, (*kinds.BATCH_NORMS, *kinds.INSTANCE_NORMS)):
+        return module.num_features
+    return kinds.out_channels_of(module) if side == "out" else kinds.in_channels_of(module)
+
+
+def _describe(name: str, module: nn.Module, positions: int) -> Layer:
+    kind = kinds.layer_kind(module)
+    parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    if kind in ("conv", "depthwise", "transposed", "linear"):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        groups = int(getattr(module, "groups", 1))
+        return Layer(
+            name,
+            kind,
+            kinds.in_channels_of(module),
+            kinds.out_channels_of(module),
+            groups,
+            math.prod(weight.shape[2:]),
+            positions,
+            getattr(module, "bias", None) is not None,
+            parameters,
+        )
+    channels = int(getattr(module, "num_features", 0) or getattr(module, "num_parameters", 0))
+    return Layer(name, kind, channels, channels, 1, 0, positions, False, parameters)
+
+
+def _with_limits(
+    groups: Sequence[ChannelGroup],
+    min_channels: int,
+    min_fraction: float,
+    floors: Mapping[str, int],
+    caps: Mapping[str, int],
+) -> list[ChannelGroup]:
+    known = {group.name for group in groups}
+    problems = [f"`{name}` is no prunable group" for name in (*floors, *caps) if name not in known]
+    limited = []
+    for group in groups:
+        wanted = max(min_channels, math.ceil(min_fraction * group.channels))
+        wanted = floors.get(group.name, min(wanted, group.channels))
+        cap = caps.get(group.name, group.channels)
+        floor = math.ceil(max(1, wanted) / group.ties) * group.ties
+        cap = cap // group.ties * group.ties
+        if not floor <= cap <= group.channels:
+            problems.append(
+                f"`{group.name}`: floor {floor} and cap {cap} of {group.channels} channels leave "
+                "no width"
+            )
+        limited.append(
+            ChannelGroup(group.name, group.channels, group.ties, floor, cap, group.slots)
+        )
+    if problems:
+        raise TraceError(f"floors and caps: {'; '.join(problems)}; groups: {', '.join(known)}")
+    return limited
