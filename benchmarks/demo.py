@@ -1,7 +1,8 @@
 """Claim: `wgates demo` takes under five minutes on two CPU cores, from nothing to a held target.
 
 Measured: wall time of the command as a user types it, in a fresh temporary folder, with training,
-pruning, export and report. No rival: the figure is its own bar.
+pruning, export and report, on two cores where the operating system can pin a process to them; the
+record says on how many it was. No rival: the figure is its own bar.
 """
 
 from __future__ import annotations
@@ -10,15 +11,35 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.records import HOME, parser, write_record
 from wgates_plugin.cli import MISSED
+from wgates_plugin.latency.environment import usable_cores
 from wgates_plugin.report.contents import load_report
 
 CLAIM = "`wgates demo` takes under 300 seconds on two CPU cores"
+CORES = 2
+
+
+@contextmanager
+def pinned(cores: int) -> Iterator[int]:
+    """Keep this thread and what it starts on at most `cores` cores; gives how many it has.
+
+    Where processes cannot be pinned, all usable cores are left and counted.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield usable_cores()
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:cores])
+    try:
+        yield len(os.sched_getaffinity(0))
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def find_report(folder: Path) -> Path:
@@ -38,7 +59,7 @@ def main(argv: Sequence[str] = ()) -> None:
     arguments, passed_on = options.parse_known_args(list(argv))
     command = [sys.executable, "-m", "wgates_plugin", "demo", *passed_on]
     path = os.pathsep.join(filter(None, [str(HOME.parent), os.environ.get("PYTHONPATH")]))
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, pinned(CORES) as cores:
         started = time.perf_counter()
         done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path})
         seconds = time.perf_counter() - started
@@ -47,6 +68,7 @@ def main(argv: Sequence[str] = ()) -> None:
         report = load_report(find_report(Path(folder)))
     numbers = {
         "seconds": seconds,
+        "cores": cores,
         "contract": report["contract"],
         "baseline_ms": report["baseline"]["latency_ms"],
         "target_ms": report["target_ms"],
@@ -54,7 +76,7 @@ def main(argv: Sequence[str] = ()) -> None:
         "baseline_accuracy": report["baseline"]["accuracy"],
         "accuracy": report["final"]["accuracy"],
     }
-    print(f"demo: {seconds:.0f} s, {numbers['contract']}")
+    print(f"demo: {seconds:.0f} s on {cores} cores, {numbers['contract']}")
     write_record(
         arguments.results,
         "demo",

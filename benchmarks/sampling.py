@@ -1,9 +1,11 @@
 """Claim: at least 60 % of the time LPNet's sampling takes is timed inference.
 
 Measured: MobileNetV2 at 224x224, 30 random sub-networks on ONNX Runtime and in eager mode, one thread;
-share of all wall time, setting up included, spent inside timed inferences. Rival beside it, sample by
-sample in alternating order and with the same timing: what is done without this package, namely a deep
-copy, a traced dependency graph, torch-pruning's removal, an export and a session for every sample.
+share of all wall time, setting up included, spent inside timed inferences. A timed inference is one
+of the candidate or of the reference it is interleaved with, so the candidate's alone is recorded too.
+Rival beside it, sample by sample in alternating order and with the same timing: what is done without
+this package, namely a deep copy, a traced dependency graph, torch-pruning's removal, an export and a
+session for every sample.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from benchmarks.subjects import SIDE, images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.sampling import draw_widths
 from wgates_plugin.latency.base import BaseRuntime, Session
+from wgates_plugin.latency.measurement import Measurement
 from wgates_plugin.latency.onnx_export import export_torchscript
 from wgates_plugin.latency.onnx_runtime import OnnxRuntime
 from wgates_plugin.latency.timing import measure
@@ -59,6 +62,32 @@ def naive_session(
     return runtime.load(smaller, example)
 
 
+def noting_runs(session: Session, seconds: list[float]) -> Session:
+    """The same session; every run of it appends how long it took (s)."""
+    run = session.run
+
+    def timed() -> None:
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+
+    session.run = timed  # type: ignore[method-assign]
+    return session
+
+
+def sample_row(seconds: float, found: Measurement, runs: Sequence[float]) -> dict[str, float]:
+    """One sample's wall time, timed inference, and the candidate's part in it, all in s.
+
+    Args:
+        runs: every run of the candidate in this measurement, its warm-up first.
+    """
+    return {
+        "seconds": seconds,
+        "inference": found.inference_seconds,
+        "candidate_inference": sum(runs[found.warmup :]),
+    }
+
+
 def measure_runtime(
     runtime: str, arguments: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,23 +100,31 @@ def measure_runtime(
     assert study.reference_ms is not None
     started = time.perf_counter()
     study.open_files(scratch / f"{runtime}.jsonl", scratch / f"{runtime}-visited.jsonl")
-    _ = study.family
+    family = study.family
     setup = time.perf_counter() - started
     samples: dict[str, list[dict[str, float]]] = {"ours": [], "naive": []}
+    runs: list[float] = []
+    measured: list[Measurement] = []
+    make = family.session
+    family.session = lambda widths: noting_runs(make(widths), runs)  # type: ignore[method-assign]
 
     def ours(number: int) -> None:
+        runs.clear()
         cost = study.sample(
             count=number + 1,
             grid=arguments.grid,
             seed=arguments.seed,
             seconds_per_sample=arguments.seconds,
+            on_sample=lambda _, found: measured.append(found),
         )
-        samples["ours"].append({"seconds": cost.seconds, "inference": cost.inference_seconds})
+        samples["ours"].append(sample_row(cost.seconds, measured[-1], runs))
 
     def naive(number: int) -> None:
         widths = draw_widths(space, arguments.grid, np.random.default_rng([arguments.seed, number]))
         start = time.perf_counter()
+        runs.clear()
         session = naive_session(network, space, widths, example, study.runtime)
+        session = noting_runs(session, runs)
         found = measure(
             session,
             reference=study.reference,
@@ -96,7 +133,7 @@ def measure_runtime(
         )
         session.close()
         seconds = time.perf_counter() - start
-        samples["naive"].append({"seconds": seconds, "inference": found.inference_seconds})
+        samples["naive"].append(sample_row(seconds, found, runs))
 
     for number in range(arguments.samples):
         pair = [ours, naive] if number < arguments.naive_samples else [ours]
@@ -113,17 +150,22 @@ def share(rows: Sequence[dict[str, float]], *, setup: float = 0.0) -> dict[str, 
     """Sums over samples; `setup` (s) counts as time outside inference.
 
     Example:
-        >>> share([{"seconds": 3.0, "inference": 2.0}], setup=1.0)["share_in_inference"]
-        0.5
+        >>> row = {"seconds": 3.0, "inference": 2.0, "candidate_inference": 1.0}
+        >>> found = share([row], setup=1.0)
+        >>> found["share_in_inference"], found["share_in_candidate_inference"]
+        (0.5, 0.25)
     """
     seconds = sum(row["seconds"] for row in rows) + setup
     inference = sum(row["inference"] for row in rows)
+    candidate = sum(row["candidate_inference"] for row in rows)
     return {
         "samples": len(rows),
         "seconds": seconds,
         "setup_seconds": setup,
         "inference_seconds": inference,
+        "candidate_inference_seconds": candidate,
         "share_in_inference": inference / seconds,
+        "share_in_candidate_inference": candidate / seconds,
         "overhead_seconds_per_sample": (seconds - setup - inference) / len(rows),
     }
 

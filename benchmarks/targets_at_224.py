@@ -144,7 +144,11 @@ def reach_target(
 
 
 class Delivery:
-    """Removal, export and measurement of the file; trimmed and repeated while over the target."""
+    """Removal, export and measurement of the file; trimmed and repeated while over the target.
+
+    Where nothing is left to trim it ends, as a missed target: measuring the same network until it
+    passes would be picking the noise that suits.
+    """
 
     def __init__(
         self,
@@ -181,7 +185,10 @@ class Delivery:
                 return plan, found, attempts
             local = self.lpnet.corrected(plan.widths, found.latency_ms)
             budget = Budget.of(Limit(local, self.aim))
-            plan = closed_loop.trimmed(plan, self.scores, budget, self.grid)
+            narrower = closed_loop.trimmed(plan, self.scores, budget, self.grid)
+            if narrower.kept == plan.kept:
+                return plan, found, attempts
+            plan = narrower
 
 
 def main(argv: Sequence[str] = ()) -> None:

@@ -319,8 +319,12 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_state(tmp_path: Path) -> None
 
     with pytest.raises(TrainingError, match="epoch 2, step 4"):
         run(tmp_path / "run", loss=spoilt)
-    state = torch.load(tmp_path / "run" / "stages" / "gates.pt", weights_only=True)
-    assert state["trainer"]["epoch"] == 1
+    assert (
+        torch.load(tmp_path / "run" / "stages" / "gates.pt", weights_only=True)["gates"]["step"]
+        == 3
+    )
+    state = torch.load(tmp_path / "run" / "stages" / "gates-last-good.pt", weights_only=True)
+    assert state["gates"]["step"] == 4
     assert all(torch.isfinite(v).all() for v in state["network"].values() if v.is_floating_point())
     assert run(tmp_path / "run", resume=True).held
 
@@ -328,15 +332,7 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_state(tmp_path: Path) -> None
 def test_over_target_at_delivery_is_trimmed_and_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = LatencyStudy.of_file
-    factors = iter([1.6])
-
-    def slower_once(self: LatencyStudy, path: Path, seconds: float) -> Any:
-        found = original(self, path, seconds)
-        ratio = 0.8 * next(factors, 0.5)
-        return dataclasses.replace(found, latency_ms=ratio * found.reference_ms, ratio=ratio)
-
-    monkeypatch.setattr(LatencyStudy, "of_file", slower_once)
+    with_latency_ratios(monkeypatch, [1.28, 0.4])
     result = run(tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"))
     verdicts = [a["verdict"] for a in result.report["attempts"] if a["stage"] == "delivery"]
     assert verdicts == ["over", "held"]
@@ -345,6 +341,74 @@ def test_over_target_at_delivery_is_trimmed_and_measured_again(
     assert sum(result.plan.widths) < sum(settled)
     with torch.no_grad():
         assert torch.isfinite(result.network(EXAMPLE)).all()
+
+
+def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | None]) -> None:
+    """Deliveries that measure at these ratios in turn; None is a kill."""
+    original = LatencyStudy.of_file
+    left = list(ratios)
+
+    def scripted(self: LatencyStudy, path: Path, seconds: float) -> Any:
+        ratio = left.pop(0)
+        if ratio is None:
+            raise Interrupted
+        found = original(self, path, seconds)
+        return dataclasses.replace(found, latency_ms=ratio * found.reference_ms, ratio=ratio)
+
+    monkeypatch.setattr(LatencyStudy, "of_file", scripted)
+
+
+def test_killed_after_a_trim_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = LatencyTarget(fraction=0.8, runtime="eager")
+    with monkeypatch.context() as patch:
+        with_latency_ratios(patch, [1.28, None])
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", target=target)
+    with monkeypatch.context() as patch:
+        with_latency_ratios(patch, [0.5])
+        result = run(tmp_path / "run", target=target, resume=True)
+    assert result.held
+    verdicts = [a["verdict"] for a in result.report["attempts"] if a["stage"] == "delivery"]
+    assert verdicts == ["over", "held"]
+
+
+def test_the_floors_are_not_measured_until_they_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery.closed_loop, "trimmed", lambda plan, *_: plan)
+    with_latency_ratios(monkeypatch, [1.28, 0.5])
+    result = run(tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"))
+    assert not result.held
+    assert result.report["contract"] == "missed"
+
+
+def test_an_untouched_network_is_not_judged_by_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_latency_ratios(monkeypatch, [1.004])
+    assert run(tmp_path / "run", target=LatencyTarget(fraction=1.0, runtime="eager")).held
+
+
+def test_a_run_is_not_resumed_on_other_data(uninterrupted: PruningResult) -> None:
+    data = make_data(count=64)
+    with pytest.raises(RunFolderError, match=r"belongs to another run.*data"):
+        prune_to_target(
+            make_network(),
+            EXAMPLE,
+            data,
+            data,
+            target=MacsTarget(fraction=0.5),
+            settings=SETTINGS,
+            run_folder=uninterrupted.run_folder,
+            resume=True,
+        )
+
+
+def test_a_lost_page_is_made_again(uninterrupted: PruningResult) -> None:
+    page = uninterrupted.run_folder / "report.html"
+    page.unlink()
+    run(uninterrupted.run_folder, resume=True)
+    assert page.is_file()
 
 
 SCRIPT = """

@@ -8,6 +8,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from collections import UserDict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,8 +31,10 @@ from wgates_plugin.training import (
     distillation_loss,
     evaluate,
     learning_rate_at,
+    progress,
     recalibrate_batchnorm,
 )
+from wgates_plugin.training.progress import Bar
 
 CPU: dict[str, Any] = {"accelerator": "cpu"}
 
@@ -308,23 +313,51 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     assert gates == []
 
 
-def test_inputs_may_be_a_tuple() -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_inputs_may_be_a_tuple_or_keywords(channels_last: bool) -> None:
+    settings = TrainingSettings(
+        epochs=1, channels_last=channels_last, distillation_weight=0.5, **CPU
+    )
+
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = small_network()
 
         def forward(self, one: Tensor, two: Tensor) -> Tensor:
-            logits: Tensor = self.inner(one + two)
+            logits: Tensor = self.inner(one + 0.5 * two)
             return logits
 
     images, targets = quadrants(32)
-    batches = [((images / 255, images / 255), targets)]
-    network = Sum()
-    before = weights(network)
-    Trainer(network, batches, TrainingSettings(epochs=1, **CPU)).run()
-    assert not same(weights(network), before)
-    assert evaluate(network, batches).images == 32
+    one, two = images / 255, images.flip(0) / 255
+    found = []
+    for inputs in ((one, two), [one, two], {"two": two, "one": one}, UserDict(one=one, two=two)):
+        network = Sum()
+        Trainer(network, [(inputs, targets)], settings, teacher=Sum()).run()
+        score = evaluate(network, [(inputs, targets)])
+        assert score.images == recalibrate_batchnorm(network, [(inputs, targets)]) == 32
+        found.append((weights(network), score))
+    assert all(same(state, found[0][0]) for state, _ in found)
+    assert all(score == found[0][1] for _, score in found)
+    assert not same(found[0][0], weights(Sum()))
+
+
+def test_keyword_inputs_come_out_of_a_torch_loader() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_network()
+
+        def forward(self, *, img: Tensor) -> Tensor:
+            logits: Tensor = self.inner(img)
+            return logits
+
+    images, targets = quadrants(32)
+    data: Any = [({"img": images[i] / 255}, int(targets[i])) for i in range(32)]
+    score = evaluate(Named(), DataLoader(data, batch_size=8))
+    assert score == evaluate(small_network(), TensorLoader(images, targets, 8))
+    with pytest.raises(TrainingError, match="no tensor with a batch dimension"):
+        recalibrate_batchnorm(Named(), [({"img": 1}, 0)])
 
 
 def endless() -> Any:
@@ -404,6 +437,37 @@ def test_a_student_follows_its_teacher_without_true_labels() -> None:
         Trainer(student, wrong, settings)
 
 
+# --- progress ----------------------------------------------------------------------------------
+
+
+def drawn_by(use: Any, *, terminal: bool, wanted: bool | None) -> str:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=100)
+    threads = threading.active_count()
+    with Bar("sampling", 50, wanted=wanted, console=console) as bar:
+        use(bar)
+        assert threading.active_count() == threads
+    return text.getvalue()
+
+
+def test_a_bar_is_told_how_far_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(bar: Bar) -> None:
+        bar.reach(30, "resumed")
+        bar.advance("one more")
+        assert bar.done == 31
+        bar.reach(50)
+
+    assert drawn_by(use, terminal=True, wanted=True) == ""  # over within two seconds
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0.0)
+    seen = drawn_by(use, terminal=True, wanted=None)
+    assert "sampling" in seen
+    assert "30/50" in seen
+    assert "resumed" in seen
+    assert "50/50" in seen
+    assert drawn_by(use, terminal=False, wanted=None) == ""
+    assert drawn_by(use, terminal=True, wanted=False) == ""
+
+
 # --- evaluation and recalibration --------------------------------------------------------------
 
 
@@ -472,14 +536,8 @@ def train(loader, seen=None, first=0):
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     settings = TrainingSettings(epochs=2, learning_rate=0.1, accelerator="cpu")
     trainer = Trainer(network, loader, settings, seed=3)
-    gate = nn.Parameter(torch.zeros(2))
-
-    def after(where):
-        gate.grad = torch.full((2,), float(trainer.fabric.global_rank))
-        trainer.average_gradients([gate])
-
-    history = trainer.run(first_epoch=first, after_backward=after)
-    return trainer, network, gate, history
+    history = trainer.run(first_epoch=first)
+    return trainer, network, history
 
 
 def batches(loader, epoch):
@@ -492,10 +550,10 @@ def batches(loader, epoch):
 
 
 in_memory = TensorLoader(data, targets, 8, shuffle=True)
-trainer, network, gate, history = train(in_memory)
+trainer, network, history = train(in_memory)
 assert trainer.fabric.world_size == 2 and trainer.steps_per_epoch == 2
 shuffled = DataLoader(TensorDataset(data / 255, targets), batch_size=8, shuffle=True)
-mine = {"weight": network[1].weight.detach(), "gate": gate.grad, "loss": history[-1]["loss"]}
+mine = {"weight": network[1].weight.detach(), "loss": history[-1]["loss"]}
 mine["tensor"] = batches(in_memory, 1)
 mine["first"], mine["second"] = batches(shuffled, 0), batches(shuffled, 1)
 torch.save(mine, f"{sys.argv[1]}/{trainer.fabric.global_rank}.pt")
@@ -523,8 +581,6 @@ def test_two_processes_share_data_and_agree(tmp_path: Path) -> None:
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(one["weight"], two["weight"])
     assert one["loss"] == two["loss"]
-    assert torch.equal(one["gate"], torch.full((2,), 0.5))
-    assert torch.equal(two["gate"], torch.full((2,), 0.5))
     for part in ("tensor", "first", "second"):
         both = torch.cat([one[part], two[part]]).flatten(1)
         assert len(both.unique(dim=0)) == 32

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wgates_plugin.errors import TraceError
+
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -51,3 +53,33 @@ def shapes_of(inputs: ExampleInputs) -> str:
     else:
         values = inputs if isinstance(inputs, tuple) else [inputs]
     return ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else str(v) for v in values)
+
+
+def _tensors(inputs: ExampleInputs) -> list[Any]:
+    if isinstance(inputs, dict):
+        return list(inputs.values())
+    return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+
+
+def refuse_other_device(network: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Refuse example inputs that are elsewhere than the network.
+
+    Raises:
+        TraceError: names both devices.
+    """
+    device = device_of(network)
+    for tensor in _tensors(example_inputs):
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise TraceError(
+                f"example inputs: on {tensor.device}, the network is on {device}; "
+                f"move them with `.to('{device}')`"
+            )
+
+
+def to_cpu(inputs: ExampleInputs) -> ExampleInputs:
+    """The same inputs on the CPU."""
+    if isinstance(inputs, dict):
+        return {name: to_cpu(value) for name, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(to_cpu(value) for value in inputs)
+    return inputs.cpu() if isinstance(inputs, Tensor) else inputs

@@ -95,20 +95,30 @@ def trimmed(
     budget: Budget,
     grid: int,
 ) -> PruningPlan:
-    """A plan inside `plan` that keeps the budget: channels only go, none come back."""
+    """A plan inside `plan` that keeps the budget: channels only go, none come back.
+
+    Where no step is left, it is `plan` itself.
+    """
     space = capped(plan.space, plan.widths)
-    # Channels that went already must stay behind those that are still there.
-    present = plan.mask.to(scores.device)
-    ranked = torch.where(present, scores, scores.min() - 1.0)
     try:
-        widths = fit_to_budget(space, ranked, plan.widths, budget, grid)
+        widths = fit_to_budget(space, _present_first(plan, scores), plan.widths, budget, grid)
     except InfeasibleTargetError:
         # A prediction only; measured again, one step narrower everywhere may well do.
         widths = tuple(
             max([w for w in group.allowed_widths(grid) if w < width], default=width)
             for group, width in zip(plan.space.groups, plan.widths, strict=True)
         )
-    return PruningPlan.top(plan.space, ranked, widths)
+    return subset(plan, scores, widths)
+
+
+def subset(plan: PruningPlan, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
+    """The highest scores among the channels that `plan` keeps, at `widths` (G,)."""
+    return PruningPlan.top(plan.space, _present_first(plan, scores), widths)
+
+
+def _present_first(plan: PruningPlan, scores: Tensor) -> Tensor:
+    """Scores with the channels that went already behind all that are still there."""
+    return torch.where(plan.mask.to(scores.device), scores, scores.min() - 1.0)
 
 
 def capped(space: ChannelSpace, widths: Sequence[int]) -> ChannelSpace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch_pruning import ops as tp_ops
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found, shapes_of
+from wgates_plugin.calling import (
+    ExampleInputs,
+    call_with,
+    left_as_found,
+    refuse_other_device,
+    shapes_of,
+)
 from wgates_plugin.channel_order import is_certain
 from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
 from wgates_plugin.errors import TraceError
@@ -24,16 +30,13 @@ from wgates_plugin.gating import Gating
 class DependencyTrace:
     """A torch-pruning dependency graph of one network, and the records made from it.
 
-    Keeping the object lets surgery reuse the graph, so that trace plus removal trace once. A `graph`
-    that was built already, on this very network with all parameters live, is taken over.
+    Keeping the object lets surgery reuse the graph, so that trace plus removal trace once.
     """
 
     def __init__(
         self,
         network: nn.Module,
         example_inputs: ExampleInputs,
-        *,
-        graph: tp.DependencyGraph | None = None,
     ) -> None:
         self.network = network
         self.example_inputs = example_inputs
@@ -41,7 +44,7 @@ class DependencyTrace:
         self._refuse_untraceable()
         with left_as_found(network):
             network.eval()
-            self.layers, self.graph = self._describe_and_trace(graph)
+            self.layers, self.graph = self._describe_and_trace()
 
     def _refuse_untraceable(self) -> None:
         parameters = list(self.network.parameters())
@@ -76,16 +79,7 @@ class DependencyTrace:
                     "`detach()` on them before tracing"
                 )
         self._refuse_tied_weights()
-        tensors = self.example_inputs
-        flat = list(tensors.values()) if isinstance(tensors, dict) else tensors
-        flat = list(flat) if isinstance(flat, (tuple, list)) else [flat]
-        device = device_of(self.network)
-        for tensor in flat:
-            if isinstance(tensor, Tensor) and tensor.device != device:
-                raise TraceError(
-                    f"example inputs: on {tensor.device}, the network is on {device}; "
-                    f"move them with `.to('{device}')`"
-                )
+        refuse_other_device(self.network, self.example_inputs)
 
     def _refuse_tied_weights(self) -> None:
         owners: dict[nn.Parameter, str] = {}
@@ -98,9 +92,7 @@ class DependencyTrace:
                         "be cut apart, give each its own parameter or use one module twice"
                     )
 
-    def _describe_and_trace(
-        self, graph: tp.DependencyGraph | None
-    ) -> tuple[tuple[Layer, ...], tp.DependencyGraph]:
+    def _describe_and_trace(self) -> tuple[tuple[Layer, ...], tp.DependencyGraph]:
         """One forward pass: hooks note layer shapes while torch-pruning records the graph."""
         positions: dict[nn.Module, int] = {}
 
@@ -115,11 +107,7 @@ class DependencyTrace:
         leaves = [m for m in self.network.modules() if list(m.parameters(recurse=False))]
         handles = [module.register_forward_hook(count) for module in leaves]
         try:
-            if graph is None:
-                graph = self._build_graph()
-            else:
-                with torch.no_grad():
-                    self._run()
+            graph = self._build_graph()
         finally:
             for handle in handles:
                 handle.remove()
@@ -146,7 +134,7 @@ class DependencyTrace:
         """
         try:
             output = call_with(self.network, self.example_inputs)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:
             shapes = shapes_of(self.example_inputs)
             raise TraceError(
                 f"example inputs of shape {shapes}: the network does not run on them "
@@ -200,7 +188,7 @@ class DependencyTrace:
         excluded: dict[str, str] = {}
         with left_as_found(self.network):
             # In whatever order the graph met them; sorted by name below.
-            for raw in self.graph.get_all_groups(root_module_types=kinds.WEIGHTED):
+            for raw in self._raw_groups():
                 name, raw = self._rooted(raw, order)
                 reason = self._reason_to_exclude(raw, ignored)
                 group = None if reason else self._record(name, raw)
@@ -214,6 +202,16 @@ class DependencyTrace:
             why = "; ".join(f"`{name}`: {reason}" for name, reason in excluded.items())
             raise TraceError(f"no prunable channel group in the network; {why or 'none was found'}")
         return ChannelSpace(tuple(found), self.layers, excluded)
+
+    def _raw_groups(self) -> Iterator[Any]:
+        try:
+            yield from self.graph.get_all_groups(root_module_types=kinds.WEIGHTED)
+        except (IndexError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+            raise TraceError(
+                f"network {type(self.network).__name__}: torch-pruning cannot follow its channels "
+                f"({type(error).__name__}: {error}); it holds a layer that is not supported, such "
+                "as a recurrent one"
+            ) from error
 
     def _resolve_ignored(self, ignored_layers: Sequence[nn.Module | str]) -> set[nn.Module]:
         by_name = {name: module for module, name in self.names.items()}

@@ -77,6 +77,7 @@ class Gating:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._unshadow_all()
         self._indices.clear()
         self._extended = None
         return self.network
@@ -87,7 +88,13 @@ class Gating:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def _unshadow_all(self) -> None:
+        """Ctrl-C inside a layer skips its hooks, and would leave the gated weight in place."""
+        for module in self._indices:
+            self._unshadow(module)
+
     def _open(self, *_: Any) -> None:
+        self._unshadow_all()
         gates = self.source()
         self._extended = torch.cat([gates, gates.new_ones(1)])
 
@@ -97,7 +104,8 @@ class Gating:
     def _shadow(self, module: nn.Module, _: Any) -> None:
         if self._extended is None:
             raise PlanError(
-                "gates: a gated layer ran outside its network's forward; call the whole network"
+                "gates: a gated layer ran outside its network's forward; call the whole network, "
+                "without activation checkpointing"
             )
         parameter = module._parameters["weight"]
         assert parameter is not None

@@ -169,6 +169,8 @@ class PruningPlan:
             own = ChannelSpace.from_json(value["space"])
             fingerprint, table, note = value["fingerprint"], value["kept"], value["note"]
             kept = tuple(tuple(int(unit) for unit in table[name]) for name in own.names)
+            if not isinstance(note, dict):
+                raise TypeError("`note` is no object")
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"plan: a field is missing or wrong ({error!r})") from None
         if own.fingerprint != fingerprint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,6 +113,11 @@ class RunFolder:
         result: T = read_json(path, kind=f"stage `{name}`")
         return result
 
+    def stage(self, name: str) -> Any:
+        """The stored value of a finished stage, None when it is not there."""
+        path = self.stage_file(f"{name}.json")
+        return read_json(path, kind=f"stage `{name}`") if path.exists() else None
+
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
         """Add the block's wall time to the phase, over all sittings of the run."""
@@ -163,4 +168,24 @@ def weights_digest(network: nn.Module) -> str:
         digest.update(
             tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
+    return digest.hexdigest()[:16]
+
+
+def first_batch_digest(loader: Iterable[Any]) -> str:
+    """Short hash of a loader's first batch: tells whether a run is resumed on the same data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        batch = next(iter(loader), None)
+    digest = hashlib.sha256()
+    pending: list[Any] = [batch]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            digest.update(
+                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, (tuple, list)):
+            pending += value
     return digest.hexdigest()[:16]

@@ -82,6 +82,11 @@ def removals(
             )
         with _flags_kept([item.dep.target.module for item in removal]):
             yield removal
+        if kinds.out_channels_of(root) != group.channels - len(gone):
+            raise SurgeryError(
+                f"group `{group.name}`: was not pruned before the next one was asked for; call "
+                "`prune()` on each group as it comes, groups fetched ahead are out of date"
+            )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from wgates_plugin.efficiency.base import check_target
@@ -140,15 +140,15 @@ class PruningSettings:
         for name, (value, least) in whole.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problems.append(f"{name} is {value!r}, needs a whole number from {least}")
-        for name in ("seconds_per_sample", "measure_seconds"):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} is {getattr(self, name)!r}, needs more than 0")
-        if not 0 <= self.min_fraction <= 1:
-            problems.append(f"min_fraction is {self.min_fraction!r}, needs 0 to 1")
-        if not 0 <= self.margin < 0.5:
-            problems.append(f"margin is {self.margin!r}, needs 0 to 0.5")
+        ranges = {
+            "seconds_per_sample": (1e-3, 3600.0),
+            "measure_seconds": (1e-3, 3600.0),
+            "min_fraction": (0.0, 1.0),
+            "margin": (0.0, 0.5),
+        }
+        for name, (low, high) in ranges.items():
+            number = getattr(self, name)
+            if not isinstance(number, (int, float)) or not low <= number <= high:
+                problems.append(f"{name} is {number!r}, needs a number from {low:g} to {high:g}")
         if problems:
             raise ConfigError("pruning settings", problems)
-
-    def training_for(self, epochs: int) -> TrainingSettings:
-        return replace(self.training, epochs=epochs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -89,7 +90,7 @@ def check_target(value: object, unit: str) -> float:
     Raises:
         TargetError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TargetError(f"target {value!r}: not a number; give a positive number of {unit}")
     if not math.isfinite(value) or value <= 0:
         raise TargetError(f"target {value}: must be a positive finite number of {unit}")

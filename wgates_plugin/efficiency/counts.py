@@ -82,6 +82,7 @@ class MacsModel:
 
     def __init__(self, space: ChannelSpace) -> None:
         self.shapes = LayerShapes(space)
+        self.fingerprint = space.fingerprint
 
     def __call__(self, widths: Tensor) -> Tensor:
         return self.shapes.macs_per_layer(widths).sum(-1)
@@ -94,6 +95,7 @@ class ParametersModel:
 
     def __init__(self, space: ChannelSpace) -> None:
         self.shapes = LayerShapes(space)
+        self.fingerprint = space.fingerprint
 
     def __call__(self, widths: Tensor) -> Tensor:
         return self.shapes.parameters_per_layer(widths).sum(-1)

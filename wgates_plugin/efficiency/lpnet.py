@@ -250,12 +250,14 @@ class LPNet(nn.Module):
                 f"{about['fingerprint']}, this one has {space.fingerprint}); fit one for this network"
             )
         own = space or ChannelSpace.from_json(about["space"])
-        model = cls(own, structure=about["structure"], hidden=about["hidden"])
         try:
+            model = cls(own, structure=about["structure"], hidden=about["hidden"])
             model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise FileFormatError(f"LPNet `{path}`: weights do not fit; {error}") from error
-        model.report = FitReport(**about["report"]) if about["report"] else None
+            model.report = FitReport(**about["report"]) if about["report"] else None
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise FileFormatError(
+                f"LPNet `{path}`: description and weights do not fit together ({error}); fit it again"
+            ) from error
         return model.requires_grad_(False).eval()
 
 

@@ -80,6 +80,12 @@ class SampleFile:
                 f"samples `{path}`: measured on {file.header['identity']}, this is {identity}; "
                 "use another file per runtime and machine"
             )
+        wrong = [w for w in file.widths if len(w) != len(space.groups)]
+        if wrong:
+            raise FileFormatError(
+                f"samples `{path}`: a sample has {len(wrong[0])} widths for {len(space.groups)} "
+                "groups; delete the file and sample again"
+            )
         return file
 
     @classmethod

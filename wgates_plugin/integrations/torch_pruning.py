@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,7 +78,9 @@ class WGatesPruner(tp.pruner.BasePruner):
         caps: Mapping[str, int] | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        with left_as_found(model):
+        self._trace = DependencyTrace(model, example_inputs)  # refuses what cannot be traced
+        with left_as_found(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model.requires_grad_(True)  # frozen parameters would make groups vanish silently
             super().__init__(
                 model,
@@ -89,7 +92,7 @@ class WGatesPruner(tp.pruner.BasePruner):
                 num_heads={},
                 channel_groups={},
             )
-        self._trace = DependencyTrace(model, example_inputs, graph=self.DG)
+        self.DG = self._trace.graph
         self.space = self._trace.space(
             ignored_layers=list(ignored_layers or []),
             min_channels=min_channels,

@@ -12,12 +12,13 @@ from typing import Any
 from wgates_plugin.errors import FileFormatError, MeasurementError
 
 _KIND = "measurement"
-_VERSION = 1
+_VERSION = 2
 _NUMBERS = (
     "latency_ms",
     "ratio",
     "ratio_spread",
     "reference_ms",
+    "drift",
     "median_ms",
     "minimum_ms",
     "inference_seconds",
@@ -39,11 +40,16 @@ def half_interquartile_range(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One latency and everything needed to judge it. All times are wall times.
+    """One latency and everything needed to judge it.
+
+    Times are wall times (the device's, where the session has a clock of its own), with one
+    exception: an inference on a single CPU thread from which the scheduler took the processor
+    away enters the samples with the processor time it used.
 
     With a reference network timed in the same rounds, round i gives the pair
     `samples_ms[i]`, `reference_samples_ms[i]`, and `latency_ms = ratio * reference_ms`.
-    Without one, `ratio` is 1, `reference_samples_ms` is empty and `latency_ms == reference_ms`.
+    Without one, `ratio` and `drift` are 1, `reference_samples_ms` is empty and
+    `latency_ms == reference_ms`.
 
     Attributes:
         latency_ms: the claimed figure, milliseconds per inference.
@@ -53,11 +59,14 @@ class Measurement:
         samples_ms: least candidate time of each round, shape (rounds,).
         reference_samples_ms: least reference time of each round, shape (rounds,) or (0,).
         reference_ms: calibrated latency of the reference, or the median of its samples.
+        drift: median of `reference_samples_ms` over `reference_ms`: how much slower than at its
+            calibration the reference ran here, which `latency_ms` leaves out.
         median_ms: median of `samples_ms`. minimum_ms: their minimum.
         rounds: rounds taken. warmup: untimed inferences of the candidate before them.
-        disturbed: inferences during which the processor was taken away; they count with the
-            processor time they used (one thread), or not at all.
-        inference_seconds: time inside timed inferences, the reference's included.
+        disturbed: inferences, the reference's included, during which the processor was taken
+            away. On one CPU thread they count with the processor time they used; otherwise they
+            are taken again, and count only in a block where hardly any was left alone.
+        inference_seconds: wall time inside timed inferences, the reference's included.
         seconds: time from start to end of the measurement.
         identity: what was measured on: `Runtime.identity`.
         environment: the machine and the libraries: `describe_environment`.
@@ -72,6 +81,7 @@ class Measurement:
     samples_ms: tuple[float, ...]
     reference_samples_ms: tuple[float, ...]
     reference_ms: float
+    drift: float
     median_ms: float
     minimum_ms: float
     rounds: int
@@ -109,8 +119,11 @@ class Measurement:
             if getattr(self, name) < 0:
                 problems.append(f"`{name}` is {getattr(self, name)}")
         if not problems:
+            seen = self.reference_samples_ms
+            drift = statistics.median(seen) / self.reference_ms if seen else 1.0
             claims = {
                 "latency_ms": (self.latency_ms, self.ratio * self.reference_ms),
+                "drift": (self.drift, drift),
                 "median_ms": (self.median_ms, statistics.median(self.samples_ms)),
                 "minimum_ms": (self.minimum_ms, min(self.samples_ms)),
             }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.errors import ExportError
+from wgates_plugin.errors import ExportError, RuntimeUnavailableError
 from wgates_plugin.latency.base import (
     flatten_outputs,
     frozen_copy,
@@ -42,6 +42,7 @@ def export_checked(network: nn.Module, example_inputs: ExampleInputs, run: RunOn
 
     Raises:
         ExportError: no exporter gives a model that agrees; the message has each one's reason.
+        RuntimeUnavailableError: `run` has no device to run on.
     """
     frozen = frozen_copy(network).to("cpu", torch.float32)
     reasons = []
@@ -50,6 +51,8 @@ def export_checked(network: nn.Module, example_inputs: ExampleInputs, run: RunOn
             model = exporter(frozen, example_inputs)
             check_agreement(run(model), frozen, example_inputs)
             return model
+        except RuntimeUnavailableError:
+            raise
         except Exception as error:
             reasons.append(describe_failure(exporter, error))
             last = error

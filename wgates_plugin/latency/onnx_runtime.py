@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
 _PURPOSE = "the runtime `onnxruntime`"
 _FATAL_ONLY = 4
+_CUDA = "CUDAExecutionProvider"
 
 
 class OnnxRuntime(BaseRuntime):
     """Runs `model.onnx`, all shapes fixed to the example's, float32.
 
-    Intra-operator threads are `settings.threads`, operators run one after another.
+    Intra-operator threads are `settings.threads`, operators run one after another. Several threads
+    stop spinning when an inference ends: candidate and reference live side by side, and the idle
+    one would take the processor from the other.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -46,7 +49,7 @@ class OnnxRuntime(BaseRuntime):
         require("onnx", extra="onnx", purpose=_PURPOSE)
         self._ort = require("onnxruntime", extra="onnx", purpose=_PURPOSE)
         super().__init__(settings)
-        provider = "CUDAExecutionProvider" if self._on_cuda else "CPUExecutionProvider"
+        provider = _CUDA if self._on_cuda else "CPUExecutionProvider"
         if provider not in self._ort.get_available_providers():
             raise RuntimeUnavailableError(
                 f"runtime `onnxruntime`: device `{self.settings.device}` needs {provider}, which "
@@ -80,7 +83,7 @@ class OnnxRuntime(BaseRuntime):
         path = check_file(path, "onnxruntime")
         try:
             return self.session_of(path.read_bytes(), example_inputs)
-        except ExportError:
+        except (ExportError, RuntimeUnavailableError):
             raise
         except Exception as error:
             raise FileFormatError(
@@ -107,21 +110,31 @@ class OnnxRuntime(BaseRuntime):
 
         Raises:
             ExportError: the model's inputs are not the example's.
+            RuntimeUnavailableError: ONNX Runtime fell back from the GPU to the CPU.
         """
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.settings.threads
         options.inter_op_num_threads = 1
         options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if self.settings.threads > 1:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = _FATAL_ONLY
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._on_cuda:
             index = torch.device(self.settings.device).index or 0
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
+            providers.insert(0, (_CUDA, {"device_id": index}))
         if initializers:
             values = [self._ort.OrtValue.ortvalue_from_numpy(v) for v in initializers.values()]
             options.add_external_initializers(list(initializers), values)
         native = self._ort.InferenceSession(model, options, providers=providers)
+        first = native.get_providers()[0]
+        if self._on_cuda and first != _CUDA:
+            raise RuntimeUnavailableError(
+                f"runtime `onnxruntime`: device `{self.settings.device}` asked for, but the session "
+                f"runs on {first}: {_CUDA} could not be started; install the CUDA and cuDNN "
+                "libraries this onnxruntime-gpu was built for, or use device `cpu`"
+            )
         feeds = _feeds(native, example_inputs)
         kind = CudaOnnxSession if self._on_cuda else OnnxSession
         session = kind(native, feeds, identity=self.identity(example_inputs))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wgates_plugin.errors import ExportError
+from wgates_plugin.errors import ExportError, RuntimeUnavailableError
 from wgates_plugin.latency.base import BaseSession, ResizeFamily, frozen_copy, require
 from wgates_plugin.latency.onnx_export import (
     check_agreement,
@@ -169,6 +169,8 @@ class OnnxFamily:
                 self._check(template)
                 self._template = template
                 return
+            except RuntimeUnavailableError:
+                raise
             except Exception as error:
                 reasons.append(describe_failure(exporter, error))
         warnings.warn(

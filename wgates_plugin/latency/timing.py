@@ -1,5 +1,8 @@
 """Honest timing: candidate and reference interleaved, per-round minima, a median of ratios.
 
+Both get blocks of the same number of inferences: the least of many draws lies lower than the least
+of few, so blocks of equal duration would flatter the faster one.
+
 An inference during which the scheduler took the processor away says nothing about the network. It is
 recognised by the process's involuntary context switches; on one thread it counts with the processor
 time it used instead of the wall's, otherwise it is taken again.
@@ -14,7 +17,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -29,6 +32,8 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 _BLOCK_MS = 15.0
+_LONGEST_BLOCK_MS = 60.0
+_FEWEST_AT_LENGTH = 3
 _WARMUP_SECONDS = 0.5
 _MOST_PER_BLOCK = 2000
 _PATIENCE = 4
@@ -50,10 +55,13 @@ def measure(
 ) -> Measurement:
     """Time one inference of `session`.
 
-    Each round runs a block of inferences (about 15 ms, at least one) of the candidate and of the
-    reference, in alternating order, and keeps the least time of each block:
+    Each round runs a block of inferences of the candidate and one of the reference, in alternating
+    order, and keeps the least time of each block. Both blocks hold the same number of inferences:
+    as many as the faster session does in about 15 ms, but no more than the slower one does in
+    60 ms (three are allowed in any case).
 
         ratio = median_i(candidate_i / reference_i),  latency_ms = ratio * reference_ms
+        drift = median_i(reference_i) / reference_ms
 
     Without a reference, `latency_ms` is the median of the candidate's minima; this is how a
     reference is calibrated.
@@ -82,7 +90,7 @@ def measure(
     sessions = [session] if reference is None else [session, reference]
     with _no_garbage_collection():
         warmed = [_warm_up(each, warmup, clock) for each in sessions]
-        counts = [_block_length(estimate) for _, estimate in warmed]
+        count = _block_length([estimate for _, estimate in warmed])
         minima: list[list[float]] = [[] for _ in sessions]
         clock.spent_ms, clock.disturbed = 0.0, 0
         while len(minima[0]) < min_rounds or clock.spent_ms < seconds * 1e3:
@@ -90,16 +98,18 @@ def measure(
             if len(minima[0]) % 2:
                 order.reverse()
             for index in order:
-                minima[index].append(_least_of_block(sessions[index], counts[index], clock))
+                minima[index].append(_least_of_block(sessions[index], count, clock))
     samples = tuple(minima[0])
     reference_samples = tuple(minima[1]) if reference is not None else ()
     if reference is None:
         reference_ms = statistics.median(samples)
-        ratio = 1.0
+        ratio = drift = 1.0
         spread = half_interquartile_range(samples) / reference_ms
     else:
+        seen_ms = statistics.median(reference_samples)
         if reference_ms is None:
-            reference_ms = statistics.median(reference_samples)
+            reference_ms = seen_ms
+        drift = seen_ms / reference_ms
         ratios = [mine / other for mine, other in zip(samples, reference_samples, strict=True)]
         ratio = statistics.median(ratios)
         spread = half_interquartile_range(ratios)
@@ -114,6 +124,7 @@ def measure(
         samples_ms=samples,
         reference_samples_ms=reference_samples,
         reference_ms=float(reference_ms),
+        drift=drift,
         median_ms=statistics.median(samples),
         minimum_ms=min(samples),
         rounds=len(samples),
@@ -220,8 +231,11 @@ def _warm_up(session: Session, most: int, clock: _Clock) -> tuple[int, float]:
     return len(times), min(times)
 
 
-def _block_length(estimate_ms: float) -> int:
-    return max(1, min(_MOST_PER_BLOCK, math.ceil(_BLOCK_MS / estimate_ms)))
+def _block_length(estimates_ms: Sequence[float]) -> int:
+    """Inferences per block, one number for all sessions, from the time each of them takes."""
+    wanted = math.ceil(_BLOCK_MS / min(estimates_ms))
+    bearable = max(_FEWEST_AT_LENGTH, int(_LONGEST_BLOCK_MS / max(estimates_ms)))
+    return max(1, min(_MOST_PER_BLOCK, wanted, bearable))
 
 
 def _least_of_block(session: Session, count: int, clock: _Clock) -> float:

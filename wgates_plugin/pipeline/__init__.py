@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
-from wgates_plugin.files import read_json
 from wgates_plugin.pipeline import delivery, learning, preparation, record
 from wgates_plugin.pipeline.job import Job, PruningResult
 from wgates_plugin.plan import PruningPlan
@@ -72,7 +71,6 @@ def prune_to_target(
     job.folder.claim(job.identity(), resume=resume)
     if not job.folder.file("report.json").exists():
         _run(job)
-    job.fabric.barrier()
     return _result(job)
 
 
@@ -82,7 +80,6 @@ def _run(job: Job) -> None:
     if job.within_limits(job.baseline):
         logger.info("%s: within the target as it is; nothing to prune", job.name)
         whole = PruningPlan.leading(job.space, job.space.full_widths)
-        job.store(whole, job.dense)
         delivery.export(job, job.dense, 0)
         record.write(job, whole, job.dense)
         return
@@ -99,7 +96,7 @@ def _run(job: Job) -> None:
 
 
 def _result(job: Job) -> PruningResult:
-    report = read_json(job.folder.file("report.json"), kind="report")
+    report = record.read(job)
     plan = PruningPlan.load(job.folder.file("plan.json"), space=job.space)
     return PruningResult(
         job.rebuilt(plan).eval(),

@@ -14,6 +14,7 @@ from wgates_plugin import closed_loop
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.errors import SurgeryError
+from wgates_plugin.latency.base import Measurement
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.budgeting import plan_for_budget
@@ -70,7 +71,7 @@ def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Modul
         before = job.accuracy(smaller)
         job.recalibrate(smaller)
         after = job.accuracy(smaller)
-        job.store(plan, smaller)
+        job.folder.save_state("removed.pt", {"network": smaller.state_dict()})
         return {
             "masked_equals_removed": error,
             "accuracy": before,
@@ -78,21 +79,30 @@ def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Modul
         }
 
     job.folder.once("removal", compute)
-    return job.rebuilt(plan)
+    state = job.folder.load_state("removed.pt")
+    assert state is not None
+    return rebuild(job.dense, plan, state["network"])
 
 
 def deliver(
     job: Job, plan: PruningPlan, network: nn.Module, scores: Tensor
 ) -> tuple[PruningPlan, nn.Module]:
-    """Export and measure; while over the target, trim, retrain shortly, and measure again."""
-    job.store(plan, network)
+    """Export and measure; while over the target, trim, retrain shortly, and measure again.
+
+    Where nothing is left to trim it ends: measuring the same network until it passes would be
+    picking the noise that suits.
+    """
     target = job.limits["latency_ms"]
     for attempt in range(job.settings.attempts):
-        found = export(job, network, attempt)["latency_ms"]
+        found = export(job, network, attempt)
         last = attempt + 1 == job.settings.attempts
-        if target is None or found <= target or last:
+        if target is None or found["latency_ms"] <= target or last:
             break
-        plan, network = _trim(job, plan, network, scores, found, attempt)
+        narrower = _narrower(job, plan, scores, attempt)
+        if narrower.kept == plan.kept:
+            break
+        network = _trim(job, plan, narrower, network, attempt)
+        plan = narrower
     return plan, network
 
 
@@ -109,29 +119,34 @@ def _export_and_measure(job: Job, network: nn.Module) -> dict[str, Any]:
     return job.study.of_file(job.artefact, job.settings.measure_seconds).to_json()
 
 
+def _narrower(job: Job, plan: PruningPlan, scores: Tensor, attempt: int) -> PruningPlan:
+    """A plan inside `plan`, by LPNet refitted on what was delivered and exact there."""
+
+    def compute() -> dict[str, Any]:
+        assert job.lpnet is not None
+        assert job.aim_ms is not None
+        assert job.study.visited is not None
+        found = Measurement.from_json(job.folder.stage(f"delivery-{attempt}"))
+        job.study.visited.add(plan.widths, found)
+        exact_here = job.study.refit(job.lpnet).corrected(plan.widths, found.latency_ms)
+        budget = Budget((Limit(exact_here, job.aim_ms), *job.count_limits()))
+        return {"widths": list(closed_loop.trimmed(plan, scores, budget, job.grid).widths)}
+
+    widths = job.folder.once(f"narrower-{attempt}", compute)["widths"]
+    return closed_loop.subset(plan, scores, widths)
+
+
 def _trim(
-    job: Job,
-    plan: PruningPlan,
-    network: nn.Module,
-    scores: Tensor,
-    measured_ms: float,
-    attempt: int,
-) -> tuple[PruningPlan, nn.Module]:
-    """A little narrower, with the prediction put right by what was measured."""
-    assert job.lpnet is not None
-    assert job.aim_ms is not None
-    exact_here = job.lpnet.corrected(plan.widths, measured_ms)
-    budget = Budget((Limit(exact_here, job.aim_ms), *job.count_limits()))
-    smaller_plan = closed_loop.trimmed(plan, scores, budget, job.grid)
+    job: Job, plan: PruningPlan, narrower: PruningPlan, network: nn.Module, attempt: int
+) -> nn.Module:
+    """The network cut further, from `plan` to `narrower`, and trained a little."""
     name = f"trim-{attempt}.pt"
     state = job.folder.load_state(name)
     if state is not None:
-        network = rebuild(job.dense, smaller_plan, state["network"])
-    else:
-        _cut_further(job, network, plan, smaller_plan)
-        job.folder.save_state(name, {"network": network.state_dict()})
-    job.store(smaller_plan, network)
-    return smaller_plan, network
+        return rebuild(job.dense, narrower, state["network"])
+    _cut_further(job, network, plan, narrower)
+    job.folder.save_state(name, {"network": network.state_dict()})
+    return network
 
 
 def _cut_further(job: Job, network: nn.Module, plan: PruningPlan, smaller: PruningPlan) -> None:

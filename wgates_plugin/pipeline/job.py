@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.calling import ExampleInputs, refuse_other_device, to_cpu
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet
@@ -22,7 +21,7 @@ from wgates_plugin.files import load_tensors, save_tensors
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.run_folder import RunFolder, weights_digest
+from wgates_plugin.run_folder import RunFolder, first_batch_digest, weights_digest
 from wgates_plugin.surgery import rebuild
 from wgates_plugin.targets import (
     LatencyTarget,
@@ -41,6 +40,7 @@ from wgates_plugin.training import (
 )
 from wgates_plugin.training.as_found import rng_kept
 from wgates_plugin.training.engine import LossFunction
+from wgates_plugin.training.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,15 @@ class Job:
     ) -> None:
         self.settings, self.name, self.loss, self.progress = settings, name, loss, progress
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.example_inputs = example_inputs
+        refuse_other_device(network, example_inputs)
+        self.example_inputs = to_cpu(example_inputs)
         self.latency_target, self.count_targets = _sort_targets(targets)
         self.fabric = default_fabric(settings.training)
         self.folder = RunFolder(run_folder, self.fabric)
         self.dense = copy.deepcopy(network).cpu()
         self.space = trace(
             self.dense,
-            example_inputs,
+            self.example_inputs,
             ignored_layers=settings.ignored_layers,
             min_channels=settings.min_channels,
             min_fraction=settings.min_fraction,
@@ -104,7 +105,7 @@ class Job:
         self.study = LatencyStudy(
             self.dense,
             self.space,
-            example_inputs,
+            self.example_inputs,
             self.latency_target or LatencyTarget(fraction=1.0, runtime="eager"),
         )
         self.lpnet: LPNet | None = None
@@ -129,6 +130,11 @@ class Job:
             "weights": weights_digest(self.dense),
             "targets": [{type(target).__name__: vars(target)} for target in targets],
             "runtime": self.study.identity,
+            "data": {
+                "train_batches": len(self.train_loader),  # type: ignore[arg-type]
+                "val_batches": len(self.val_loader),  # type: ignore[arg-type]
+                "first_val_batch": first_batch_digest(self.val_loader),
+            },
             "settings": dataclasses.asdict(self.settings),
         }
 
@@ -228,23 +234,7 @@ class Job:
         return rebuild(self.dense, plan, state)
 
     def bar(self, label: str, total: int) -> Bar:
-        return Bar(label, total, shown=self.progress is not False and self.folder.is_writer)
-
-
-class Bar:
-    """A progress bar that is told how far things are."""
-
-    def __init__(self, label: str, total: int, *, shown: bool) -> None:
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, disable=not shown, transient=True)
-        self.task = self.progress.add_task(label, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        return lambda done: self.progress.update(self.task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        return Bar(label, total, wanted=self.progress if self.folder.is_writer else False)
 
 
 def _sort_targets(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from wgates_plugin.errors import TrainingError
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.strategies.wgates import WGates
 from wgates_plugin.training import StepContext
@@ -46,9 +47,9 @@ def learn_gates(job: Job) -> tuple[nn.Module, WGates]:
                 parameter.grad = None
         monitor.append({"loss": float(context.loss or 0.0), **record})
 
-    def save(*_: object) -> None:
+    def save(name: str) -> None:
         job.folder.save_state(
-            GATES_STATE,
+            name,
             {
                 "network": network.state_dict(),
                 "gates": gates.state_dict(),
@@ -65,9 +66,13 @@ def learn_gates(job: Job) -> tuple[nn.Module, WGates]:
                 trainer.run(
                     epochs=settings.gate_epochs - trainer.epoch,
                     after_backward=step,
-                    on_epoch_end=save,
+                    on_epoch_end=lambda *_: save(GATES_STATE),
                     progress=job.progress,
                 )
+    except TrainingError:
+        # The trainer stops before the bad step is made: what is here now is the last good state.
+        save("gates-last-good.pt")
+        raise
     finally:
         gates.detach()
     return network, gates

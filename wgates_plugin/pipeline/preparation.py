@@ -49,14 +49,14 @@ def fit_lpnet(job: Job) -> None:
     def compute() -> dict[str, Any]:
         with (
             job.folder.clock("sampling"),
-            job.bar("sampling", job.settings.samples) as shown,
+            job.bar("sampling", job.settings.samples) as bar,
         ):
             cost = job.study.sample(
                 count=job.settings.samples,
                 grid=job.grid,
                 seed=job.settings.seed,
                 seconds_per_sample=job.settings.seconds_per_sample,
-                on_sample=lambda done, _: shown(done),
+                on_sample=lambda done, _: bar.reach(done),
             )
         lpnet = job.study.fit(seed=job.settings.seed)
         lpnet.save(path)

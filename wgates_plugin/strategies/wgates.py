@@ -56,8 +56,10 @@ class WGatesSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.learning_rate >= 0:
-            problems.append(f"learning_rate {self.learning_rate}: must not be negative")
+        for name in ("learning_rate", "alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                problems.append(f"{name} {value!r}: must be a finite number of 0 or more")
         if not isinstance(self.grid, int) or self.grid < 1:
             problems.append(f"grid {self.grid!r}: must be a whole number from 1")
         if self.start not in ("target", "open"):
@@ -163,6 +165,17 @@ def starting_offsets(
     return offsets
 
 
+def _check_models(space: ChannelSpace, budget: Budget) -> None:
+    foreign = [
+        f"limit on {limit.model.name}: its model was made for another network; make it from this "
+        "network's channel space"
+        for limit in budget.limits
+        if getattr(limit.model, "fingerprint", space.fingerprint) != space.fingerprint
+    ]
+    if foreign:
+        raise ConfigError("budget", foreign)
+
+
 class WGates:
     """Gates of one network under one budget: the object that every door drives.
 
@@ -193,6 +206,7 @@ class WGates:
             raise ConfigError(
                 "W-Gates", ['start="open" slides the target over the phase: give `steps`']
             )
+        _check_models(space, budget)
         budgeting.check_feasible(space, budget, self.settings.grid)
         self.scores = WeightScores(network, space)
         self._set_starting_point()

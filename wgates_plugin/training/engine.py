@@ -14,6 +14,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wgates_plugin.calling import ExampleInputs, call_with
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.training.as_found import (
     channels_last_within,
@@ -25,6 +26,7 @@ from wgates_plugin.training.distillation import distillation_loss
 from wgates_plugin.training.evaluation import (
     count_correct,
     logits_of,
+    map_tensors,
     unpack,
 )
 from wgates_plugin.training.launch import default_fabric, share_loader
@@ -56,6 +58,8 @@ class StepContext:
 
 class Trainer:
     """Trains `network` in place over `loader`, which yields (inputs, targets) batches.
+
+    Inputs are a tensor, a tuple of arguments or a dict of keyword arguments of the network.
 
     Laws: an epoch's shuffling, augmentation and dropout depend only on (seed, epoch), so stopping
     at an epoch's end and starting again ends in the same place (worker processes that outlive an
@@ -165,24 +169,6 @@ class Trainer:
                     on_epoch_end(epoch, record)
         return records
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients of parameters outside the network over all processes, in place.
-
-        With one process nothing happens. A missing gradient counts as zero, so that every process
-        sends the same number of values.
-        """
-        if self.fabric.world_size == 1:
-            return
-        owned = list(parameters)
-        if not owned:
-            return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in owned]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        mean = self.fabric.all_reduce(flat, reduce_op="mean")
-        parts = torch.split(mean, [p.numel() for p in owned])  # type: ignore[arg-type]
-        for parameter, part in zip(owned, parts, strict=True):
-            parameter.grad = part.reshape(parameter.shape).clone()
-
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state and number of finished epochs; loads with `weights_only=True`."""
         return {"epoch": self.epoch, "optimizer": self.optimizer.state_dict()}
@@ -245,7 +231,7 @@ class Trainer:
             for saved, buffer in zip(kept, buffers, strict=True):
                 saved.copy_(buffer)
             self.optimizer.zero_grad()
-            logits = logits_of(self._wrapped(*inputs), self.network)
+            logits = logits_of(call_with(self._wrapped, inputs), self.network)
             loss = self._total_loss(inputs, logits, targets)
             # The mean over processes, so that all of them raise, and all gates see one number.
             value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
@@ -284,18 +270,13 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
 
-    def _on_device(self, batch: Any) -> tuple[tuple[Any, ...], Any]:
+    def _on_device(self, batch: Any) -> tuple[ExampleInputs, Any]:
         inputs, targets = unpack(self.fabric.to_device(batch))
         if self.settings.channels_last:
-            inputs = tuple(
-                item.contiguous(memory_format=torch.channels_last)
-                if isinstance(item, Tensor) and item.ndim == 4
-                else item
-                for item in inputs
-            )
+            inputs = map_tensors(_channels_last, inputs)
         return inputs, targets
 
-    def _total_loss(self, inputs: tuple[Any, ...], logits: Tensor, targets: Any) -> Tensor:
+    def _total_loss(self, inputs: ExampleInputs, logits: Tensor, targets: Any) -> Tensor:
         if self._loss is not None:
             loss = self._loss(logits, targets)
         else:
@@ -303,7 +284,7 @@ class Trainer:
             loss = functional.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self._teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
-                answers = logits_of(self._teacher(*inputs), self._teacher).float()
+                answers = logits_of(call_with(self._teacher, inputs), self._teacher).float()
             weight = self.settings.distillation_weight
             soft = distillation_loss(logits, answers, self.settings.distillation_temperature)
             loss = (1 - weight) * loss + weight * soft
@@ -322,3 +303,7 @@ class Trainer:
             "those of the step before. Lower the learning rate, add warm-up or gradient clipping, "
             "and check the inputs for values that are not finite"
         )
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wgates_plugin.calling import device_of
+from wgates_plugin.calling import ExampleInputs, call_with, device_of
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.training.as_found import modes_kept, rng_kept
 
@@ -24,8 +24,10 @@ class Evaluation:
     images: int
 
 
-def unpack(batch: Any) -> tuple[tuple[Any, ...], Any]:
-    """A batch (inputs, targets) as (positional inputs, targets).
+def unpack(batch: Any) -> tuple[ExampleInputs, Any]:
+    """A batch (inputs, targets), its inputs as `calling.call_with` takes them.
+
+    Inputs: one tensor, a tuple or list of arguments, or a mapping of keyword arguments.
 
     Raises:
         TrainingError: the batch is no pair.
@@ -34,10 +36,42 @@ def unpack(batch: Any) -> tuple[tuple[Any, ...], Any]:
         size = f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
         raise TrainingError(
             f"loader: a batch is {type(batch).__name__}{size}, needed the pair (inputs, targets); "
-            "wrap the loader so that it yields pairs (inputs may be a tuple of tensors)"
+            "wrap the loader so that it yields pairs (inputs may be a tensor, a "
+            "tuple of tensors or a dict of keyword -> tensor)"
         )
     inputs, targets = batch
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), targets
+    if isinstance(inputs, Mapping):
+        return dict(inputs), targets
+    return tuple(inputs) if isinstance(inputs, list) else inputs, targets
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `change` done to its tensors: one, or nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(map_tensors(change, item) for item in value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(change, item) for name, item in value.items()}
+    return value
+
+
+def images_in(inputs: ExampleInputs) -> int:
+    """Length of the first tensor among the inputs.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    values: Iterable[Any] = (inputs,)
+    if isinstance(inputs, (tuple, dict)):
+        values = inputs.values() if isinstance(inputs, dict) else inputs
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim:
+            return int(value.shape[0])
+    raise TrainingError(
+        "loader: no tensor with a batch dimension among a batch's inputs, a "
+        f"{type(inputs).__name__}; give a tensor, a tuple of tensors or a dict of keyword -> tensor"
+    )
 
 
 def logits_of(output: Any, network: nn.Module) -> Tensor:
@@ -70,12 +104,8 @@ def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, int] | None:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors in `value` (a tensor or nested tuples and lists of them) on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, (tuple, list)):
-        return tuple(to_device(item, device) for item in value)
-    return value
+    """`value` with its tensors, in nested tuples, lists and mappings, on `device`."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 @torch.inference_mode()
@@ -99,7 +129,7 @@ def evaluate(
         network.eval()
         for batch in loader:
             inputs, targets = unpack(to_device(batch, where))
-            logits = logits_of(network(*inputs), network)
+            logits = logits_of(call_with(network, inputs), network)
             counted = count_correct(logits, targets)
             if counted is None:
                 raise TrainingError(

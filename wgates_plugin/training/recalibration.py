@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from wgates_plugin.calling import device_of
+from wgates_plugin.calling import call_with, device_of
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.modules import BATCH_NORMS
 from wgates_plugin.training.as_found import modes_kept, rng_kept
-from wgates_plugin.training.evaluation import to_device, unpack
+from wgates_plugin.training.evaluation import images_in, to_device, unpack
 
 
 @torch.no_grad()
@@ -52,10 +52,10 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
                 norm.train()
             for batch in loader:
                 inputs, _ = unpack(to_device(batch, device))
-                size = int(inputs[0].shape[0])
+                size = images_in(inputs)
                 if size == 1 and seen:
                     continue
-                network(*inputs)
+                call_with(network, inputs)
                 seen += size
                 if seen >= images:
                     break
