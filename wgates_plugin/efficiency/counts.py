@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wgates_plugin.channels import ChannelSpace, Side
+from wgates_plugin.channels import ChannelSpace, Layer, Side
 
 
 class LayerShapes:
@@ -29,10 +29,12 @@ class LayerShapes:
             if layer.kind in ("depthwise", "norm", "other"):  # one record serves both sides
                 self.in_slope[row] = self.out_slope[row]
         full = torch.tensor(space.full_widths, dtype=torch.float64)
-        totals_in = torch.tensor([float(layer.in_channels) for layer in space.layers]).double()
-        totals_out = torch.tensor([float(layer.out_channels) for layer in space.layers]).double()
+        totals_in = torch.tensor([layer.in_channels for layer in space.layers]).double()
+        totals_out = torch.tensor([layer.out_channels for layer in space.layers]).double()
         self.in_fixed = totals_in - self.in_slope @ full
         self.out_fixed = totals_out - self.out_slope @ full
+        self._macs = _Terms(space, [_mac_terms(layer) for layer in space.layers])
+        self._parameters = _Terms(space, [_parameter_terms(layer) for layer in space.layers])
 
     def inputs(self, widths: Tensor) -> Tensor:
         return widths.double() @ self.in_slope.T + self.in_fixed
@@ -42,37 +44,44 @@ class LayerShapes:
 
     def macs_per_layer(self, widths: Tensor) -> Tensor:
         """Widths (..., G) -> MACs per image (..., L)."""
-        return _pair_macs(self.space, self.inputs(widths), self.outputs(widths))
+        return self._macs(self.inputs(widths), self.outputs(widths))
 
     def parameters_per_layer(self, widths: Tensor) -> Tensor:
         """Widths (..., G) -> parameters (..., L)."""
-        inputs, outputs = self.inputs(widths), self.outputs(widths)
-        columns = []
-        for index, layer in enumerate(self.space.layers):
-            cin, cout = inputs[..., index], outputs[..., index]
-            if layer.kind == "depthwise":
-                columns.append(cout * (layer.kernel + layer.bias))
-            elif layer.kind in ("conv", "transposed", "linear"):
-                columns.append(layer.kernel * cin * cout / layer.groups + layer.bias * cout)
-            elif layer.out_channels:
-                columns.append(cout * (layer.parameters / layer.out_channels))
-            else:
-                columns.append(torch.full_like(cout, float(layer.parameters)))
-        return torch.stack(columns, dim=-1)
+        return self._parameters(self.inputs(widths), self.outputs(widths))
 
 
-def _pair_macs(space: ChannelSpace, inputs: Tensor, outputs: Tensor) -> Tensor:
-    columns = []
-    for index, layer in enumerate(space.layers):
-        cin, cout = inputs[..., index], outputs[..., index]
-        work = float(layer.kernel * layer.positions)
-        if layer.kind == "depthwise":
-            columns.append(cout * work)
-        elif layer.kind in ("conv", "transposed", "linear"):
-            columns.append(cin * cout * (work / layer.groups))
-        else:
-            columns.append(torch.zeros_like(cout))
-    return torch.stack(columns, dim=-1)
+class _Terms:
+    """Per layer, `pair * in * out / groups + single * out + fixed`, over all layers at once.
+
+    The division comes last: of whole numbers that divide evenly, it is exact.
+    """
+
+    def __init__(self, space: ChannelSpace, rows: list[tuple[float, float, float]]) -> None:
+        self.groups = torch.tensor([layer.groups for layer in space.layers]).double()
+        self.pair, self.single, self.fixed = torch.tensor(rows, dtype=torch.float64).T
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return self.pair * inputs * outputs / self.groups + self.single * outputs + self.fixed
+
+
+def _mac_terms(layer: Layer) -> tuple[float, float, float]:
+    work = float(layer.kernel * layer.positions)
+    if layer.kind == "depthwise":
+        return 0.0, work, 0.0
+    if layer.kind in ("conv", "transposed", "linear"):
+        return work, 0.0, 0.0
+    return 0.0, 0.0, 0.0
+
+
+def _parameter_terms(layer: Layer) -> tuple[float, float, float]:
+    if layer.kind == "depthwise":
+        return 0.0, float(layer.kernel + layer.bias), 0.0
+    if layer.kind in ("conv", "transposed", "linear"):
+        return float(layer.kernel), float(layer.bias), 0.0
+    if layer.out_channels:
+        return 0.0, layer.parameters / layer.out_channels, 0.0
+    return 0.0, 0.0, float(layer.parameters)
 
 
 class MacsModel:

@@ -55,6 +55,8 @@ class LPNet(nn.Module):
         self.report: FitReport | None = None
         self._shapes = LayerShapes(space)
         self._full = torch.tensor(space.full_widths, dtype=torch.float64)
+        self._positions = torch.tensor([layer.positions for layer in space.layers]).double()
+        self._weighted = torch.tensor([layer.kernel > 0 for layer in space.layers])
         features = self._features(self._full)
         self.register_buffer("feature_scale", features.clamp_min(1e-12))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
@@ -76,12 +78,10 @@ class LPNet(nn.Module):
 
     def _features(self, widths: Tensor) -> Tensor:
         """Per-layer work: MACs, then values read and written, (..., 2 * L)."""
-        layers = self._shapes.space.layers
         macs = self._shapes.macs_per_layer(widths)
-        positions = torch.tensor([float(layer.positions) for layer in layers]).to(macs)
-        traffic = (self._shapes.inputs(widths) + self._shapes.outputs(widths)) * positions
-        weighted = torch.tensor([layer.kernel > 0 for layer in layers])
-        return torch.cat([macs[..., weighted], traffic[..., weighted]], dim=-1)
+        traffic = self._shapes.inputs(widths) + self._shapes.outputs(widths)
+        traffic = traffic * self._positions
+        return torch.cat([macs[..., self._weighted], traffic[..., self._weighted]], dim=-1)
 
     def forward(self, widths: Tensor) -> Tensor:
         features = self._features(widths) / self.feature_scale
