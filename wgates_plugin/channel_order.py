@@ -49,8 +49,6 @@ def _keeps_order(node: Any) -> bool:
     name = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
     if node.type == tp_ops.OPTYPE.OUTPUT:
         return True
-    if node.type == tp_ops.OPTYPE.CONCAT:
-        return bool(getattr(node.grad_fn, "_saved_dim", None) == 1)
     if node.type == tp_ops.OPTYPE.RESHAPE:
         return _is_flatten_into_linear(node)
     if name == "TBackward0":  # the transposed weight of a linear layer

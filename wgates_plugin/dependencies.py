@@ -150,6 +150,7 @@ class DependencyTrace:
     def _build_graph(self) -> tp.DependencyGraph:
         # Frozen parameters make groups vanish without an error, hence all are live while tracing.
         self.network.requires_grad_(True)
+        hooks = {module: set(module._forward_hooks) for module in self.network.modules()}
         try:
             with warnings.catch_warnings(), torch.enable_grad():
                 warnings.simplefilter("ignore")
@@ -166,6 +167,11 @@ class DependencyTrace:
                 f"network {type(self.network).__name__}: torch-pruning cannot trace it "
                 f"({type(error).__name__}: {error})"
             ) from error
+        finally:
+            # torch-pruning leaves its hooks behind when the forward pass fails.
+            for module, own in hooks.items():
+                for key in set(module._forward_hooks) - own:
+                    del module._forward_hooks[key]
 
     @property
     def keeps_channel_order(self) -> bool:
