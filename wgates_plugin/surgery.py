@@ -243,6 +243,9 @@ def rebuild(
         plan: a `PruningPlan` or the path of its JSON.
         state: the pruned network's state dict or the path of its safetensors.
 
+    Returns:
+        The pruned network in eval mode.
+
     Raises:
         PlanError: network, plan and state do not belong together.
     """
@@ -263,4 +266,4 @@ def rebuild(
         smaller.load_state_dict(fitting)
     except RuntimeError as error:
         raise PlanError(f"state dict: does not fit the planned network; {error}") from error
-    return smaller
+    return smaller.eval()

@@ -31,6 +31,16 @@ class _Target:
                 "the untouched network, not both"
             )
         check_target(self.amount if self.amount is not None else self.fraction, self.unit)
+        if self.fraction is not None and self.fraction > 1:
+            raise TargetError(
+                f"{type(self).__name__}: fraction {self.fraction} is more than the untouched network; "
+                "give a share such as 0.5"
+            )
+        if self.unit != "ms" and self.amount is not None and self.amount < 1:
+            raise TargetError(
+                f"{type(self).__name__}: {self.amount} {self.unit} is less than one; for a share of "
+                f"the untouched network give fraction={self.amount}"
+            )
 
     def resolve(self, baseline: float) -> float:
         """The target in its unit, given what the untouched network costs."""

@@ -103,6 +103,13 @@ class WGatesPruner(tp.pruner.BasePruner):
         if not self._trace.keeps_channel_order:
             check_traced(model, self.space, example_inputs)
         self.budget = _budget(self.space, efficiency, target, pruning_ratio)
+        full = torch.tensor(self.space.full_widths, dtype=torch.float64)
+        if float(self.budget.excess(full)) <= 0:
+            warnings.warn(
+                "WGatesPruner: the network is within its budget as it is "
+                f"({self.budget.describe(full)}); nothing will be removed",
+                stacklevel=2,
+            )
         settings = settings or WGatesSettings()
         if round_to is not None:
             settings = replace(settings, grid=round_to)

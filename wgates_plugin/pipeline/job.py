@@ -59,6 +59,14 @@ class PruningResult:
     artefact: Path
     held: bool
 
+    def __repr__(self) -> str:
+        before, after = self.report["baseline"], self.report["final"]
+        return (
+            f"PruningResult({self.report['contract']}: {before['latency_ms']:.4g} -> "
+            f"{after['latency_ms']:.4g} ms, accuracy {before['accuracy']:.2%} -> "
+            f"{after['accuracy']:.2%}, artefact {str(self.artefact)!r})"
+        )
+
 
 class Job:
     """One run of the pipeline. The given network is copied, never touched.
