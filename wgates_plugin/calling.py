@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,19 +46,18 @@ def device_of(network: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def shapes_of(inputs: ExampleInputs) -> str:
-    values: Sequence[Any]
-    if isinstance(inputs, dict):
-        values = list(inputs.values())
-    else:
-        values = inputs if isinstance(inputs, tuple) else [inputs]
-    return ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else str(v) for v in values)
-
-
 def _tensors(inputs: ExampleInputs) -> list[Any]:
     if isinstance(inputs, dict):
         return list(inputs.values())
     return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+
+
+def shapes_of(inputs: ExampleInputs) -> str:
+    """Shapes of the inputs, for messages."""
+    return ", ".join(
+        str(tuple(value.shape)) if isinstance(value, Tensor) else str(value)
+        for value in _tensors(inputs)
+    )
 
 
 def refuse_other_device(network: nn.Module, example_inputs: ExampleInputs) -> None:
