@@ -18,11 +18,13 @@ from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.grid import GridProbe, probe_grid
 from wgates_plugin.latency.measurement import Measurement
 from wgates_plugin.latency.onnx_runtime import OnnxRuntime
+from wgates_plugin.latency.openvino import OpenVinoRuntime
 from wgates_plugin.latency.timing import measure
 
 RUNTIMES: dict[str, type[BaseRuntime]] = {
     "eager": EagerRuntime,
     "onnxruntime": OnnxRuntime,
+    "openvino": OpenVinoRuntime,
 }
 
 
@@ -49,6 +51,7 @@ __all__ = [
     "GridProbe",
     "Measurement",
     "OnnxRuntime",
+    "OpenVinoRuntime",
     "Runtime",
     "RuntimeSettings",
     "Session",

@@ -75,7 +75,11 @@ class Session(Protocol):
 
 
 class Family(Protocol):
-    """One network at any widths, made ready quickly: for latency samples."""
+    """One network at any widths, made ready quickly: for latency samples.
+
+    `layer_times_ms(widths, *, runs)` is optional: layer name -> ms by the runtime's own profile,
+    empty where it cannot tell; `layer_times.charge` says what a layer's time takes in.
+    """
 
     def session(self, widths: Sequence[int]) -> Session:
         """The network at `widths` (G,), one per channel group, in the order of the space."""
@@ -216,12 +220,18 @@ class BaseRuntime(ABC):
         return ResizeFamily(self, network, space, example_inputs)
 
 
+class Loads(Protocol):
+    """Whatever makes a network ready to run."""
+
+    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> BaseSession: ...
+
+
 class ResizeFamily:
     """The plain way to a family: resize the network, then load it like any other."""
 
     def __init__(
         self,
-        runtime: BaseRuntime,
+        runtime: Loads,
         network: nn.Module,
         space: ChannelSpace,
         example_inputs: ExampleInputs,

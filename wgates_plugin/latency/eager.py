@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,8 @@ from wgates_plugin.files import atomic_path
 from wgates_plugin.latency.base import (
     BaseRuntime,
     BaseSession,
+    Family,
+    ResizeFamily,
     RuntimeSettings,
     check_file,
     flatten_outputs,
@@ -22,10 +24,12 @@ from wgates_plugin.latency.base import (
     named_tensors,
     split_inputs,
 )
+from wgates_plugin.latency.layer_times import PROFILED_RUNS, hooked_times
 from wgates_plugin.latency.program_file import check_program_file
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
+    from wgates_plugin.channels import ChannelSpace
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,6 +96,22 @@ class EagerRuntime(BaseRuntime):
             ) from error
         return self._session(network, example_inputs)
 
+    def family(
+        self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
+    ) -> Family:
+        return EagerFamily(self, network, space, example_inputs)
+
+    def layer_times_ms(
+        self, network: nn.Module, example_inputs: ExampleInputs, *, runs: int = PROFILED_RUNS
+    ) -> dict[str, float]:
+        """Layer name -> ms of the network on the CPU; empty elsewhere, where calls only queue."""
+        if self.settings.device != "cpu":
+            return {}
+        prepared = self._prepared(network)
+        args, kwargs = split_inputs(self._moved(example_inputs))
+        with self._session(prepared, example_inputs).active():
+            return hooked_times(prepared, lambda: prepared(*args, **kwargs), runs=runs)
+
     def _prepared(self, network: nn.Module) -> nn.Module:
         dtype = _DTYPES[self.settings.precision]
         moved = frozen_copy(network).to(torch.device(self.settings.device), dtype)
@@ -123,6 +143,20 @@ class EagerRuntime(BaseRuntime):
             threads=self.settings.threads,
             identity=self.identity(example_inputs),
         )
+
+
+class EagerFamily(ResizeFamily):
+    """Resized networks, and where they spend their time."""
+
+    runtime: EagerRuntime
+
+    def layer_times_ms(
+        self, widths: Sequence[int], *, runs: int = PROFILED_RUNS
+    ) -> dict[str, float]:
+        from wgates_plugin.surgery import resize
+
+        smaller = resize(self.network, self.space, widths)
+        return self.runtime.layer_times_ms(smaller, self.example_inputs, runs=runs)
 
 
 class EagerSession(BaseSession):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +22,7 @@ from wgates_plugin.latency.base import (
     check_file,
     require,
 )
+from wgates_plugin.latency.layer_times import PROFILED_RUNS, Kernel, charge, merged
 from wgates_plugin.latency.onnx_export import cpu_tensors, export_checked
 from wgates_plugin.latency.onnx_template import OnnxFamily
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 _PURPOSE = "the runtime `onnxruntime`"
 _FATAL_ONLY = 4
 _CUDA = "CUDAExecutionProvider"
+_KERNEL = "_kernel_time"
 
 
 class OnnxRuntime(BaseRuntime):
@@ -102,11 +106,13 @@ class OnnxRuntime(BaseRuntime):
         example_inputs: ExampleInputs,
         *,
         initializers: Mapping[str, np.ndarray] | None = None,
+        profile: Path | None = None,
     ) -> OnnxSession:
         """A session of a serialised model.
 
         Args:
             initializers: values of the initializers that the model only declares (as external).
+            profile: prefix of the file that takes the times of single kernels.
 
         Raises:
             ExportError: the model's inputs are not the example's.
@@ -124,6 +130,9 @@ class OnnxRuntime(BaseRuntime):
         if self._on_cuda:
             index = torch.device(self.settings.device).index or 0
             providers.insert(0, (_CUDA, {"device_id": index}))
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         if initializers:
             values = [self._ort.OrtValue.ortvalue_from_numpy(v) for v in initializers.values()]
             options.add_external_initializers(list(initializers), values)
@@ -141,12 +150,54 @@ class OnnxRuntime(BaseRuntime):
         session.holds = dict(initializers or {})
         return session
 
+    def at_float32(self) -> OnnxRuntime:
+        """This runtime computing in float32, for comparing numbers."""
+        return self
+
+    def layer_times_ms(
+        self,
+        model: bytes,
+        example_inputs: ExampleInputs,
+        owners: Mapping[str, Sequence[str]],
+        *,
+        initializers: Mapping[str, np.ndarray] | None = None,
+        runs: int = PROFILED_RUNS,
+    ) -> dict[str, float]:
+        """Layer name -> ms by ONNX Runtime's own profile of `runs` inferences.
+
+        Args:
+            owners: node or tensor name of the model -> layers it may belong to.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            session = self.session_of(
+                model, example_inputs, initializers=initializers, profile=Path(folder) / "profile"
+            )
+            with session:
+                for _ in range(runs + 1):
+                    session.run()
+                events = json.loads(Path(session.end_profile()).read_text(encoding="utf-8"))
+        kernels = [_kernel(event, owners) for event in events if _is_kernel(event)]
+        each = len(kernels) // (runs + 1)
+        starts = range(each, len(kernels), each)
+        return charge(merged([kernels[start : start + each] for start in starts]))
+
     def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
         def run(model: bytes) -> list[Tensor]:
             with self.session_of(model, example_inputs) as session:
                 return session.outputs()
 
         return export_checked(network, example_inputs, run)
+
+
+def _is_kernel(event: Mapping[str, Any]) -> bool:
+    return event.get("cat") == "Node" and event["name"].endswith(_KERNEL)
+
+
+def _kernel(event: Mapping[str, Any], owners: Mapping[str, Sequence[str]]) -> Kernel:
+    # A fused kernel in blocked memory order is named after the tensor it makes.
+    name = event["name"].removesuffix(_KERNEL).removesuffix("_nchwc")
+    before = event["args"].get("op_name") == "ReorderInput"
+    return Kernel(tuple(owners.get(name, ())), event["dur"] / 1e3, before)
 
 
 def _feeds(native: Any, example_inputs: ExampleInputs) -> dict[str, np.ndarray]:
@@ -194,6 +245,10 @@ class OnnxSession(BaseSession):
 
     def outputs(self) -> list[Tensor]:
         return [torch.from_numpy(np.array(value, dtype=np.float32)) for value in self._call()]
+
+    def end_profile(self) -> str:
+        """Path of the profile of a session made with one, complete."""
+        return str(self._native.end_profiling())
 
     def close(self) -> None:
         self._native, self._feeds, self.holds = None, {}, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from wgates_plugin.errors import ExportError, RuntimeUnavailableError
 from wgates_plugin.latency.base import BaseSession, ResizeFamily, frozen_copy, require
+from wgates_plugin.latency.layer_times import PROFILED_RUNS, graph_owners
 from wgates_plugin.latency.onnx_export import (
     check_agreement,
     describe_failure,
@@ -22,7 +23,6 @@ from wgates_plugin.latency.onnx_export import (
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
     from wgates_plugin.channels import ChannelSpace
-    from wgates_plugin.latency.onnx_runtime import OnnxRuntime
     from wgates_plugin.surgery import ResizeMap
 
 _BESIDE_BYTES = 4096
@@ -50,6 +50,7 @@ class OnnxTemplate:
         del model.graph.value_info[:]
         self._model = model
         self._groups = _group_attributes(model.graph)
+        self.owners = graph_owners(model.graph)
 
     def at(self, change: ResizeMap) -> tuple[bytes, dict[str, np.ndarray]]:
         """The model with `change` applied: its graph, and the large arrays that go beside it.
@@ -141,6 +142,35 @@ def halfway_widths(space: ChannelSpace) -> list[int]:
     return [group.round_up(group.channels / 2) for group in space.groups]
 
 
+class TemplateRuntime(Protocol):
+    """A runtime that runs serialised ONNX models."""
+
+    name: ClassVar[str]
+
+    def at_float32(self) -> TemplateRuntime:
+        """The same runtime computing in float32, for comparing numbers."""
+
+    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> BaseSession: ...
+
+    def session_of(
+        self,
+        model: bytes,
+        example_inputs: ExampleInputs,
+        *,
+        initializers: Mapping[str, np.ndarray] | None = None,
+    ) -> BaseSession: ...
+
+    def layer_times_ms(
+        self,
+        model: bytes,
+        example_inputs: ExampleInputs,
+        owners: Mapping[str, Sequence[str]],
+        *,
+        initializers: Mapping[str, np.ndarray] | None = None,
+        runs: int = PROFILED_RUNS,
+    ) -> dict[str, float]: ...
+
+
 class OnnxFamily:
     """Sessions at any widths from one template, or the slow way where the template is no good.
 
@@ -151,7 +181,7 @@ class OnnxFamily:
 
     def __init__(
         self,
-        runtime: OnnxRuntime,
+        runtime: TemplateRuntime,
         network: nn.Module,
         space: ChannelSpace,
         example_inputs: ExampleInputs,
@@ -174,7 +204,7 @@ class OnnxFamily:
             except Exception as error:
                 reasons.append(describe_failure(exporter, error))
         warnings.warn(
-            "onnxruntime: one export cannot serve all widths of this network ("
+            f"{runtime.name}: one export cannot serve all widths of this network ("
             + "; ".join(reasons)
             + "); every latency sample is exported by itself, which is slower but as exact",
             RuntimeWarning,
@@ -189,19 +219,37 @@ class OnnxFamily:
     def session(self, widths: Sequence[int]) -> BaseSession:
         if self._template is None:
             return self._slow.session(widths)
-        return self._sliced_session(self._template, widths)
+        return self._sliced_session(self._template, widths, self._runtime)
 
-    def _sliced_session(self, template: OnnxTemplate, widths: Sequence[int]) -> BaseSession:
+    def layer_times_ms(
+        self, widths: Sequence[int], *, runs: int = PROFILED_RUNS
+    ) -> dict[str, float]:
+        """Layer name -> ms at `widths` by the runtime's own profile; empty without a template.
+
+        An export of its own names weights as it likes, so its kernels have no known layer.
+        """
+        from wgates_plugin.surgery import resize_map
+
+        if self._template is None:
+            return {}
+        graph, beside = self._template.at(resize_map(self._network, self._space, widths))
+        return self._runtime.layer_times_ms(
+            graph, self._example_inputs, self._template.owners, initializers=beside, runs=runs
+        )
+
+    def _sliced_session(
+        self, template: OnnxTemplate, widths: Sequence[int], runtime: TemplateRuntime
+    ) -> BaseSession:
         from wgates_plugin.surgery import resize_map
 
         change = resize_map(self._network, self._space, widths)
         graph, beside = template.at(change)
-        return self._runtime.session_of(graph, self._example_inputs, initializers=beside)
+        return runtime.session_of(graph, self._example_inputs, initializers=beside)
 
     def _check(self, template: OnnxTemplate) -> None:
         from wgates_plugin.surgery import resize
 
         widths = halfway_widths(self._space)
         smaller = resize(self._network, self._space, widths).eval()
-        with self._sliced_session(template, widths) as session:
+        with self._sliced_session(template, widths, self._runtime.at_float32()) as session:
             check_agreement(session.outputs(), smaller, self._example_inputs)

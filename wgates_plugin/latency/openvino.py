@@ -1,0 +1,250 @@
+"""OpenVINO: the network exported to ONNX, compiled by OpenVINO for the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.errors import ExportError, FileFormatError
+from wgates_plugin.files import atomic_path
+from wgates_plugin.latency.base import (
+    BaseRuntime,
+    BaseSession,
+    Family,
+    RuntimeSettings,
+    check_file,
+    require,
+)
+from wgates_plugin.latency.layer_times import PROFILED_RUNS, Kernel, charge, merged
+from wgates_plugin.latency.onnx_export import cpu_tensors, export_checked
+from wgates_plugin.latency.onnx_template import OnnxFamily
+
+if TYPE_CHECKING:
+    from wgates_plugin.calling import ExampleInputs
+    from wgates_plugin.channels import ChannelSpace
+
+_PURPOSE = "the runtime `openvino`"
+_PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+class OpenVinoRuntime(BaseRuntime):
+    """Runs `model.onnx` on OpenVINO's CPU device, all shapes fixed to the example's.
+
+    OpenVINO's own default computes in bfloat16 where the processor can; here it computes in
+    float32 unless `settings.precision` asks for less, and the identity says which. The file itself
+    is compared with the network at float32.
+    """
+
+    name: ClassVar[str] = "openvino"
+    artefact_name: ClassVar[str] = "model.onnx"
+    library: ClassVar[str] = "openvino"
+    precisions: ClassVar[tuple[str, ...]] = tuple(_PRECISION_HINTS)
+
+    def __init__(self, settings: RuntimeSettings | None = None) -> None:
+        require("onnx", extra="onnx", purpose=_PURPOSE)
+        self._openvino = require("openvino", extra="openvino", purpose=_PURPOSE)
+        super().__init__(settings)
+        self._core = self._openvino.Core()
+
+    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> OpenVinoSession:
+        return self.session_of(self._export(network, example_inputs), example_inputs)
+
+    def save(self, network: nn.Module, example_inputs: ExampleInputs, path: str | Path) -> Path:
+        """Write the ONNX model after comparing it, as OpenVINO computes it, with the network.
+
+        Raises:
+            ExportError: no exporter gives a model that agrees.
+        """
+        model = self._export(network, example_inputs)
+        with atomic_path(path) as part:
+            part.write_bytes(model)
+        return Path(path)
+
+    def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> OpenVinoSession:
+        path = check_file(path, self.name)
+        try:
+            return self.session_of(path.read_bytes(), example_inputs)
+        except ExportError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise FileFormatError(
+                f"openvino artefact `{path}`: cannot be loaded ({reason}); it is corrupt or was cut "
+                "off, export it again"
+            ) from error
+
+    def family(
+        self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
+    ) -> Family:
+        return OnnxFamily(self, network, space, example_inputs)
+
+    def session_of(
+        self,
+        model: bytes,
+        example_inputs: ExampleInputs,
+        *,
+        initializers: Mapping[str, np.ndarray] | None = None,
+    ) -> OpenVinoSession:
+        """A session of a serialised ONNX model.
+
+        Args:
+            initializers: values of the initializers that the model only declares (as external).
+
+        Raises:
+            ExportError: the model's inputs are not the example's.
+        """
+        compiled = self._compiled(model, initializers, profile=False)
+        feeds = _feeds(compiled, example_inputs)
+        return OpenVinoSession(compiled, feeds, identity=self.identity(example_inputs))
+
+    def layer_times_ms(
+        self,
+        model: bytes,
+        example_inputs: ExampleInputs,
+        owners: Mapping[str, Sequence[str]],
+        *,
+        initializers: Mapping[str, np.ndarray] | None = None,
+        runs: int = PROFILED_RUNS,
+    ) -> dict[str, float]:
+        """Layer name -> ms by OpenVINO's own performance counters over `runs` inferences.
+
+        Args:
+            owners: node or tensor name of the model -> layers it may belong to.
+        """
+        compiled = self._compiled(model, initializers, profile=True)
+        names = {
+            operation.get_friendly_name(): _original_names(operation)
+            for operation in compiled.get_runtime_model().get_ops()
+        }
+        profiles = []
+        feeds = _feeds(compiled, example_inputs)
+        with OpenVinoSession(compiled, feeds, identity={}) as session:
+            for _ in range(runs + 1):
+                session.run()
+                profiles.append(
+                    [
+                        _kernel(record, names.get(record.node_name, ()), owners)
+                        for record in session.profile()
+                        if record.status == record.Status.EXECUTED
+                    ]
+                )
+        return charge(merged(profiles[1:]))
+
+    def at_float32(self) -> OpenVinoRuntime:
+        """This runtime computing in float32, for comparing numbers."""
+        return OpenVinoRuntime(dataclasses.replace(self.settings, precision="float32"))
+
+    def _compiled(
+        self, model: bytes, initializers: Mapping[str, np.ndarray] | None, *, profile: bool
+    ) -> Any:
+        if initializers:
+            model = _with_values(model, initializers)
+        settings = {
+            "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[self.settings.precision],
+            "INFERENCE_NUM_THREADS": self.settings.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            # Pinning would bind the caller's own thread to one core, for good.
+            "ENABLE_CPU_PINNING": False,
+            "PERF_COUNT": profile,
+        }
+        return self._core.compile_model(self._core.read_model(model), "CPU", settings)
+
+    def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
+        exact = self.at_float32()
+
+        def run(model: bytes) -> list[Tensor]:
+            with exact.session_of(model, example_inputs) as session:
+                return session.outputs()
+
+        return export_checked(network, example_inputs, run)
+
+
+def _with_values(model: bytes, initializers: Mapping[str, np.ndarray]) -> bytes:
+    """The model with its declared initializers inside: OpenVINO reads external ones from disk."""
+    onnx = require("onnx", extra="onnx", purpose=_PURPOSE)
+    whole = onnx.load_from_string(model)
+    for tensor in whole.graph.initializer:
+        if tensor.name in initializers:
+            del tensor.external_data[:]
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.raw_data = initializers[tensor.name].tobytes()
+    return bytes(whole.SerializeToString())
+
+
+def _original_names(operation: Any) -> tuple[str, ...]:
+    info = operation.get_rt_info()
+    if "originalLayersNames" not in info:
+        return ()
+    names = info["originalLayersNames"]
+    return tuple(str(getattr(names, "value", names)).split(","))
+
+
+def _kernel(record: Any, names: Sequence[str], owners: Mapping[str, Sequence[str]]) -> Kernel:
+    found = next((tuple(owners[name]) for name in names if owners.get(name)), ())
+    return Kernel(found, record.real_time.total_seconds() * 1e3, record.node_type == "Reorder")
+
+
+def _feeds(compiled: Any, example_inputs: ExampleInputs) -> dict[str, np.ndarray]:
+    """Input name -> array; an unused input has no counterpart in the model."""
+    tensors = cpu_tensors(example_inputs)
+    feeds: dict[str, np.ndarray] = {}
+    problems = []
+    for wanted in compiled.inputs:
+        name = next((name for name in wanted.names if name in tensors), None)
+        if name is None:
+            problems.append(f"`{wanted.any_name}` is not among the example inputs")
+        elif list(tensors[name].shape) != list(wanted.shape):
+            problems.append(
+                f"`{name}` is {list(tensors[name].shape)}, made for {list(wanted.shape)}"
+            )
+        else:
+            feeds[name] = np.ascontiguousarray(tensors[name].numpy())
+    if problems:
+        raise ExportError(
+            "openvino: the model does not take these example inputs: "
+            + "; ".join(problems)
+            + "; give inputs of the exported names and shapes, or export again"
+        )
+    return feeds
+
+
+class OpenVinoSession(BaseSession):
+    """One inference request whose input tensors are set once."""
+
+    def __init__(
+        self, compiled: Any, feeds: Mapping[str, np.ndarray], *, identity: Mapping[str, Any]
+    ) -> None:
+        super().__init__(identity)
+        openvino = require("openvino", extra="openvino", purpose=_PURPOSE)
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._feeds = dict(feeds)  # the request reads their memory
+        for name, value in self._feeds.items():
+            self._request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
+
+    def run(self) -> None:
+        if self._request is None:
+            raise RuntimeError("this session is closed; load the network again")
+        self._request.infer()
+
+    def outputs(self) -> list[Tensor]:
+        self.run()
+        values = [
+            self._request.get_output_tensor(i).data for i in range(len(self._compiled.outputs))
+        ]
+        return [torch.from_numpy(np.array(value, dtype=np.float32)) for value in values]
+
+    def profile(self) -> Sequence[Any]:
+        """Per-kernel records of the last inference, for a model compiled with counters."""
+        found: Sequence[Any] = self._request.profiling_info
+        return found
+
+    def close(self) -> None:
+        self._request, self._compiled, self._feeds = None, None, {}
