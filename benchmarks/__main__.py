@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: run one benchmark, the scoreboard or the tables."""
+"""`python -m benchmarks NAME [options]`: run one benchmark, or make scoreboard, tables, pictures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ BENCHMARKS = {
     "removal": "trace and removal against torch-pruning and NNI",
     "masked_equals_removed": "gated and physically smaller network compute the same",
     "sampling": "how much of LPNet's sampling is timed inference, against the plain way",
+    "latency_samples": "raw latencies of thousands of sub-networks, for the next one (hours)",
+    "lpnet_accuracy": "LPNet's error and intervals against four other predictors, stored samples",
     "targets_at_224": "half the latency of ImageNet-sized networks, held by the exported file",
+    "not_faster": "latency at equal MACs against torch-pruning's uniform 30 %, on CPU runtimes",
     "fashion_mnist": "half the latency on Fashion-MNIST: accuracy kept, three seeds (hours)",
     "demo": "`wgates demo` from start to end",
     "scoreboard": "scoreboard.json from the stored results",
     "tables": "the tables of benchmarks/README.md from the stored results",
+    "pictures": "the pictures of the front page from the stored results",
 }
 
 

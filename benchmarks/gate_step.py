@@ -61,7 +61,7 @@ def latency_budget(space: ChannelSpace, seed: int) -> Budget:
     shares = torch.rand(64, len(space.groups), generator=generator, dtype=torch.float64)
     widths = (full * shares).ceil().clamp_min(1.0)
     lpnet = LPNet.fit(
-        space, [[int(w) for w in row] for row in widths], (macs(widths) / 1e9).tolist(), steps=200
+        space, [[int(w) for w in row] for row in widths], (macs(widths) / 1e9).tolist()
     )
     return Budget.of(Limit(lpnet, 0.5 * float(lpnet(full))))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scoreboard
+from benchmarks import not_faster, scoreboard
 from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
 from wgates_plugin.files import write_text
 
@@ -36,12 +36,18 @@ def score_table(folder: Path) -> str:
         [
             f"`{entry.claim}`",
             "-" if entry.value is None else f"{entry.value:.3g}",
-            f"{'at most' if entry.better == 'lower' else 'at least'} {entry.bar:g}",
+            _bar(entry),
             "yes" if entry.holds else "**no**",
         ]
         for entry in scoreboard.entries(folder)
     ]
     return markdown(["claim", "value", "bar", "holds"], rows)
+
+
+def _bar(entry: scoreboard.Entry) -> str:
+    if entry.bar is None:
+        return "shown only"
+    return f"{'at most' if entry.better == 'lower' else 'at least'} {entry.bar:g}"
 
 
 def _ratio(facts: dict[str, Any]) -> str:
@@ -136,6 +142,69 @@ def targets_table(folder: Path) -> str:
     return markdown(head, rows)
 
 
+PREDICTORS = {
+    "ours": "ours",
+    "lpnet-mlp": "the paper's MLP",
+    "macs-line": "line through MACs",
+    "gradient-boosting": "gradient boosting",
+    "lookup-table": "look-up table",
+    "ours-without-profiles": "ours, no profiles",
+}
+
+
+def lpnet_accuracy_table(folder: Path) -> str:
+    record = read_record(folder, "lpnet_accuracy")
+    rows = []
+    for pair, n in (record["numbers"] if record else {}).items():
+        for kind, by_size in n["sets"].items():
+            for size, found in by_size.items():
+                row = [pair, kind, size]
+                row += [f"{found[name]['mape']:.1%}" for name in PREDICTORS]
+                row.append(f"{found['ours']['within_10_percent']:.1%}")
+                covered = found["ours"].get("coverage_90")
+                row.append("-" if covered is None else f"{covered:.1%}")
+                floor = n["noise_floor"].get(kind, {}).get("mean_difference")
+                row.append("-" if floor is None else f"{floor:.1%}")
+                rows.append(row)
+    head = ["network/runtime", "widths", "from", *PREDICTORS.values(), "ours within 10 %"]
+    return markdown([*head, "in its 90 % interval", "two measurements differ by"], rows)
+
+
+def lpnet_transfer_table(folder: Path) -> str:
+    record = read_record(folder, "lpnet_accuracy")
+    rows = [
+        [pair, kind, *(f"{facts['mape']:.1%}" for facts in found.values())]
+        for pair, n in (record["numbers"] if record else {}).items()
+        for kind, found in n.get("transfer", {}).items()
+    ]
+    head = ["to network/runtime", "widths", "adapted", "adapted, no profiles", "from scratch"]
+    return markdown([*head, "from scratch, no profiles"], rows)
+
+
+def not_faster_table(folder: Path) -> str:
+    record = read_record(folder, "not_faster")
+    rows = [
+        [
+            network,
+            runtime,
+            f"{n['dense_ms']:.2f} ms",
+            *(_ratio_at_macs(n["ways"][way]) for way in not_faster.WAYS),
+            f"{n['speed_ratio']:.2f} ± {n['speed_ratio_spread']:.2f}",
+        ]
+        for network, by_runtime in (record["numbers"] if record else {}).items()
+        for runtime, n in by_runtime.items()
+    ]
+    head = ["network", "runtime", "untouched", "torch-pruning", "rounding to 8", "to 16"]
+    head += ["our grid without LPNet", "ours", "times as fast as torch-pruning"]
+    return markdown(head, rows)
+
+
+def _ratio_at_macs(facts: dict[str, Any]) -> str:
+    shown = f"{facts['ratio']:.2f} ± {facts['ratio_spread']:.2f}"
+    shown = f"**{shown}**" if facts["slower_than_dense"] else shown
+    return f"{shown} ({facts['macs_share']:.0%})"
+
+
 def fashion_mnist_table(folder: Path) -> str:
     by_network: dict[str, list[dict[str, Any]]] = {}
     for name, report in fashion_mnist_reports(folder).items():
@@ -207,6 +276,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "masked_equals_removed": masked_table,
     "sampling": sampling_table,
     "targets_at_224": targets_table,
+    "lpnet_accuracy": lpnet_accuracy_table,
+    "lpnet_transfer": lpnet_transfer_table,
+    "not_faster": not_faster_table,
     "fashion_mnist": fashion_mnist_table,
     "demo": demo_table,
 }

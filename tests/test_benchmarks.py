@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import demo, fashion_mnist, removal, scoreboard, tables, targets_at_224
+from benchmarks import (
+    demo,
+    fashion_mnist,
+    not_faster,
+    removal,
+    scoreboard,
+    tables,
+    targets_at_224,
+)
 from benchmarks.activation_masking import ActivationMasking
 from benchmarks.demo import find_report
 from benchmarks.gate_step import check_alike, steps
@@ -117,6 +125,14 @@ def full_results(folder: Path) -> None:
             for network in targets_at_224.NETWORKS
         },
     )
+    pruned = {"ratio": 0.5, "ratio_spread": 0.01, "macs_share": 0.5, "slower_than_dense": False}
+    equal_macs = {
+        "dense_ms": 7.0,
+        "ways": dict.fromkeys(not_faster.WAYS, pruned),
+        "speed_ratio": 2.5,
+        "speed_ratio_spread": 0.1,
+    }
+    record(folder, "not_faster", {"mobilenet_v2": {"onnxruntime": equal_macs}})
     record(
         folder,
         "demo",

@@ -173,8 +173,102 @@ def test_measure_gives_latency_with_spread() -> None:
         *("--input-shape", "1x1x8x8", "--classes", 10),
     )
     assert result.exit_code == 0, result.output
-    for piece in ("latency", "spread", "ms", "torch"):
+    for piece in ("spread", "drift", "per s", "one inference of 1x1x8x8 on cpu", "torch"):
         assert piece in result.stdout
+
+
+DIGITS = ("--input-shape", "1,1,8,8", "--classes", 10, "--seconds", 0.1)
+
+
+def test_measure_takes_several_runtimes_and_writes_json(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    result = run(
+        *("measure", "digits_resnet", *DIGITS, "--runtime", "eager", "--runtime", "onnxruntime"),
+        *("--runtime-option", "eager.channels_last=true", "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert "eager: loading" in result.stderr
+    found = json.loads(out.read_text())
+    assert found["input_shape"] == [1, 1, 8, 8]
+    assert [row["runtime"] for row in found["results"]] == ["eager", "onnxruntime"]
+    for row in found["results"]:
+        ms = row["measurement"]["latency_ms"]
+        assert row["per_second"] == pytest.approx(1000 / ms)
+        assert row["measurement"]["identity"]["library_version"] in in_one_line(result.stdout) or (
+            f"{ms:.4g}" in result.stdout
+        )
+    assert found["results"][0]["measurement"]["identity"]["options"] == {"channels_last": True}
+
+
+def test_one_runtime_that_fails_does_not_take_the_others_along(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    result = run(
+        *("measure", "digits_resnet", *DIGITS, "--runtime", "cuda-graphs", "--runtime", "eager"),
+        *("--out", out),
+    )
+    assert result.exit_code == 2
+    assert "runtime `cuda-graphs`" in result.stderr
+    failed, done = json.loads(out.read_text())["results"]
+    assert "cuda-graphs" in failed["error"]
+    assert done["measurement"]["latency_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name", "words"),
+    [
+        ("onnxruntime", "model.onnx", "made for [1, 1, 8, 8]"),
+        ("eager", "model.pt2", "--input-shape: 1 problem - got 1,3,8,8"),
+    ],
+)
+def test_measure_runs_an_exported_file(runtime: str, name: str, words: str, tmp_path: Path) -> None:
+    import torch
+
+    from wgates_plugin.catalogue import load_model
+    from wgates_plugin.latency import get_runtime
+
+    network = load_model("digits_resnet", classes=10, in_channels=1)
+    path = tmp_path / name
+    get_runtime(runtime).save(network, torch.zeros(1, 1, 8, 8), path)
+    assert run("measure", path, *DIGITS, "--runtime", runtime).exit_code == 0
+    wrong = run("measure", path, "--runtime", runtime, "--input-shape", "1,3,8,8")
+    assert wrong.exit_code == 2
+    assert words in in_one_line(wrong.stderr)
+
+
+def test_drift_is_the_later_half_over_the_earlier() -> None:
+    from fake_bench import REFERENCE_MS, SteadySession
+
+    from wgates_plugin.cli.measure import Row
+    from wgates_plugin.latency import measure
+
+    found = measure(SteadySession(REFERENCE_MS), seconds=0.0, min_rounds=4, identity={"batch": 8})
+    row = Row("fake", found=found)
+    assert row.drift == 0.0
+    assert row.per_second == pytest.approx(8 * 1000 / REFERENCE_MS)
+
+
+@pytest.mark.parametrize("command", ["measure", "fit-lpnet"])
+def test_a_shape_the_network_cannot_take(command: str) -> None:
+    result = run(command, "mobilenet_v2", "--input-shape", "1,3,2", "--runtime", "eager")
+    assert result.exit_code == 2
+    words = in_one_line(result.stderr)
+    for piece in ("got 1,3,2", "layer `features.0.0` of mobilenet_v2", "such as 1,3,224,224"):
+        assert piece in words
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--structure", "mlp", "--active"), "does not know how sure it is"),
+        (("--structure", "tree"), "known: layers, mlp"),
+        (("--prior", "nothing.safetensors"), "cannot be read"),
+    ],
+)
+def test_fit_lpnet_refuses_before_measuring(arguments: tuple[str, ...], words: str) -> None:
+    result = run("fit-lpnet", "digits_resnet", *DIGITS, "--runtime", "eager", *arguments)
+    assert result.exit_code == 2
+    assert words in in_one_line(result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +285,39 @@ def test_measure_refuses_cleanly(arguments: tuple[str, ...], words: str) -> None
     assert words in in_one_line(result.stderr)
 
 
-def test_fit_lpnet_goes_on_with_kept_samples(tmp_path: Path) -> None:
+def test_runtime_options_reach_the_runtime(tmp_path: Path) -> None:
+    common = ("--input-shape", "1,1,8,8", "--classes", 10, "--seconds", 0.1, "--runtime", "eager")
+    options = ("--runtime-option", "channels_last=true", "--precision", "bfloat16")
+    found = run("measure", "digits_resnet", *common, *options)
+    assert found.exit_code == 0, found.output
+    kept = tmp_path / "lpnet.samples.jsonl"
+    asked = ("--grid", 8, "--samples", 8, "--out", tmp_path / "lpnet.safetensors")
+    found = run("fit-lpnet", "digits_resnet", *common, *options, *asked)
+    assert found.exit_code == 0, found.output
+    identity = json.loads(kept.read_text().splitlines()[0])["identity"]
+    assert identity["precision"] == "bfloat16"
+    assert identity["options"] == {"channels_last": True}
+
+
+@pytest.mark.parametrize("command", ["measure", "fit-lpnet"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("channels_last", "needs the form key=value"),
+        ("channels_last=maybe", "is 'maybe'; Input should be a valid boolean"),
+        ("chanels_last=true", "did you mean `channels_last`?"),
+    ],
+)
+def test_bad_runtime_options(command: str, option: str, words: str) -> None:
+    shape = ("--input-shape", "1,1,8,8")
+    found = run(command, "digits_resnet", *shape, "--runtime", "eager", "--runtime-option", option)
+    assert found.exit_code == 2
+    assert words in in_one_line(found.stderr)
+
+
+def test_fit_lpnet_goes_on_with_kept_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "lpnet.safetensors"
     common = (
         *("fit-lpnet", "digits_resnet", "--runtime", "eager", "--input-shape", "1,1,8,8"),
@@ -206,9 +332,66 @@ def test_fit_lpnet_goes_on_with_kept_samples(tmp_path: Path) -> None:
     assert second.exit_code == 0, second.output
     assert "2 measured now" in second.stdout
     assert kept.read_text().startswith(before)
-    assert len(kept.read_text().splitlines()) == 11
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [line.get("type") for line in lines].count("sample") == 10
+    monkeypatch.setattr("wgates_plugin.latency.base.usable_cores", lambda: 2)
     other = run(*common, "--samples", 12, "--threads", 2)
     assert other.exit_code == 2
     assert "use another file per runtime" in other.stderr
-    header = json.loads(before.splitlines()[0])
-    assert header["reference_ms"] > 0
+    (source,) = [line for line in lines if line.get("type") == "source"]
+    assert source["reference"]["dense_ms"] > 0
+
+
+def test_fit_lpnet_with_prior_report_and_another_structure(tmp_path: Path) -> None:
+    first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    common = ("--input-shape", "1,1,8,8", "--classes", 10, "--grid", 8, "--seconds", 0.01)
+    made = run("fit-lpnet", "digits_resnet", *common, "--samples", 8, "--out", first)
+    assert made.exit_code == 0, made.output
+    report = tmp_path / "page"
+    asked = ("--runtime", "eager", "--samples", 9, "--no-profile", "--prior", first)
+    made = run("fit-lpnet", "digits_resnet", *common, *asked, "--out", second, "--report", report)
+    assert made.exit_code == 0, made.output
+    assert "9/9:" in made.stderr
+    assert "90 % interval" in made.stdout
+    assert (report / "lpnet.html").is_file()
+    found = json.loads((report / "lpnet.json").read_text())
+    assert (found["identity"]["runtime"], found["profiled"]) == ("eager", 0)
+    kept = (*common, "--runtime", "eager", "--samples", 9, "--structure", "mlp")
+    file = ("--samples-file", tmp_path / "two.samples.jsonl")
+    made = run("fit-lpnet", "digits_resnet", *kept, *file, "--out", tmp_path / "three.safetensors")
+    assert made.exit_code == 0, made.output
+    assert "0 measured now" in made.stdout
+
+
+def test_the_live_table_shows_prediction_and_totals(tmp_path: Path) -> None:
+    import io
+
+    from fake_bench import IDENTITY, steady_bench
+    from networks import example, tiny
+    from rich.console import Console
+
+    from wgates_plugin import trace
+    from wgates_plugin.cli.live_samples import SHOWN, LiveSamples
+    from wgates_plugin.efficiency.learner import Learner
+    from wgates_plugin.efficiency.sample_file import SampleFile
+    from wgates_plugin.efficiency.sampling import collect
+
+    space = trace(tiny("residual"), example())
+    file = SampleFile.open(tmp_path / "samples.jsonl", space, IDENTITY)
+    learner = Learner(space, seed=0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with LiveSamples(file, space, 14, console=console, learner=learner) as shown:
+        collect(
+            file, space, steady_bench(space), count=14, grid=1, seed=0, seconds_per_sample=0.0,
+            active=learner.active(covering=10), on_sample=shown,
+        )  # fmt: skip
+        plain = Console(width=120)
+        with plain.capture() as captured:
+            plain.print(shown._view())
+    text = captured.get()
+    assert "14/14" in text
+    assert "measured again: 0" in text
+    rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
+    assert len(rows) == SHOWN
+    assert [bool(row[3].strip()) for row in rows] == [False] * (SHOWN - 4) + [True] * 4
+    assert rows[-1][0].strip() == "14"

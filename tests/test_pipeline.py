@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -353,7 +354,15 @@ def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | No
         if ratio is None:
             raise Interrupted
         found = original(self, path, seconds)
-        return dataclasses.replace(found, latency_ms=ratio * found.reference_ms, ratio=ratio)
+        times = tuple(ratio * other for other in found.reference_samples_ms)
+        return dataclasses.replace(
+            found,
+            latency_ms=ratio * found.reference_ms,
+            ratio=ratio,
+            samples_ms=times,
+            median_ms=statistics.median(times),
+            minimum_ms=min(times),
+        )
 
     monkeypatch.setattr(LatencyStudy, "of_file", scripted)
 

@@ -173,6 +173,47 @@ def test_bad_targets_in_a_list_are_named_by_position(tmp_path: Path) -> None:
     assert "not milliseconds" in found["targets.3"]
 
 
+def test_runtime_settings_and_options_reach_the_target(tmp_path: Path) -> None:
+    target = {"milliseconds": 2, "runtime": "eager", "precision": "bfloat16"}
+    recipe = loaded(
+        sound(target={**target, "options": {"channels_last": False}}),
+        tmp_path,
+        "target.options.channels_last=true",
+    )
+    assert recipe.all_targets[0].build() == LatencyTarget(
+        milliseconds=2.0, runtime="eager", precision="bfloat16", options={"channels_last": True}
+    )
+    command = {"command": ["adb", "shell", "{model}"], "device_name": "a phone", "retries": 3}
+    recipe = loaded(
+        sound(target={"fraction": 0.5, "runtime": "command", "threads": 999, "options": command}),
+        tmp_path,
+    )
+    (built,) = [target.build() for target in recipe.all_targets]
+    assert isinstance(built, LatencyTarget)
+    assert built.options == command
+
+
+def test_runtime_problems_come_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wgates_plugin.latency.base.usable_cores", lambda: 2)
+    eager = {"runtime": "eager", "precision": "int3", "threads": 3, "device": "tpu:0"}
+    eager["options"] = {"channels_last": "yes", "chanels": 1}
+    found = problems(sound(target={"fraction": 0.5, **eager}), tmp_path)
+    assert "choose from float32, bfloat16, float16" in found["target.precision"]
+    assert "choose from cpu, cuda" in found["target.device"]
+    assert "valid boolean" in found["target.options.channels_last"]
+    assert "did you mean `channels_last`" in found["target.options.chanels"]
+    assert len(found) == 4
+    found = problems(sound(target={"fraction": 0.5, "runtime": "eager", "threads": 3}), tmp_path)
+    assert "this process may use 2 cores" in found["target.threads"]
+    found = problems(sound(target={"fraction": 0.5, "runtime": "command"}), tmp_path)
+    assert set(found) == {"target.options.command", "target.options.device_name"}
+    found = problems(sound(target={"fraction": 0.5, "runtime": "cuda-graphs"}), tmp_path)
+    assert "has no cpu; choose from cuda" in found["target.device"]
+    found = problems(sound(target={"macs": 5, "options": {}, "precision": "float16"}), tmp_path)
+    assert "for latency targets" in found["target.options"]
+    assert "for latency targets" in found["target.precision"]
+
+
 def test_overrides_reach_every_depth(tmp_path: Path) -> None:
     recipe = loaded(
         sound(targets=[{"macs": 5}]),
@@ -321,3 +362,27 @@ def test_used_folders_are_refused_before_any_work(tmp_path: Path) -> None:
     dense_training.check_folder(folder, resume=True)
     with pytest.raises(RunFolderError, match="is a file"):
         dense_training.check_folder(folder / "run.json", resume=False)
+
+
+def test_lpnet_settings_reach_the_job(tmp_path: Path) -> None:
+    raw = sound(pruning={"lpnet": "mlp", "active": False, "workers": 2})
+    raw["target"]["bound"] = "upper"
+    _, _, (target,), settings = prepare(loaded(raw, tmp_path))
+    assert isinstance(target, LatencyTarget)
+    assert target.bound == "upper"
+    assert (settings.lpnet, settings.active, settings.workers) == ("mlp", False, 2)
+    defaults = prepare(loaded(sound(), tmp_path))[3]
+    assert (defaults.lpnet, defaults.active, defaults.workers) == ("layers", True, 1)
+
+
+def test_wrong_lpnet_settings_are_named(tmp_path: Path) -> None:
+    raw = sound(pruning={"lpnet": "tree", "active": 3.5, "workers": 0})
+    raw["target"]["bound"] = "lower"
+    found = problems(raw, tmp_path)
+    assert set(found) == {"pruning.lpnet", "pruning.active", "pruning.workers", "target.bound"}
+    assert "choose from layers, mlp" in found["pruning.lpnet"]
+
+
+def test_a_bound_is_for_latency(tmp_path: Path) -> None:
+    raw = sound(target={"macs": 1e6, "bound": "upper"})
+    assert "is for latency targets" in problems(raw, tmp_path)["target.bound"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.base import Budget, Limit
+from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.errors import InfeasibleTargetError, PlanError
 from wgates_plugin.latency_study import LatencyStudy
@@ -43,6 +43,7 @@ def settle(
     attempts: int,
     grid: int,
     seconds: float,
+    bounded: Callable[[LPNet], EfficiencyModel] = lambda lpnet: lpnet,
 ) -> Settled:
     """Find widths near `widths` that were *measured* under the target, and not far under it.
 
@@ -52,13 +53,14 @@ def settle(
     Args:
         scores: merit of each unit (total_units,).
         target_ms, margin: the aim is `target_ms * (1 - margin)`.
+        bounded: what of a prediction is held to the aim; the prediction itself by default.
     """
     space, aim = study.space, target_ms * (1.0 - margin)
     local, best, log = lpnet, None, []
     measured: dict[tuple[int, ...], float] = {}
     current = tuple(widths)
     for attempt in range(2 * attempts):
-        budget = Budget((Limit(local, aim), *others))
+        budget = Budget((Limit(bounded(local), aim), *others))
         try:
             current = fit_to_budget(space, scores, current, budget, grid)
         except InfeasibleTargetError:

@@ -103,6 +103,9 @@ def trained(
 
     trainer.run(on_epoch_end=save, progress=progress)
     if writes:
+        last = trainer.history[-1].get("accuracy") if trainer.history else None
+        words = "" if last is None else f": accuracy on training images {last:.2%}"
+        logger.info("training the network first, %d epochs%s", recipe.dense_training.epochs, words)
         save_tensors(weights, dict(network.state_dict()), metadata={"made_by": made_by})
         checkpoint.unlink(missing_ok=True)
     trainer.fabric.barrier()

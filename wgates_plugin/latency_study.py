@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.sampling import SampleFile, SamplingCost, collect, measure_widths
+from wgates_plugin.efficiency.bench import Bench, Trust, half_widths, light_bench
+from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
+from wgates_plugin.efficiency.lpnet import COVERAGE, LPNet
+from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.sampling import Active, SamplingCost, collect
 from wgates_plugin.latency import get_runtime
 from wgates_plugin.latency.base import Family, Measurement, RuntimeSettings, Session
 from wgates_plugin.latency.grid import probe_grid
@@ -24,8 +27,10 @@ from wgates_plugin.targets import LatencyTarget
 class LatencyStudy:
     """Latency of one network's sub-networks, in milliseconds of the baseline's clock.
 
-    The untouched network is measured once; from then on everything is timed interleaved with it, and
-    the ratio counts. A machine that speeds up or slows down in between changes both alike.
+    The untouched network is measured once; from then on everything that is judged is timed
+    interleaved with it, and the ratio counts. A machine that speeds up or slows down in between
+    changes both alike. Samples for LPNet are timed against a lighter network, itself timed against
+    the untouched one.
     """
 
     def __init__(
@@ -35,9 +40,11 @@ class LatencyStudy:
         example_inputs: ExampleInputs,
         target: LatencyTarget,
     ) -> None:
-        self.runtime = get_runtime(
-            target.runtime, RuntimeSettings(threads=target.threads, device=target.device)
+        settings = RuntimeSettings(
+            threads=target.threads, device=target.device, precision=target.precision
         )
+        self._options = dict(target.options)
+        self.runtime = get_runtime(target.runtime, settings, **target.options)
         self.network, self.space, self.example_inputs = network, space, example_inputs
         self.identity = self.runtime.identity(example_inputs)
         self.reference_ms: float | None = None
@@ -45,6 +52,7 @@ class LatencyStudy:
         self.visited: SampleFile | None = None
         self._reference: Session | None = None
         self._family: Family | None = None
+        self._light: tuple[int, Bench] | None = None
 
     @property
     def reference(self) -> Session:
@@ -72,16 +80,74 @@ class LatencyStudy:
     def open_files(self, samples: Path, visited: Path) -> None:
         """Start or continue the file of random samples and that of widths the job came by."""
         assert self.reference_ms is not None
-        self.samples = SampleFile.open(samples, self.space, self.identity, self.reference_ms)
-        self.visited = SampleFile.open(visited, self.space, self.identity, self.reference_ms)
+        self.open_samples(samples)
+        self.visited = SampleFile.open(visited, self.space, self.identity)
 
-    def at(self, widths: Sequence[int], seconds: float) -> Measurement:
-        """Latency of the network resized to `widths` (G,); remembered as visited."""
+    def open_samples(self, path: Path) -> SampleFile:
+        """Start or continue the file of random samples.
+
+        Where no baseline was taken yet, that of the file's samples goes on.
+        """
+        self.samples = SampleFile.open(path, self.space, self.identity)
+        if self.reference_ms is None and self.samples.usable:
+            last = self.samples.sources[self.samples.usable[-1].source]
+            self.reference_ms = float(last.reference.get("dense_ms", last.reference_ms))
+        return self.samples
+
+    def at(
+        self, widths: Sequence[int], seconds: float, *, trust: Trust | None = None
+    ) -> Measurement:
+        """Latency of the network resized to `widths` (G,); remembered as visited.
+
+        Timed against the untouched network; a doubted measurement is taken again.
+        """
         assert self.reference_ms is not None
         assert self.visited is not None
-        found = measure_widths(self.family, widths, self.reference, self.reference_ms, seconds)
-        self.visited.add(widths, found)
-        return found
+        bench = self._dense_bench()
+        taken = bench.take(widths, seconds, trust=trust, profile=False)
+        source = self.visited.source(bench.reference_ms)
+        for found, why in taken.rejected:
+            self.visited.add(widths, found, source, why=why)
+        self.visited.add(widths, taken.found, source)
+        return taken.found
+
+    def _dense_bench(self) -> Bench:
+        assert self.reference_ms is not None
+        return Bench(self.family, self.reference, self.reference_ms)
+
+    def _light_bench(self, grid: int, seconds: float) -> Bench:
+        """The bench for samples; a calibration in the file goes on, so that its clock does."""
+        assert self.reference_ms is not None
+        assert self.samples is not None
+        if self._light is not None and self._light[0] == grid:
+            return self._light[1]
+        widths = half_widths(self.space, grid)
+        bench = None
+        for sample in reversed(self.samples.usable):
+            source = self.samples.sources[sample.source]
+            known = (
+                source.worker,
+                source.reference.get("widths"),
+                source.reference.get("dense_ms"),
+            )
+            if known == ("main", list(widths), self.reference_ms):
+                bench = Bench(
+                    self.family, self.family.session(widths), source.reference_ms, source.reference
+                )
+                break
+        if bench is None:
+            bench = light_bench(
+                self.family,
+                self.space,
+                self.reference,
+                self.reference_ms,
+                grid=grid,
+                seconds=seconds,
+            )
+        if self._light is not None:
+            self._light[1].close()
+        self._light = (grid, bench)
+        return bench
 
     def of_file(self, path: Path, seconds: float) -> Measurement:
         """Latency of an exported artefact, run from the file."""
@@ -103,35 +169,89 @@ class LatencyStudy:
         grid: int,
         seed: int,
         seconds_per_sample: float,
+        light: bool = True,
+        trust: Trust | None = None,
+        active: Active | None = None,
+        profile: bool = True,
+        farm: Farm | None = None,
         on_sample: Callable[[int, Measurement], None] | None = None,
     ) -> SamplingCost:
-        """Bring the samples up to `count` measured sub-networks."""
+        """Bring the samples up to `count` measured sub-networks.
+
+        Args:
+            light: time them against the network at about half widths rather than the untouched one.
+            farm: measure on its workers, each beside a light reference of its own.
+        """
         assert self.samples is not None
+        assert self.reference_ms is not None
+        calibration = max(1.0, 4 * seconds_per_sample)
+        if farm is not None and farm.workers > 1:
+            return collect_on_farm(
+                self.samples,
+                self.space,
+                BenchRecipe(
+                    self.network,
+                    self.space,
+                    self.example_inputs,
+                    self.runtime.name,
+                    self.runtime.settings,
+                    self.reference_ms,
+                    grid,
+                    self._options,
+                    calibration,
+                ),
+                farm,
+                count=count,
+                grid=grid,
+                seed=seed,
+                seconds_per_sample=seconds_per_sample,
+                trust=trust,
+                active=active,
+                profile=profile,
+                on_sample=on_sample,
+            )
         return collect(
             self.samples,
             self.space,
-            self.family,
-            self.reference,
+            self._light_bench(grid, calibration) if light else self._dense_bench(),
             count=count,
             grid=grid,
             seed=seed,
             seconds_per_sample=seconds_per_sample,
+            trust=trust,
+            active=active,
+            profile=profile,
             on_sample=on_sample,
         )
 
-    def fit(self, *, seed: int) -> LPNet:
+    def fit(self, *, seed: int, structure: str = "layers", prior: LPNet | None = None) -> LPNet:
         """LPNet from the samples and from everything visited since."""
-        return LPNet.fit(self.space, *self._seen(), seed=seed)
+        widths, latencies_ms, layers_ms = self._seen()
+        return LPNet.fit(
+            self.space,
+            widths,
+            latencies_ms,
+            layers_ms=layers_ms,
+            structure=structure,
+            seed=seed,
+            prior=prior,
+        )
 
     def refit(self, lpnet: LPNet) -> LPNet:
         """`lpnet` trained further on everything seen by now."""
-        return lpnet.refit(*self._seen())
+        widths, latencies_ms, layers_ms = self._seen()
+        return lpnet.refit(widths, latencies_ms, layers_ms=layers_ms)
 
-    def _seen(self) -> tuple[list[tuple[int, ...]], list[float]]:
+    def _seen(
+        self,
+    ) -> tuple[list[tuple[int, ...]], list[float], list[dict[str, float] | None]]:
         assert self.samples is not None
-        assert self.visited is not None
-        widths = [*self.samples.widths, *self.visited.widths]
-        return widths, [*self.samples.latencies_ms, *self.visited.latencies_ms]
+        every = [*self.samples.usable, *(self.visited.usable if self.visited else [])]
+        return (
+            [sample.widths for sample in every],
+            [sample.latency_ms for sample in every],
+            [sample.layers_ms for sample in every],
+        )
 
     def visited_error(self, lpnet: LPNet) -> float | None:
         """Mean relative error of `lpnet` on the visited widths, None when there are none."""
@@ -141,14 +261,26 @@ class LatencyStudy:
         measured = torch.tensor(self.visited.latencies_ms, dtype=torch.float64)
         return float(lpnet.relative_errors(widths, measured).abs().mean())
 
+    @torch.no_grad()
     def predictions(self, lpnet: LPNet) -> list[dict[str, Any]]:
-        """Measured against predicted latency of every sampled and visited sub-network."""
-        rows: list[dict[str, Any]] = []
-        for name, file in (("sampled", self.samples), ("visited", self.visited)):
-            if file:
-                predicted = lpnet(torch.tensor(file.widths, dtype=torch.float64)).tolist()
-                rows += [
-                    {"measured_ms": float(m), "predicted_ms": float(p), "set": name}
-                    for m, p in zip(file.latencies_ms, predicted, strict=True)
-                ]
+        """Measured against predicted latency with the 90 % interval: sampled sub-networks as they
+        were predicted unseen, visited ones by `lpnet` as it is."""
+        held_out = lpnet.held_out
+        rows = _rows(
+            "sampled", held_out.measured_ms, held_out.predicted_ms, held_out.interval(COVERAGE)
+        )
+        if self.visited:
+            widths = torch.tensor(self.visited.widths, dtype=torch.float64)
+            measured = torch.tensor(self.visited.latencies_ms, dtype=torch.float64)
+            rows += _rows("visited", measured, lpnet(widths), lpnet.interval(widths))
         return rows
+
+
+def _rows(
+    name: str, measured: Tensor, predicted: Tensor, interval: tuple[Tensor, Tensor]
+) -> list[dict[str, Any]]:
+    columns = (measured.tolist(), predicted.tolist(), *(end.tolist() for end in interval))
+    return [
+        {"measured_ms": m, "predicted_ms": p, "low_ms": low, "high_ms": high, "set": name}
+        for m, p, low, high in zip(*columns, strict=True)
+    ]

@@ -50,6 +50,9 @@ class DataBlock(_Block):
     root: Path | None = None
 
 
+_LATENCY_KEYS = ("runtime", "threads", "device", "precision", "options", "bound")
+
+
 class TargetBlock(_Block):
     """One target: an amount, or `fraction` of what the untouched network costs.
 
@@ -64,6 +67,9 @@ class TargetBlock(_Block):
     runtime: str | None = None
     threads: int | None = Field(default=None, ge=1)
     device: str | None = None
+    precision: str | None = None
+    options: dict[str, Any] | None = None
+    bound: Literal["expected", "upper"] | None = None
 
     @property
     def measure(self) -> str:
@@ -86,7 +92,7 @@ class TargetBlock(_Block):
         if self.measure != "latency":
             problems += [
                 f"{name} is for latency targets; this one counts {self.measure}"
-                for name in ("runtime", "threads", "device")
+                for name in _LATENCY_KEYS
                 if getattr(self, name) is not None
             ]
         if problems:
@@ -98,7 +104,7 @@ class TargetBlock(_Block):
             return MacsTarget(self.macs, fraction=self.fraction)
         if self.measure == "parameters":
             return ParametersTarget(self.parameters, fraction=self.fraction)
-        chosen = {"runtime": self.runtime, "threads": self.threads, "device": self.device}
+        chosen = {name: getattr(self, name) for name in _LATENCY_KEYS}
         given: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
         return LatencyTarget(self.milliseconds, fraction=self.fraction, **given)
 

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +15,10 @@ from pydantic import ValidationError
 from wgates_plugin.errors import ConfigError, FileFormatError, MissingExtraError
 from wgates_plugin.recipe import Recipe
 from wgates_plugin.recipe_schema import FREE_KEYS, Place, all_places, keys_of, takes_bool
+from wgates_plugin.targets import LatencyTarget
+
+if TYPE_CHECKING:
+    from wgates_plugin.latency.base import BaseRuntime
 
 NO_EFFECT: dict[Place, str] = {
     ("pruning", "seed"): "give `seed` at the top level instead; it seeds everything",
@@ -297,8 +301,10 @@ def _target_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
         block = _lookup(raw, place)
         if not isinstance(block, dict):
             continue
-        runtime = block.get("runtime")
-        if isinstance(runtime, str) and runtime not in RUNTIMES:
+        runtime = block.get("runtime") or LatencyTarget.runtime
+        if isinstance(runtime, str) and runtime in RUNTIMES:
+            yield from _runtime_problems(place, block, RUNTIMES[runtime])
+        elif isinstance(runtime, str):
             close = difflib.get_close_matches(runtime, list(RUNTIMES), n=1)
             hint = f"did you mean `{close[0]}`? " if close else ""
             yield (
@@ -311,3 +317,33 @@ def _target_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
         if kind in kinds:
             yield place, f"a second {kind} target; give each kind once"
         kinds.append(kind)
+
+
+def _runtime_problems(
+    place: Place, block: dict[str, Any], runtime: type[BaseRuntime]
+) -> Iterator[tuple[Place, str]]:
+    """What the runtime of a latency target will refuse; wrong types are found elsewhere."""
+    from wgates_plugin.latency.base import too_many_threads
+    from wgates_plugin.latency.options import option_problems
+
+    precision, device = block.get("precision"), block.get("device") or LatencyTarget.device
+    if isinstance(precision, str) and precision not in runtime.precisions:
+        yield (
+            (*place, "precision"),
+            f"runtime `{runtime.name}` has no {precision}; choose from "
+            f"{', '.join(runtime.precisions)}",
+        )
+    if isinstance(device, str) and device.partition(":")[0] not in runtime.device_kinds:
+        yield (
+            (*place, "device"),
+            f"runtime `{runtime.name}` has no {device}; choose from "
+            f"{', '.join(runtime.device_kinds)}",
+        )
+    threads = block.get("threads")
+    if type(threads) is int and runtime.runs_here and device == "cpu":
+        for problem in too_many_threads(threads):
+            yield (*place, "threads"), problem.removeprefix("threads: ")
+    options = block.get("options")
+    if isinstance(options, dict) or (options is None and "runtime" in block):
+        for name, words in option_problems(runtime, options or {}).items():
+            yield (*place, "options", name), words

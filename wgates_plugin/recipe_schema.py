@@ -57,6 +57,6 @@ def all_places(kind: Any = Recipe, where: tuple[str, ...] = ()) -> Iterator[tupl
 
 def takes_bool(place: Place) -> bool:
     if any(part in FREE_KEYS for part in place[:-1]):
-        return place[0] == "model"
+        return "options" in place
     parent = type_at(place[:-1])
     return place[-1] not in fields_of(parent) or type_at(place) is bool

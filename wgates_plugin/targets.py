@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wgates_plugin.efficiency.base import check_target
+from wgates_plugin.efficiency.lpnet import STRUCTURES
 from wgates_plugin.errors import ConfigError, TargetError
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.training.settings import TrainingSettings
@@ -50,9 +51,21 @@ class _Target:
         return self.fraction * baseline
 
 
+BOUNDS = ("expected", "upper")
+"""What of LPNet's prediction a latency budget holds."""
+
+
 @dataclass(frozen=True)
 class LatencyTarget(_Target):
     """So many milliseconds per inference of the example batch, on a runtime.
+
+    Attributes:
+        milliseconds: the target; or `fraction` of the untouched network's latency.
+        runtime: one of `latency.RUNTIMES`.
+        threads, device, precision: see `RuntimeSettings`.
+        options: keyword arguments of the runtime, such as {"channels_last": True}.
+        bound: what the search holds to the target: the "expected" latency, or the "upper" end of
+            LPNet's 90 % interval, which wastes a little speed and is seldom exceeded.
 
     Example:
         >>> LatencyTarget(fraction=0.5).resolve(baseline=12.0)
@@ -63,7 +76,17 @@ class LatencyTarget(_Target):
     runtime: str = "onnxruntime"
     threads: int = 1
     device: str = "cpu"
+    precision: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)
+    bound: str = "expected"
     unit = "ms"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bound not in BOUNDS:
+            raise TargetError(
+                f"LatencyTarget: bound is {self.bound!r}; choose from {', '.join(BOUNDS)}"
+            )
 
     @property
     def amount(self) -> float | None:
@@ -107,6 +130,10 @@ class PruningSettings:
         train_weights: False learns the gates with the weights frozen.
         samples: sub-networks measured for LPNet.
         seconds_per_sample: timed inference per sub-network, the reference's share included.
+        lpnet: structure of LPNet: "layers", or "mlp" for the paper's plain form.
+        active: after a covering part, measure where LPNet is least sure. Without effect for "mlp",
+            which does not know how sure it is.
+        workers: processes that measure; more than one needs Ray and as many free cores or devices.
         measure_seconds: the same for the baseline and for the delivered artefact.
         grid: channel multiple; None probes the runtime.
         min_channels, min_fraction, floors, caps, ignored_layers: see `trace`.
@@ -122,6 +149,9 @@ class PruningSettings:
     gates: WGatesSettings = field(default_factory=WGatesSettings)
     samples: int = 100
     seconds_per_sample: float = 0.4
+    lpnet: str = "layers"
+    active: bool = True
+    workers: int = 1
     measure_seconds: float = 3.0
     grid: int | None = None
     min_channels: int = 1
@@ -140,6 +170,7 @@ class PruningSettings:
             "gate_epochs": (self.gate_epochs, 0),
             "fine_tune_epochs": (self.fine_tune_epochs, 0),
             "samples": (self.samples, 8),
+            "workers": (self.workers, 1),
             "min_channels": (self.min_channels, 1),
             "attempts": (self.attempts, 1),
             "recalibration_images": (self.recalibration_images, 1),
@@ -160,5 +191,9 @@ class PruningSettings:
             number = getattr(self, name)
             if not isinstance(number, (int, float)) or not low <= number <= high:
                 problems.append(f"{name} is {number!r}, needs a number from {low:g} to {high:g}")
+        if self.lpnet not in STRUCTURES:
+            problems.append(f"lpnet is {self.lpnet!r}, choose from {', '.join(STRUCTURES)}")
+        if not isinstance(self.active, bool):
+            problems.append(f"active is {self.active!r}, needs true or false")
         if problems:
             raise ConfigError("pruning settings", problems)

@@ -1,21 +1,22 @@
-"""Measuring sub-networks for LPNet: which widths, and an append-only file of what was seen."""
+"""Which sub-networks are measured for LPNet, and the measuring of them in one process."""
 
 from __future__ import annotations
 
-import json
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.errors import FileFormatError, MeasurementError
-from wgates_plugin.files import append_line, write_text
-from wgates_plugin.latency.base import Family, Measurement, Session
-from wgates_plugin.latency.timing import measure
+from wgates_plugin.efficiency.bench import Bench, Taken, Trust
+from wgates_plugin.efficiency.sample_file import SampleFile as SampleFile
+from wgates_plugin.efficiency.sample_record import Source
+from wgates_plugin.errors import MeasurementError
+from wgates_plugin.latency.base import Measurement
 
 LEAST_SAMPLES = 8
 """Fewer measurements than this fit no LPNet."""
@@ -36,106 +37,107 @@ def draw_widths(space: ChannelSpace, grid: int, rng: np.random.Generator) -> tup
     return tuple(widths)
 
 
-@dataclass
-class SampleFile:
-    """Measured widths of one network on one runtime: a header line, then one JSON line per sample.
+@dataclass(frozen=True)
+class Active:
+    """After a covering part, measure where the predictor is least sure.
 
-    A broken last line (a crash in mid-write) is dropped; anything else that does not parse, another
-    network or another runtime is refused.
+    Attributes:
+        fit: brings the predictor up to the file.
+        uncertainty: widths (N, G), float64 -> relative standard deviation of the prediction (N,).
+        covering: samples drawn over the whole space first; a predictor that has seen less knows
+            too little of what it does not know.
+        candidates: random widths that one choice is made from.
+        visited: further candidates: widths that the optimiser goes to.
+        refit_every: samples per batch; the predictor is brought up to the file before each.
+        apart: least distance of two picks of one batch, as the mean over groups of the
+            difference over the channel count. What makes one uncertain makes its twin uncertain.
     """
 
-    path: Path
-    header: dict[str, Any]
-    widths: list[tuple[int, ...]] = field(default_factory=list)
-    measurements: list[Measurement] = field(default_factory=list)
+    fit: Callable[[SampleFile], object]
+    uncertainty: Callable[[Tensor], Tensor]
+    covering: int = 40
+    candidates: int = 300
+    visited: Sequence[Sequence[int]] = ()
+    refit_every: int = 8
+    apart: float = 0.05
 
-    @classmethod
-    def open(
-        cls, path: str | Path, space: ChannelSpace, identity: dict[str, Any], reference_ms: float
-    ) -> SampleFile:
-        """Continue the file at `path`, or start it.
 
-        Raises:
-            FileFormatError: corrupt, for another network, or taken on another runtime.
+@dataclass
+class Proposals:
+    """Widths to measure next, none twice; the n-th of the covering part depends on seed and n alone.
+
+    A pure plan: what it proposes must be measured by the caller and put into the file.
+    """
+
+    file: SampleFile
+    space: ChannelSpace
+    count: int
+    grid: int
+    seed: int
+    active: Active | None = None
+    _seen: set[tuple[int, ...]] = field(init=False)
+    _attempt: int = 0
+    _exhausted: bool = False
+    _batch: deque[tuple[int, ...]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._seen = set(self.file.widths)
+
+    def next(self) -> tuple[int, ...] | None:
+        """Widths (G,), or None when the file will hold `count` of them or there are no others."""
+        if len(self._seen) >= self.count or self._exhausted:
+            return None
+        covering = self.active is None or len(self._seen) < min(self.active.covering, self.count)
+        widths = self._covering() if covering else self._least_sure()
+        if widths is None:
+            self._exhausted = True
+        else:
+            self._seen.add(widths)
+        return widths
+
+    def _covering(self) -> tuple[int, ...] | None:
+        while self._attempt < 50 * self.count + 1000:
+            rng = np.random.default_rng([self.seed, self._attempt])
+            self._attempt += 1
+            widths = draw_widths(self.space, self.grid, rng)
+            if widths not in self._seen:
+                return widths
+        return None  # a coarse grid on a narrow network has no more to show
+
+    def _least_sure(self) -> tuple[int, ...] | None:
+        if not self._batch:
+            assert self.active is not None
+            self.active.fit(self.file)
+            self._batch.extend(self._next_batch(self.active))
+        return self._batch.popleft() if self._batch else self._covering()
+
+    def _next_batch(self, active: Active) -> list[tuple[int, ...]]:
+        """The least sure candidates first, each well away from those before it.
+
+        Where too few are far enough from each other, the batch is shorter.
         """
-        path = Path(path)
-        header = {
-            "kind": "latency-samples",
-            "version": 1,
-            "fingerprint": space.fingerprint,
-            "identity": identity,
-            "reference_ms": reference_ms,
-        }
-        if not path.exists():
-            write_text(path, json.dumps(header, allow_nan=False) + "\n")
-            return cls(path, header)
-        file = cls.load(path)
-        if file.header["fingerprint"] != space.fingerprint:
-            raise FileFormatError(
-                f"samples `{path}`: measured on another network (fingerprint "
-                f"{file.header['fingerprint']}, this one has {space.fingerprint}); use another file"
+        rng = np.random.default_rng([self.seed, len(self._seen), 1])
+        drawn = [draw_widths(self.space, self.grid, rng) for _ in range(active.candidates)]
+        given = [self.space.check_widths(widths) for widths in active.visited]
+        candidates = [w for w in dict.fromkeys([*given, *drawn]) if w not in self._seen]
+        if not candidates:
+            return []
+        rows = torch.tensor(candidates, dtype=torch.float64)
+        unsure = active.uncertainty(rows)
+        if unsure.shape != (len(rows),) or not torch.isfinite(unsure).all():
+            raise MeasurementError(
+                f"active sampling: `uncertainty` gave shape {tuple(unsure.shape)} for "
+                f"{len(rows)} widths, or a number that is not finite; return one per row"
             )
-        if file.header["identity"] != json.loads(json.dumps(identity)):
-            raise FileFormatError(
-                f"samples `{path}`: measured on {file.header['identity']}, this is {identity}; "
-                "use another file per runtime and machine"
-            )
-        wrong = [w for w in file.widths if len(w) != len(space.groups)]
-        if wrong:
-            raise FileFormatError(
-                f"samples `{path}`: a sample has {len(wrong[0])} widths for {len(space.groups)} "
-                "groups; delete the file and sample again"
-            )
-        return file
-
-    @classmethod
-    def load(cls, path: str | Path) -> SampleFile:
-        path = Path(path)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            header = json.loads(lines[0])
-            if header["kind"] != "latency-samples" or header["version"] != 1:
-                raise KeyError("kind")
-        except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(
-                f"samples `{path}`: no readable header ({error!r}); delete the file and sample again"
-            ) from error
-        file = cls(path, header)
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                record = json.loads(line)
-                widths = tuple(int(width) for width in record["widths"])
-                measurement = Measurement.from_json(record["measurement"])
-            except (KeyError, TypeError, ValueError, MeasurementError) as error:
-                if _is_torn(line):
-                    continue  # cut off in mid-write; the sample is simply taken again
-                raise FileFormatError(
-                    f"samples `{path}` line {number}: not a sample ({error!r}); remove that line"
-                ) from error
-            file.widths.append(widths)
-            file.measurements.append(measurement)
-        return file
-
-    def add(self, widths: Sequence[int], measurement: Measurement) -> None:
-        append_line(self.path, {"widths": list(widths), "measurement": measurement.to_json()})
-        self.widths.append(tuple(widths))
-        self.measurements.append(measurement)
-
-    @property
-    def latencies_ms(self) -> list[float]:
-        return [measurement.latency_ms for measurement in self.measurements]
-
-    def __len__(self) -> int:
-        return len(self.widths)
-
-
-def _is_torn(line: str) -> bool:
-    """A line that is no complete JSON value, as an interrupted write leaves it."""
-    try:
-        json.loads(line)
-    except ValueError:
-        return True
-    return False
+        shares = rows / torch.tensor(self.space.full_widths, dtype=torch.float64)
+        picked: list[int] = []
+        for index in unsure.argsort(descending=True, stable=True).tolist():
+            apart = [float((shares[index] - shares[other]).abs().mean()) for other in picked]
+            if all(distance >= active.apart for distance in apart):
+                picked.append(index)
+            if len(picked) == active.refit_every:
+                break
+        return [candidates[index] for index in picked]
 
 
 @dataclass(frozen=True)
@@ -153,57 +155,71 @@ class SamplingCost:
 def collect(
     file: SampleFile,
     space: ChannelSpace,
-    family: Family,
-    reference: Session,
+    bench: Bench,
     *,
     count: int,
     grid: int,
     seed: int,
     seconds_per_sample: float = 0.5,
+    trust: Trust | None = None,
+    active: Active | None = None,
+    profile: bool = True,
     on_sample: Callable[[int, Measurement], None] | None = None,
 ) -> SamplingCost:
-    """Measure random widths until the file holds `count` samples; no widths twice.
+    """Measure sub-networks until the file holds `count` different usable ones.
 
     Where the grid leaves fewer different widths than that, all that turn up are measured.
-    The n-th sample depends on `seed` and n alone, so that an interrupted run goes on where it was.
+    The n-th sample depends on `seed` and n alone (in the covering part, where there is an
+    `active`), so that an interrupted run goes on where it was.
+
+    Raises:
+        MeasurementError: there are too few different widths to fit anything, or all latencies are
+            the same. What was measured stays in the file.
     """
     started, inside = time.perf_counter(), 0.0
-    seen = set(file.widths)
-    attempt = 0
-    while len(file) < count:
-        rng = np.random.default_rng([seed, attempt])
-        attempt += 1
-        widths = draw_widths(space, grid, rng)
-        if widths in seen:
-            if attempt < 50 * count + 1000:
-                continue
-            if len(file) >= LEAST_SAMPLES:
-                break  # a coarse grid on a narrow network has no more to show
-            raise MeasurementError(
-                f"sampling: only {len(file)} different widths on a grid of {grid}, at least "
-                f"{LEAST_SAMPLES} are needed; use a finer grid or lower floors"
-            )
-        seen.add(widths)
-        measurement = measure_widths(
-            family, widths, reference, file.header["reference_ms"], seconds_per_sample
-        )
-        inside += measurement.inference_seconds
-        file.add(widths, measurement)
+    check_they_differ(file)
+    proposals = Proposals(file, space, count, grid, seed, active)
+    source = file.source(bench.reference_ms, reference=bench.about, environment=bench.environment)
+    while (widths := proposals.next()) is not None:
+        taken = bench.take(widths, seconds_per_sample, trust=trust, profile=profile)
+        inside += taken.inference_seconds
+        keep(file, widths, taken, source)
         if on_sample is not None:
-            on_sample(len(file), measurement)
+            on_sample(file.distinct, taken.found)
+    check_enough(file, count, grid)
     return SamplingCost(time.perf_counter() - started, inside)
 
 
-def measure_widths(
-    family: Family,
-    widths: Sequence[int],
-    reference: Session,
-    reference_ms: float,
-    seconds: float,
-) -> Measurement:
-    """Latency at `widths`, interleaved with the reference."""
-    session = family.session(widths)
-    try:
-        return measure(session, reference=reference, reference_ms=reference_ms, seconds=seconds)
-    finally:
-        session.close()
+def keep(file: SampleFile, widths: Sequence[int], taken: Taken, source: Source) -> None:
+    """Append a sample, and before it the attempts that were not trusted.
+
+    Raises:
+        MeasurementError: all latencies so far are the same; the sample is in the file.
+    """
+    for found, why in taken.rejected:
+        file.add(widths, found, source, why=why)
+    file.add(widths, taken.found, source, layers_ms=taken.layers_ms)
+    check_they_differ(file)
+
+
+def check_enough(file: SampleFile, count: int, grid: int) -> None:
+    """Raises MeasurementError where the space has too few different widths for a fit."""
+    if file.distinct < min(count, LEAST_SAMPLES):
+        raise MeasurementError(
+            f"sampling: only {file.distinct} different widths on a grid of {grid}, at least "
+            f"{LEAST_SAMPLES} are needed; use a finer grid or lower floors"
+        )
+
+
+def check_they_differ(file: SampleFile) -> None:
+    """Refuse a file in which many different widths all took exactly the same time.
+
+    Raises:
+        MeasurementError: a clock that stands still, or a runtime that never saw the widths.
+    """
+    if file.distinct >= LEAST_SAMPLES and len(set(file.latencies_ms)) == 1:
+        raise MeasurementError(
+            f"sampling: {file.distinct} different widths in `{file.path}` all took exactly "
+            f"{file.latencies_ms[0]:.6g} ms; the clock stands still or the runtime does not see "
+            "the widths. Check both; what was measured is kept, sample into another file"
+        )

@@ -22,7 +22,7 @@ from wgates_plugin.errors import (
     MissingExtraError,
     RuntimeUnavailableError,
 )
-from wgates_plugin.latency.environment import device_name, library_version
+from wgates_plugin.latency.environment import device_name, library_version, usable_cores
 from wgates_plugin.latency.measurement import Measurement as Measurement
 
 if TYPE_CHECKING:
@@ -58,10 +58,12 @@ class RuntimeSettings:
 class Session(Protocol):
     """A network made ready to run on fixed inputs.
 
-    Two members are optional; `timing.measure` uses them where they exist:
+    Some members are optional; `timing.measure` uses them where they exist:
     `active()` returns a context in which `run` executes under the session's settings (thread
     count), and `elapsed_ms()` runs one inference and returns its milliseconds by a clock that knows
-    better than the wall's (CUDA events).
+    better than the wall's (CUDA events). `timed_elsewhere` is true where that clock is another
+    machine's, so that what happens to this process says nothing about it, and
+    `paired(reference)` returns a context in which both sessions' times come from common runs.
     """
 
     def run(self) -> None:
@@ -155,7 +157,8 @@ class BaseRuntime(ABC):
     """What all runtimes share. A subclass names its facts and implements the abstract methods.
 
     Raises:
-        ConfigError: the settings ask for a device kind or precision the runtime does not have.
+        ConfigError: the settings ask for a device kind or precision the runtime does not have, or
+            for more threads than this process may use cores.
         RuntimeUnavailableError: the device is not there.
     """
 
@@ -165,6 +168,8 @@ class BaseRuntime(ABC):
     """Distribution whose version is part of the identity."""
     device_kinds: ClassVar[tuple[str, ...]] = ("cpu",)
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    runs_here: ClassVar[bool] = True
+    """Whether networks run on this machine, so that its cores limit the threads."""
 
     def __init__(self, settings: RuntimeSettings | None = None) -> None:
         self.settings = settings or RuntimeSettings()
@@ -175,12 +180,15 @@ class BaseRuntime(ABC):
         if self.settings.precision not in self.precisions:
             known = ", ".join(self.precisions)
             problems.append(f"precision: got {self.settings.precision!r}, choose one of: {known}")
+        if self.runs_here and self.settings.device == "cpu":
+            problems += too_many_threads(self.settings.threads)
         if problems:
             raise ConfigError(f"runtime `{self.name}`", problems)
         if self.settings.device.startswith("cuda") and not torch.cuda.is_available():
+            instead = "use device `cpu`" if "cpu" in self.device_kinds else "choose another runtime"
             raise RuntimeUnavailableError(
                 f"runtime `{self.name}`: device `{self.settings.device}` asked for, but torch "
-                "finds no CUDA device; use device `cpu` or a machine that has one"
+                f"finds no CUDA device; {instead} or a machine that has one"
             )
 
     def identity(self, example_inputs: ExampleInputs) -> dict[str, Any]:
@@ -246,6 +254,17 @@ class ResizeFamily:
 
         smaller = resize(self.network, self.space, widths)
         return self.runtime.load(smaller, self.example_inputs)
+
+
+def too_many_threads(threads: int) -> list[str]:
+    """What is wrong with this many threads on this machine's processor, if anything."""
+    cores = usable_cores()
+    if threads <= cores:
+        return []
+    return [
+        f"threads: got {threads}, but this process may use {cores} core{'s' if cores > 1 else ''}; "
+        f"ask for at most {cores}"
+    ]
 
 
 def require(library: str, *, extra: str, purpose: str) -> ModuleType:

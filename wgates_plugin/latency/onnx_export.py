@@ -159,7 +159,11 @@ def _silence() -> Iterator[None]:
 
 
 def check_agreement(
-    found: Sequence[Tensor], network: nn.Module, example_inputs: ExampleInputs
+    found: Sequence[Tensor],
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    subject: str = "onnx",
 ) -> None:
     """Compare a model's outputs with the network's own, each output at its own scale.
 
@@ -168,26 +172,29 @@ def check_agreement(
     computed from, float32 itself cannot keep that; then four times eager's own distance from a
     float64 run is allowed.
 
+    Args:
+        subject: whose outputs these are, for messages.
+
     Raises:
         ExportError: naming the output and how far off it is.
     """
     expected = _eager_outputs(network, example_inputs, torch.float32)
     if len(found) != len(expected):
         raise ExportError(
-            f"onnx: the model has {len(found)} outputs where the network has {len(expected)}"
+            f"{subject}: the model has {len(found)} outputs where the network has {len(expected)}"
         )
     exact: list[Tensor] | None = None
     for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         if mine.shape != theirs.shape:
             raise ExportError(
-                f"onnx: output {index} has shape {tuple(mine.shape)} where the network gives "
+                f"{subject}: output {index} has shape {tuple(mine.shape)} where the network gives "
                 f"{tuple(theirs.shape)}"
             )
         if not theirs.numel():
             continue
         if not torch.isfinite(theirs).all():
             raise ExportError(
-                f"onnx: output {index} of the network itself is not finite on the example inputs; "
+                f"{subject}: output {index} of the network itself is not finite on the example inputs; "
                 "give inputs it can handle"
             )
         scale = float(theirs.abs().max())
@@ -199,7 +206,7 @@ def check_agreement(
         if not distance <= 4 * rounding:
             relative = distance / scale if scale else float("inf")
             raise ExportError(
-                f"onnx: output {index} is off by {relative:.1e} of its largest value {scale:.3g}, "
+                f"{subject}: output {index} is off by {relative:.1e} of its largest value {scale:.3g}, "
                 f"allowed are {_TOLERANCE:.0e}"
             )
 

@@ -48,16 +48,18 @@ class OnnxRuntime(BaseRuntime):
     artefact_name: ClassVar[str] = "model.onnx"
     library: ClassVar[str] = "onnxruntime"
     device_kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    gpu_provider: ClassVar[str] = _CUDA
 
     def __init__(self, settings: RuntimeSettings | None = None) -> None:
         require("onnx", extra="onnx", purpose=_PURPOSE)
         self._ort = require("onnxruntime", extra="onnx", purpose=_PURPOSE)
         super().__init__(settings)
-        provider = _CUDA if self._on_cuda else "CPUExecutionProvider"
+        provider = self.gpu_provider if self._on_cuda else "CPUExecutionProvider"
         if provider not in self._ort.get_available_providers():
             raise RuntimeUnavailableError(
-                f"runtime `onnxruntime`: device `{self.settings.device}` needs {provider}, which "
-                "this build lacks; pip install onnxruntime-gpu, or use device `cpu`"
+                f"runtime `{self.name}`: device `{self.settings.device}` needs {provider}, which "
+                "this build lacks; pip install onnxruntime-gpu, or use the runtime `onnxruntime` "
+                "on device `cpu`"
             )
 
     @property
@@ -126,29 +128,34 @@ class OnnxRuntime(BaseRuntime):
         if self.settings.threads > 1:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = _FATAL_ONLY
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if self._on_cuda:
-            index = torch.device(self.settings.device).index or 0
-            providers.insert(0, (_CUDA, {"device_id": index}))
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
         if initializers:
             values = [self._ort.OrtValue.ortvalue_from_numpy(v) for v in initializers.values()]
             options.add_external_initializers(list(initializers), values)
-        native = self._ort.InferenceSession(model, options, providers=providers)
+        native = self._ort.InferenceSession(model, options, providers=self._providers())
         first = native.get_providers()[0]
-        if self._on_cuda and first != _CUDA:
+        if self._on_cuda and first != self.gpu_provider:
             raise RuntimeUnavailableError(
-                f"runtime `onnxruntime`: device `{self.settings.device}` asked for, but the session "
-                f"runs on {first}: {_CUDA} could not be started; install the CUDA and cuDNN "
-                "libraries this onnxruntime-gpu was built for, or use device `cpu`"
+                f"runtime `{self.name}`: device `{self.settings.device}` asked for, but the session "
+                f"runs on {first}: {self.gpu_provider} could not be started; install the GPU "
+                "libraries this onnxruntime-gpu was built for, or use the runtime `onnxruntime` on "
+                "device `cpu`"
             )
         feeds = _feeds(native, example_inputs)
         kind = CudaOnnxSession if self._on_cuda else OnnxSession
         session = kind(native, feeds, identity=self.identity(example_inputs))
         session.holds = dict(initializers or {})
         return session
+
+    def _providers(self) -> list[Any]:
+        """ONNX Runtime's execution providers, the wanted one first, with their options."""
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self._on_cuda:
+            index = torch.device(self.settings.device).index or 0
+            providers.insert(0, (_CUDA, {"device_id": index}))
+        return providers
 
     def at_float32(self) -> OnnxRuntime:
         """This runtime computing in float32, for comparing numbers."""

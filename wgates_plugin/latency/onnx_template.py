@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _BESIDE_BYTES = 4096
 
+_Sliced = tuple[bytes, dict[str, np.ndarray]]
+"""A graph, and the arrays that it only declares."""
+
 
 class OnnxTemplate:
     """A dense ONNX graph whose initializers carry state-dict names and can be sliced.
@@ -192,6 +195,7 @@ class OnnxFamily:
         self._example_inputs = example_inputs
         self._slow = ResizeFamily(runtime, self._network, space, example_inputs)
         self._template: OnnxTemplate | None = None
+        self._latest: tuple[tuple[OnnxTemplate, tuple[int, ...]], _Sliced] | None = None
         reasons = []
         for exporter in (export_torchscript, export_dynamo):
             try:
@@ -228,11 +232,9 @@ class OnnxFamily:
 
         An export of its own names weights as it likes, so its kernels have no known layer.
         """
-        from wgates_plugin.surgery import resize_map
-
         if self._template is None:
             return {}
-        graph, beside = self._template.at(resize_map(self._network, self._space, widths))
+        graph, beside = self._sliced(self._template, widths)
         return self._runtime.layer_times_ms(
             graph, self._example_inputs, self._template.owners, initializers=beside, runs=runs
         )
@@ -240,11 +242,18 @@ class OnnxFamily:
     def _sliced_session(
         self, template: OnnxTemplate, widths: Sequence[int], runtime: TemplateRuntime
     ) -> BaseSession:
+        graph, beside = self._sliced(template, widths)
+        return runtime.session_of(graph, self._example_inputs, initializers=beside)
+
+    def _sliced(self, template: OnnxTemplate, widths: Sequence[int]) -> _Sliced:
+        """The template at `widths`; a sample asks for the same ones twice."""
         from wgates_plugin.surgery import resize_map
 
-        change = resize_map(self._network, self._space, widths)
-        graph, beside = template.at(change)
-        return runtime.session_of(graph, self._example_inputs, initializers=beside)
+        wanted = (template, tuple(widths))
+        if self._latest is None or self._latest[0] != wanted:
+            change = resize_map(self._network, self._space, widths)
+            self._latest = wanted, template.at(change)
+        return self._latest[1]
 
     def _check(self, template: OnnxTemplate) -> None:
         from wgates_plugin.surgery import resize

@@ -88,7 +88,7 @@ def measure(
     clock = _Clock(clock_ns, processor_ns, switches or involuntary_switches)
     started = clock_ns()
     sessions = [session] if reference is None else [session, reference]
-    with _no_garbage_collection():
+    with _no_garbage_collection(), _paired(session, reference):
         warmed = [_warm_up(each, warmup, clock) for each in sessions]
         count = _block_length([estimate for _, estimate in warmed])
         minima: list[list[float]] = [[] for _ in sessions]
@@ -201,7 +201,7 @@ class _Clock:
                 "the session's clock and that it waits for the device to finish"
             )
         self.spent_ms += took
-        if self.switches() == before:
+        if self.switches() == before or getattr(session, "timed_elsewhere", False):
             return took, True
         self.disturbed += 1
         if not _runs_in_calling_thread(session):
@@ -252,6 +252,13 @@ def _least_of_block(session: Session, count: int, clock: _Clock) -> float:
             if undisturbed:
                 quiet.append(took)
     return min(quiet or every)
+
+
+def _paired(session: Session, reference: Session | None) -> AbstractContextManager[None]:
+    if reference is None or not hasattr(session, "paired"):
+        return nullcontext()
+    context: AbstractContextManager[None] = session.paired(reference)
+    return context
 
 
 def _active(session: Session) -> AbstractContextManager[None]:

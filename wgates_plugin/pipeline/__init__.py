@@ -95,8 +95,21 @@ def _run(job: Job) -> None:
     record.write(job, plan, network)
 
 
+def _warn_when_slower(job: Job, report: dict[str, Any]) -> None:
+    """MACs and parameters are no promise of speed; where they broke it, say so."""
+    before, after = report["baseline"]["latency_ms"], report["final"]["latency_ms"]
+    if job.latency_target is None and after > before and job.folder.is_writer:
+        logger.warning(
+            "%s: the smaller network is slower, %.4g ms after %.4g ms on %s; fewer MACs or "
+            "parameters are no promise of speed. Give a LatencyTarget for your runtime, or widths "
+            "it likes (grid=16)",
+            job.name, after, before, job.study.runtime.name,
+        )  # fmt: skip
+
+
 def _result(job: Job) -> PruningResult:
     report = record.read(job)
+    _warn_when_slower(job, report)
     plan = PruningPlan.load(job.folder.file("plan.json"), space=job.space)
     return PruningResult(
         job.rebuilt(plan).eval(),

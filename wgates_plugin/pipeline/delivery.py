@@ -44,12 +44,19 @@ def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
             attempts=settings.attempts,
             grid=job.grid,
             seconds=settings.measure_seconds / 2,
+            bounded=job.bounded,
         )
         return {"widths": list(settled.widths), "attempts": settled.attempts}
 
-    return PruningPlan.top(
-        job.space, scores, job.folder.once("plan", compute)["widths"], strategy="wgates"
-    )
+    found = job.folder.once("plan", compute)
+    plan = PruningPlan.top(job.space, scores, found["widths"], strategy="wgates")
+    kept = sum(plan.widths) / sum(job.space.full_widths)
+    words = f"settling the widths: {kept:.0%} of all channels stay"
+    if found["attempts"]:
+        last = found["attempts"][-1]["measured_ms"]
+        words += f", {len(found['attempts'])} measured, the last at {last:.4g} ms"
+    job.done(words, "plan")
+    return plan
 
 
 def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -78,7 +85,12 @@ def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Modul
             "accuracy_recalibrated": after,
         }
 
-    job.folder.once("removal", compute)
+    facts = job.folder.once("removal", compute)
+    job.done(
+        f"removing channels: accuracy {facts['accuracy']:.2%}, with BatchNorm statistics renewed "
+        f"{facts['accuracy_recalibrated']:.2%}",
+        "removal",
+    )
     state = job.folder.load_state("removed.pt")
     assert state is not None
     return rebuild(job.dense, plan, state["network"])
@@ -95,6 +107,7 @@ def deliver(
     target = job.limits["latency_ms"]
     for attempt in range(job.settings.attempts):
         found = export(job, network, attempt)
+        job.done(f"exporting and measuring the file: {found['latency_ms']:.4g} ms", "export")
         last = attempt + 1 == job.settings.attempts
         if target is None or found["latency_ms"] <= target or last:
             break
@@ -129,7 +142,7 @@ def _narrower(job: Job, plan: PruningPlan, scores: Tensor, attempt: int) -> Prun
         found = Measurement.from_json(job.folder.stage(f"delivery-{attempt}"))
         job.study.visited.add(plan.widths, found)
         exact_here = job.study.refit(job.lpnet).corrected(plan.widths, found.latency_ms)
-        budget = Budget((Limit(exact_here, job.aim_ms), *job.count_limits()))
+        budget = Budget((Limit(job.bounded(exact_here), job.aim_ms), *job.count_limits()))
         return {"widths": list(closed_loop.trimmed(plan, scores, budget, job.grid).widths)}
 
     widths = job.folder.once(f"narrower-{attempt}", compute)["widths"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs, refuse_other_device, to_cpu
-from wgates_plugin.efficiency.base import Budget, Limit
+from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
 from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.errors import ConfigError
@@ -41,6 +42,8 @@ from wgates_plugin.training import (
 from wgates_plugin.training.as_found import rng_kept
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.progress import Bar
+
+logger = logging.getLogger("wgates_plugin")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Job:
         dense: the untouched network, on the CPU. study: everything measured on it.
         baseline: facts of the dense network, once measured. grid: the channel multiple, once found.
         lpnet: the latency predictor, once fitted; None without a latency target.
+        bound: what of its predictions the budget holds, see `LatencyTarget`.
     """
 
     baseline: dict[str, Any]
@@ -117,6 +121,7 @@ class Job:
             self.latency_target or LatencyTarget(fraction=1.0, runtime="eager"),
         )
         self.lpnet: LPNet | None = None
+        self.bound = self.latency_target.bound if self.latency_target else "expected"
 
     @property
     def total_epochs(self) -> int:
@@ -181,9 +186,21 @@ class Job:
         """All limits; latency as `lpnet` predicts it, held to the aim."""
         if lpnet is None or self.aim_ms is None:
             return Budget.of(*self.count_limits())
-        return Budget.of(Limit(lpnet, self.aim_ms), *self.count_limits())
+        return Budget.of(Limit(self.bounded(lpnet), self.aim_ms), *self.count_limits())
+
+    def bounded(self, lpnet: LPNet) -> EfficiencyModel:
+        """What of `lpnet` is held to the aim: its prediction, or its interval's upper end."""
+        return lpnet.upper() if self.bound == "upper" else lpnet
 
     # Tools of several stages
+
+    def done(self, words: str, *phases: str) -> None:
+        """One line of the log: a stage is behind us. `phases` are those of its wall time."""
+        if not self.folder.is_writer:
+            return
+        spent = self.folder.seconds()
+        seconds = sum(spent.get(phase, 0.0) for phase in phases)
+        logger.info("%s%s", words, f" ({seconds:.1f} s)" if phases else "")
 
     def facts(
         self, network: nn.Module, widths: Sequence[int], latency: Measurement

@@ -75,6 +75,11 @@ def learn_gates(job: Job) -> tuple[nn.Module, WGates]:
         raise
     finally:
         gates.detach()
+    words = f"learning the gates, {settings.gate_epochs} epochs"
+    if monitor:
+        last = monitor[-1]
+        words += f": {last['open_share']:.0%} open, cost {last['violation']:+.1%} off the target"
+    job.done(words, "gates")
     return network, gates
 
 
@@ -104,7 +109,17 @@ def fine_tune(job: Job, network: nn.Module) -> nn.Module:
     if trainer.epoch < job.total_epochs:
         with job.folder.clock("fine_tune"):
             trainer.run(on_epoch_end=save, progress=job.progress)
+    job.done(
+        f"fine-tuning, {settings.fine_tune_epochs} epochs: accuracy on training images "
+        f"{_last_accuracy(trainer.history)}",
+        "fine_tune",
+    )
     return network.cpu()
+
+
+def _last_accuracy(history: list[dict[str, Any]]) -> str:
+    found = history[-1].get("accuracy") if history else None
+    return "not known" if found is None else f"{found:.2%}"
 
 
 def training_log(job: Job) -> list[dict[str, Any]]:

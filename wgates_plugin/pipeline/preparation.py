@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.farm import Farm
+from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.errors import InfeasibleTargetError
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.strategies.budgeting import check_feasible
+
+logger = logging.getLogger("wgates_plugin")
 
 
 def measure_baseline(job: Job) -> None:
@@ -20,6 +25,11 @@ def measure_baseline(job: Job) -> None:
 
     job.baseline = job.folder.once("baseline", compute)
     job.study.reference_ms = job.baseline["latency_ms"]
+    job.done(
+        f"measuring the untouched network: {job.baseline['latency_ms']:.4g} ms on "
+        f"{job.study.runtime.name}, accuracy {job.baseline['accuracy']:.2%}",
+        "baseline",
+    )
 
 
 def find_grid(job: Job) -> None:
@@ -33,7 +43,10 @@ def find_grid(job: Job) -> None:
         probe = job.study.probe()
         return {"multiple": probe["grid"], "probed": True, "evidence": probe["evidence"]}
 
-    job.grid = int(job.folder.once("grid", compute)["multiple"])
+    found = job.folder.once("grid", compute)
+    job.grid = int(found["multiple"])
+    if found["probed"]:
+        job.done(f"probing the channel grid: multiples of {job.grid}", "grid")
 
 
 def fit_lpnet(job: Job) -> None:
@@ -46,32 +59,50 @@ def fit_lpnet(job: Job) -> None:
             job.folder.file("samples.jsonl"), job.folder.stage_file("visited.jsonl")
         )
 
+    settings = job.settings
+
     def compute() -> dict[str, Any]:
+        wanted = settings.active and settings.lpnet == "layers"
+        learner = Learner(job.space, seed=settings.seed) if wanted else None
         with (
             job.folder.clock("sampling"),
-            job.bar("sampling", job.settings.samples) as bar,
+            job.bar("sampling", settings.samples) as bar,
         ):
             cost = job.study.sample(
-                count=job.settings.samples,
+                count=settings.samples,
                 grid=job.grid,
-                seed=job.settings.seed,
-                seconds_per_sample=job.settings.seconds_per_sample,
+                seed=settings.seed,
+                seconds_per_sample=settings.seconds_per_sample,
+                active=learner.active() if learner else None,
+                farm=Farm(workers=settings.workers),
                 on_sample=lambda done, _: bar.reach(done),
             )
-        lpnet = job.study.fit(seed=job.settings.seed)
+        lpnet = job.study.fit(seed=settings.seed, structure=settings.lpnet)
         lpnet.save(path)
         assert lpnet.report is not None
+        assert job.study.samples is not None
         return {
             "structure": lpnet.structure,
             "samples": lpnet.report.samples,
             "held_out": lpnet.report.held_out,
             "mape_held_out": lpnet.report.mape,
             "within_10_percent": lpnet.report.within_10_percent,
+            "worst": lpnet.report.worst,
+            "half_width_90": lpnet.report.half_width_90,
+            "covered_90": lpnet.held_out.covered(0.9),
+            "set_aside": sum(job.study.samples.set_aside().values()),
+            "measured_again": len(job.study.samples.rejected),
+            "active": learner is not None,
             "share_in_inference": cost.share_in_inference,
         }
 
-    job.folder.once("lpnet", compute)
+    facts = job.folder.once("lpnet", compute)
     job.lpnet = LPNet.load(path, space=job.space)
+    job.done(
+        f"measuring {facts['samples']} sub-networks and fitting LPNet: mean held-out error "
+        f"{facts['mape_held_out']:.1%}",
+        "lpnet",
+    )
 
 
 def check_target_is_feasible(job: Job) -> None:
@@ -101,9 +132,28 @@ def check_target_is_feasible(job: Job) -> None:
         return {"least_ms": found, "widths": list(least)}
 
     measured: dict[str, Any] = job.folder.once("feasibility", compute)
-    if job.lpnet is not None:
-        try:
-            check_feasible(job.space, job.budget(job.lpnet), job.grid)
-        except InfeasibleTargetError:
-            # LPNet doubts what was measured to be possible: it is the one to be put right.
-            job.lpnet = job.lpnet.corrected(measured["widths"], measured["least_ms"])
+    if measured:
+        job.done(
+            f"checking that the target can be reached: the least widths take "
+            f"{measured['least_ms']:.4g} ms, aimed at {job.aim_ms:.4g} ms",
+            "feasibility",
+        )
+    if job.lpnet is None or _feasible(job):
+        return
+    if job.bound == "upper":
+        logger.warning(
+            "LPNet: the upper end of its interval is over the target at the least widths, which "
+            "were measured under it; the expected latency is held to the target instead"
+        )
+        job.bound = "expected"
+    if not _feasible(job):
+        # LPNet doubts what was measured to be possible: it is the one to be put right.
+        job.lpnet = job.lpnet.corrected(measured["widths"], measured["least_ms"])
+
+
+def _feasible(job: Job) -> bool:
+    try:
+        check_feasible(job.space, job.budget(job.lpnet), job.grid)
+    except InfeasibleTargetError:
+        return False
+    return True

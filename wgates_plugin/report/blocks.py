@@ -114,10 +114,19 @@ def lpnet(report: dict[str, Any]) -> str:
         ("of these held out for the error", str(found.get("held_out", NOTHING))),
         ("mean error, held out", percent(found.get("mape_held_out"))),
         ("held out within 10 %", percent(found.get("within_10_percent"), 0)),
+        ("largest error, held out", percent(found.get("worst"))),
+        ("90 % interval, half width", percent(found.get("half_width_90"))),
+        ("held out inside their 90 % interval", percent(found.get("covered_90"), 0)),
         ("mean error, visited", percent(found.get("mape_visited"))),
+        ("samples set aside (another environment)", _count(found.get("set_aside"))),
+        ("measurements taken again", _count(found.get("measured_again"))),
         ("sampling time inside inference", percent(found.get("share_in_inference"), 0)),
     ]
     return facts(row for row in rows if row[1] != NOTHING)
+
+
+def _count(value: int | None) -> str:
+    return str(value) if value else NOTHING
 
 
 def attempts(report: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -18,8 +19,9 @@ from wgates_plugin.report.tables import headline
 CAPTIONS = {
     "summary": "Statistics renewed: BatchNorm means and variances were taken again after the "
     "channels were removed, before any further training.",
-    "lpnet": "Sampled networks were measured before the search; visited ones are those that the "
-    "search came by. Error figures are in the table below.",
+    "lpnet": "Sampled networks were measured before the search and are shown as predicted unseen, "
+    "by cross-validation; visited ones are those that the search came by. Vertical lines are 90 % "
+    "intervals. Error figures are in the table below.",
     "training": "Out of reach: gates so far from their threshold that hardly any gradient gets "
     "through. Pale lines are single steps, strong lines their moving average.",
 }
@@ -48,7 +50,6 @@ def write_report(run_folder: str | Path) -> Path:
 
 def render(report: dict[str, Any], pictures: list[Picture], *, note: str | None = None) -> str:
     """The page's HTML. `note` says why there are no pictures."""
-    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     held = report["contract"] == "held"
     drawn = {picture.name: _figure(picture, report) for picture in pictures}
     missing = "" if note is None else blocks.section("Pictures", f"<p>{escape(note)}</p>")
@@ -67,32 +68,51 @@ def render(report: dict[str, Any], pictures: list[Picture], *, note: str | None 
         blocks.folded("All settings", blocks.settings(report)),
         blocks.folded("Channels by group", blocks.widths(report)),
     ]
-    return template.substitute(
-        title=escape(report["name"]),
+    return filled(
+        title=report["name"],
         mood="good" if held else "bad",
         verdict="Target held" if held else "Target missed",
-        headline=escape(headline(report, arrow="→")),
+        headline=headline(report, arrow="→"),
+        parts=parts,
+        footer=f"Strategy {report['strategy']}, seed {report['seed']}. The claimed latency was "
+        "measured on the exported file, interleaved with the untouched network.",
+    )
+
+
+def filled(
+    *, title: str, mood: str, verdict: str, headline: str, parts: Sequence[str], footer: str
+) -> str:
+    """A whole page; `parts` are HTML, all else is escaped. `mood` is "good" or "bad"."""
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title),
+        mood=mood,
+        verdict=escape(verdict),
+        headline=escape(headline),
         body="\n".join(part for part in parts if part),
-        footer=f"Strategy {escape(report['strategy'])}, seed {report['seed']}. The claimed "
-        "latency was measured on the exported file, interleaved with the untouched network.",
+        footer=escape(footer),
     )
 
 
 def _figure(picture: Picture, report: dict[str, Any]) -> str:
-    alternative = escape(picture.description, quote=True)
     caption = CAPTIONS.get(picture.name)
     if picture.name == "summary" and not report["after_removal"]:
         caption = None
     if picture.name == "training" and not report["gates"]:
         caption = None
+    inside = image(picture, caption)
+    return inside if picture.name == "summary" else blocks.section(picture.title, inside)
+
+
+def image(picture: Picture, caption: str | None = None) -> str:
+    """The picture as HTML, light or dark as the page is, with all its bytes inside."""
+    alternative = escape(picture.description, quote=True)
     inside = (
         '<div class="picture"><picture><source media="(prefers-color-scheme: dark)" '
         f'srcset="{_data_uri(picture.dark)}">'
         f'<img src="{_data_uri(picture.light)}" alt="{alternative}"></picture></div>'
     )
-    if caption:
-        inside += f'<p class="note">{escape(caption)}</p>'
-    return inside if picture.name == "summary" else blocks.section(picture.title, inside)
+    return inside + (f'<p class="note">{escape(caption)}</p>' if caption else "")
 
 
 def _data_uri(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from wgates_plugin.errors import MissingExtraError
 from wgates_plugin.files import atomic_path
 from wgates_plugin.report.curves import draw_training
+from wgates_plugin.report.names import shorten
+from wgates_plugin.report.predictions import draw_lpnet
 from wgates_plugin.report.tables import count, milliseconds, targets_of
 from wgates_plugin.report.theme import DARK, LIGHT, Theme, new_figure, style
 
@@ -31,8 +33,14 @@ class Picture:
     dark: Path
 
 
-def draw_pictures(report: dict[str, Any], folder: Path) -> list[Picture]:
-    """Draw what the report has data for into `folder`/*.png.
+Drawing = tuple[str, str, Callable[[dict[str, Any], Theme], Any]]
+"""Title, description, and what draws it: a figure, or None where there is no data."""
+
+
+def draw_pictures(
+    report: dict[str, Any], folder: Path, drawings: Mapping[str, Drawing] | None = None
+) -> list[Picture]:
+    """Draw what the report has data for into `folder`/*.png; by default the pictures of a run.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -42,7 +50,7 @@ def draw_pictures(report: dict[str, Any], folder: Path) -> list[Picture]:
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plots", "drawing the report's pictures") from error
     pictures = []
-    for name, (title, description, draw) in PICTURES.items():
+    for name, (title, description, draw) in (drawings or PICTURES).items():
         files = {}
         for theme in (LIGHT, DARK):
             with matplotlib.rc_context(style(theme)):
@@ -192,76 +200,7 @@ def draw_widths(report: dict[str, Any], theme: Theme) -> Figure | None:
     return figure
 
 
-def shorten(name: str, most: int = 40) -> str:
-    """A long name with its middle left out; both ends tell groups apart.
-
-    >>> shorten("features.denseblock4.denselayer16.conv2", 20)
-    'features.d…r16.conv2'
-    """
-    if len(name) <= most:
-        return name
-    head = most // 2
-    return name[:head] + "…" + name[len(name) - (most - head - 1) :]
-
-
-def draw_lpnet(report: dict[str, Any], theme: Theme) -> Figure | None:
-    """Predicted against measured latency; the diagonal is a perfect prediction."""
-    points = report["lpnet"]["predictions"] if report["lpnet"] else []
-    if not points:
-        return None
-    figure, (axis,) = new_figure(5.4)
-    values = [point[key] for point in points for key in ("measured_ms", "predicted_ms")]
-    low, high = min(values), max(values)
-    gap = 0.06 * (high - low) or 0.1 * high
-    ends = [max(0.0, low - gap), high + gap]
-    axis.fill_between(
-        ends,
-        [0.9 * end for end in ends],
-        [1.1 * end for end in ends],
-        color=theme.grid,
-        alpha=0.7,
-        linewidth=0,
-        label="within 10 %",
-    )
-    axis.plot(ends, ends, color=theme.faint, linewidth=1.2, label="perfect prediction")
-    for name, label, colour, marker in (
-        ("sampled", "sampled for the fit", theme.after, "o"),
-        ("visited", "visited by the search", theme.second, "D"),
-    ):
-        mine = [point for point in points if point["set"] == name]
-        if mine:
-            axis.scatter(
-                [point["measured_ms"] for point in mine],
-                [point["predicted_ms"] for point in mine],
-                s=30 if marker == "o" else 46,
-                marker=marker,
-                color=colour,
-                edgecolors=theme.background,
-                linewidths=0.6,
-                label=f"{label} ({len(mine)})",
-                zorder=3,
-            )
-    axis.set_xlim(*ends)
-    axis.set_ylim(*ends)
-    axis.grid()
-    axis.tick_params(length=0)
-    axis.set_xlabel("measured latency, ms")
-    axis.set_ylabel("predicted latency, ms")
-    if report["target_ms"] is not None and ends[0] < report["target_ms"] < ends[1]:
-        axis.axvline(report["target_ms"], color=theme.target, linestyle=(0, (5, 3)), linewidth=1.2)
-        axis.annotate(
-            f"target {milliseconds(report['target_ms'])}",
-            (report["target_ms"], ends[0]),
-            xytext=(5, 6),
-            textcoords="offset points",
-            color=theme.target,
-            fontsize=9,
-        )
-    axis.legend(loc="upper left")
-    return figure
-
-
-PICTURES: dict[str, tuple[str, str, Callable[[dict[str, Any], Theme], Any]]] = {
+PICTURES: dict[str, Drawing] = {
     "summary": (
         "Before and after",
         "Bars of latency and accuracy before and after pruning, with the target.",
@@ -274,7 +213,7 @@ PICTURES: dict[str, tuple[str, str, Callable[[dict[str, Any], Theme], Any]]] = {
     ),
     "lpnet": (
         "How well latency was predicted",
-        "Predicted over measured latency of sampled and visited networks.",
+        "Predicted over measured latency of sampled and visited networks, with 90 % intervals.",
         draw_lpnet,
     ),
     "training": (

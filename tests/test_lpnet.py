@@ -1,0 +1,343 @@
+"""LPNet: what it learns, how sure it is, adapting to another runtime, and its file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import Head, conv_bn, example, tiny
+from safetensors.torch import save_file
+from torch import nn
+
+from wgates_plugin import ChannelSpace, trace
+from wgates_plugin.efficiency import Budget, EfficiencyModel, Limit, LPNet
+from wgates_plugin.efficiency.counts import LayerShapes
+from wgates_plugin.efficiency.lpnet import weighted_names
+from wgates_plugin.efficiency.sampling import draw_widths
+from wgates_plugin.errors import ConfigError, FileFormatError, MeasurementError
+
+RISING = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+@pytest.fixture(scope="module")
+def space() -> ChannelSpace:
+    return trace(tiny("plain"), example())
+
+
+@pytest.fixture(scope="module")
+def wide() -> ChannelSpace:
+    network = nn.Sequential(conv_bn(3, 32), conv_bn(32, 48, stride=2), conv_bn(48, 40), Head(40))
+    return trace(network, example())
+
+
+class Staircase:
+    """A runtime that works in blocks of 4 channels and is slow where a width is no multiple of 4.
+
+    Args:
+        slowness: factor per layer.
+        noise: relative standard deviation of a measurement.
+    """
+
+    def __init__(
+        self, space: ChannelSpace, *, slowness: Sequence[float] | None = None, noise: float = 0.0
+    ) -> None:
+        self.space, self.noise = space, noise
+        self.shapes = LayerShapes(space)
+        self.names = weighted_names(space)
+        self.slowness = list(slowness or [1.0] * len(self.names))
+        self.rng = np.random.default_rng(5)
+
+    def layers_ms(self, widths: Sequence[int]) -> dict[str, float]:
+        row = torch.tensor(widths, dtype=torch.float64)
+        found = {}
+        sides = zip(
+            self.space.layers, self.shapes.inputs(row), self.shapes.outputs(row), strict=True
+        )
+        for layer, ins, outs in sides:
+            if layer.kernel:
+                blocks = math.ceil(float(ins) / 4) * math.ceil(float(outs) / 4) * 16
+                odd = 1.0 + 0.4 * (float(outs) % 4 > 0)
+                found[layer.name] = 0.02 + 1e-6 * blocks * odd * layer.kernel * layer.positions
+        return {n: ms * f for (n, ms), f in zip(found.items(), self.slowness, strict=True)}
+
+    def ms(self, widths: Sequence[int]) -> float:
+        total = 0.1 + sum(self.layers_ms(widths).values())
+        return total * (1.0 + self.noise * float(self.rng.standard_normal()))
+
+    def data(self, count: int, seed: int) -> tuple[list[Any], list[float], list[dict[str, float]]]:
+        rng = np.random.default_rng(seed)
+        widths = list({draw_widths(self.space, 1, rng): None for _ in range(count)})
+        return widths, [self.ms(w) for w in widths], [self.layers_ms(w) for w in widths]
+
+
+def error(model: LPNet, runtime: Staircase, seed: int = 99) -> float:
+    widths, latencies, _ = runtime.data(80, seed)
+    found = model.relative_errors(torch.tensor(widths), torch.tensor(latencies))
+    return float(found.abs().mean())
+
+
+@pytest.fixture(scope="module")
+def lpnet(wide: ChannelSpace) -> LPNet:
+    widths, latencies, layers = Staircase(wide).data(60, 0)
+    return LPNet.fit(wide, widths, latencies, layers_ms=layers)
+
+
+@pytest.mark.parametrize(("structure", "bar"), [("layers", 0.05), ("mlp", 0.15)])
+def test_totals_alone_teach_a_staircase(wide: ChannelSpace, structure: str, bar: float) -> None:
+    widths, latencies, _ = Staircase(wide).data(120, 0)
+    model = LPNet.fit(wide, widths, latencies, structure=structure)
+    report = model.report
+    assert report is not None
+    assert report.samples == report.held_out == len(widths)
+    assert report.mape < bar
+    assert report.mape <= report.worst
+    assert error(model, Staircase(wide)) < bar
+    assert model.structure == structure
+
+
+def test_profiles_replace_measurements() -> None:
+    sizes = [3, 32, 24, 40, 16, 48, 20, 36, 28]
+    layers = [conv_bn(a, b) for a, b in itertools.pairwise(sizes)]
+    deep = trace(nn.Sequential(*layers, Head(28)), example())
+    runtime = Staircase(deep)
+    widths, latencies, profiles = runtime.data(25, 0)
+    told = LPNet.fit(deep, widths, latencies, layers_ms=profiles)
+    untold = LPNet.fit(deep, widths, latencies)
+    assert error(told, runtime) < 0.75 * error(untold, runtime)
+    full = torch.tensor(deep.full_widths, dtype=torch.float64)
+    expected = torch.tensor(list(runtime.layers_ms(deep.full_widths).values())).double()
+    share = (told.layer_ms(full) - expected).abs().sum() / expected.sum()
+    assert float(share) < 0.15  # the constant 0.1 ms is spread over them
+
+
+def test_some_measurements_may_lack_a_profile(wide: ChannelSpace) -> None:
+    runtime = Staircase(wide)
+    widths, latencies, layers = runtime.data(40, 0)
+    some = [seen if index % 3 else None for index, seen in enumerate(layers)]
+    assert error(LPNet.fit(wide, widths, latencies, layers_ms=some), runtime) < 0.08
+    with pytest.raises(MeasurementError, match="1 layer profiles for"):
+        LPNet.fit(wide, widths, latencies, layers_ms=layers[:1])
+
+
+def test_lpnet_is_an_efficiency_model(wide: ChannelSpace, lpnet: LPNet) -> None:
+    assert isinstance(lpnet, EfficiencyModel)
+    assert isinstance(lpnet.upper(), EfficiencyModel)
+    rows = torch.tensor([wide.full_widths, wide.least_widths()], dtype=torch.float64)
+    found = lpnet(rows)
+    assert found.shape == (2,)
+    torch.testing.assert_close(found, torch.stack([lpnet(row) for row in rows]))
+    assert lpnet(rows[None]).shape == (1, 2)
+    assert lpnet.layer_ms(rows).shape == (2, len(weighted_names(wide)))
+    assert (found > 0).all()
+
+
+def test_the_slope_says_what_channels_cost(wide: ChannelSpace, lpnet: LPNet) -> None:
+    """Latency is a staircase; its slope is that of the ramp over the steps."""
+    middle = torch.tensor([16.0, 24.0, 20.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(lpnet(middle), middle)
+    for index in range(3):
+        step = torch.zeros(3, dtype=torch.float64)
+        step[index] = 8.0
+        rise = float((lpnet(middle + step) - lpnet(middle - step)).detach()) / 16.0
+        assert float(slope[index]) == pytest.approx(rise, rel=0.5)
+
+
+def test_intervals_hold_what_they_promise(wide: ChannelSpace) -> None:
+    noisy = Staircase(wide, noise=0.03)
+    widths, latencies, layers = noisy.data(120, 0)
+    model = LPNet.fit(wide, widths, latencies, layers_ms=layers)
+    fresh, seen, _ = noisy.data(400, 77)
+    rows, truth = torch.tensor(fresh, dtype=torch.float64), torch.tensor(seen)
+    for coverage in (0.5, 0.9):
+        low, high = model.interval(rows, coverage)
+        share = float(((low <= truth) & (truth <= high)).double().mean())
+        assert share == pytest.approx(coverage, abs=0.08)
+    assert (model.upper(0.9)(rows) > model.upper(0.5)(rows)).all()
+    assert (model.spread(rows) > 0.02).all()
+    assert model.report is not None
+    assert 0.03 < model.report.half_width_90 < 0.1
+    with pytest.raises(ConfigError, match=r"coverage: got 1\.5"):
+        model.interval(rows, 1.5)
+
+
+def test_a_budget_may_hold_the_upper_bound(wide: ChannelSpace) -> None:
+    noisy = Staircase(wide, noise=0.03)
+    widths, latencies, layers = noisy.data(40, 0)
+    model = LPNet.fit(wide, widths, latencies, layers_ms=layers)
+    row = torch.tensor(wide.full_widths, dtype=torch.float64)
+    target = float(model(row)) * 1.001
+    assert float(Budget.of(Limit(model, target)).excess(row)) < 0
+    assert float(Budget.of(Limit(model.upper(), target)).excess(row)) > 0
+
+
+def test_few_measurements_adapt_it_to_another_runtime(wide: ChannelSpace, lpnet: LPNet) -> None:
+    other = Staircase(wide, slowness=[3.0, 1.5, 2.0, 1.0])
+    widths, latencies, _ = other.data(12, 3)
+    adapted = LPNet.fit(wide, widths, latencies, prior=lpnet)
+    fresh = LPNet.fit(wide, widths, latencies)
+    assert error(adapted, other) < 0.05
+    assert error(adapted, other) < 0.5 * error(fresh, other)
+
+
+def test_a_prior_must_fit(space: ChannelSpace, wide: ChannelSpace, lpnet: LPNet) -> None:
+    widths, latencies = [[k, 12] for k in range(1, 9)], RISING
+    with pytest.raises(ConfigError, match="prior: fitted for another network"):
+        LPNet.fit(space, widths, latencies, prior=lpnet)
+    with pytest.raises(ConfigError, match="only the structure `layers` adapts"):
+        LPNet.fit(space, widths, latencies, structure="mlp", prior=lpnet)
+
+
+def test_a_refit_knows_what_was_measured_since(wide: ChannelSpace, lpnet: LPNet) -> None:
+    slow = Staircase(wide, slowness=[2.0, 2.0, 2.0, 2.0])
+    widths, latencies, layers = slow.data(40, 4)
+    again = lpnet.refit(widths, latencies, layers_ms=layers)
+    assert error(lpnet, slow) > 0.3
+    assert error(again, slow) < 0.1
+    assert again.report == lpnet.report
+
+
+def test_fitting_is_repeatable_and_leaves_the_random_state(
+    wide: ChannelSpace, lpnet: LPNet, tmp_path: Path
+) -> None:
+    state = torch.get_rng_state()
+    widths, latencies, layers = Staircase(wide).data(60, 0)
+    again = LPNet.fit(wide, widths, latencies, layers_ms=layers)
+    rows = torch.tensor(widths)
+    assert torch.equal(again(rows), lpnet(rows))
+    assert again.report == lpnet.report
+    LPNet.fit(wide, widths[:20], latencies[:20], structure="mlp")
+    lpnet.save(tmp_path / "lpnet.safetensors")
+    LPNet.load(tmp_path / "lpnet.safetensors")
+    lpnet.corrected(wide.full_widths, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_corrected_lpnet_is_exact_at_one_network(wide: ChannelSpace, lpnet: LPNet) -> None:
+    near, far = torch.tensor([4.0, 8.0, 9.0]), torch.tensor([32.0, 12.0, 40.0])
+    before = float(lpnet(near)), float(lpnet(far))
+    twin = lpnet.corrected((4, 8, 9), 3.0)
+    assert float(twin(near)) == pytest.approx(3.0)
+    assert float(twin(far)) / before[1] == pytest.approx(3.0 / before[0])
+    assert (float(lpnet(near)), float(lpnet(far))) == before
+    assert float(twin.corrected((4, 8, 9), 5.0)(near)) == pytest.approx(5.0)
+
+
+def _kinds(wide: ChannelSpace, lpnet: LPNet) -> dict[str, LPNet]:
+    widths, latencies, _ = Staircase(wide).data(20, 1)
+    return {
+        "profiled": lpnet,
+        "corrected": lpnet.corrected((4, 8, 9), 3.0),
+        "adapted": LPNet.fit(wide, widths, latencies, prior=lpnet),
+        "totals": LPNet.fit(wide, widths, latencies),
+        "mlp": LPNet.fit(wide, widths, latencies, structure="mlp"),
+    }
+
+
+def test_lpnet_survives_its_file(wide: ChannelSpace, lpnet: LPNet, tmp_path: Path) -> None:
+    path = tmp_path / "lpnet.safetensors"
+    rows = torch.tensor([[3.0, 7.0, 9.0], [8.0, 12.0, 40.0]])
+    for kind, model in _kinds(wide, lpnet).items():
+        model.save(path)
+        for again in (LPNet.load(path), LPNet.load(path, space=wide)):
+            assert torch.equal(again(rows), model(rows)), kind
+            assert torch.equal(again.interval(rows)[1], model.interval(rows)[1]), kind
+            assert again.report == model.report
+            assert (again.fingerprint, again.structure) == (wide.fingerprint, model.structure)
+    other = trace(tiny("residual"), example())
+    with pytest.raises(FileFormatError, match="fitted for another network"):
+        LPNet.load(path, space=other)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _garble(path: Path) -> None:
+    path.write_bytes(b"\x00" + path.read_bytes())
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _plain_weights(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, str(path))
+
+
+def _another_kind(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, str(path), metadata={"about": '{"kind": "gates"}'})
+
+
+def _no_json(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, str(path), metadata={"about": "lpnet"})
+
+
+def _other_weights(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"scale": torch.zeros(2)}, str(path), metadata=metadata)
+
+
+def _missing_field(path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(str(path), framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+    del about["structure"]
+    save_file(load_file(str(path)), str(path), metadata={"about": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _garble, _empty, Path.unlink, _plain_weights, _another_kind, _no_json,
+     _other_weights, _missing_field],
+)  # fmt: skip
+def test_damaged_lpnet_files_are_refused(
+    lpnet: LPNet, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "lpnet.safetensors"
+    lpnet.save(path)
+    damage(path)
+    with pytest.raises(FileFormatError, match=r"LPNet `.*lpnet.safetensors`"):
+        LPNet.load(path)
+
+
+@pytest.mark.parametrize(
+    ("widths", "latencies", "words"),
+    [
+        ([[8, 12]] * 10, [*RISING, 9.0, 10.0], "all measurements are of the same widths"),
+        ([[k, 12] for k in range(1, 8)], RISING[:7], "at least 8"),
+        ([[k, 12] for k in range(1, 9)], [*RISING, 9.0], "9 measurements"),
+        ([[k, 12] for k in range(1, 9)], [*RISING[:7], 0.0], "not a positive finite number"),
+        ([[k, 12] for k in range(1, 9)], [*RISING[:7], float("nan")], "positive finite"),
+        ([[k] for k in range(1, 9)], RISING, r"needed \(N, 2\)"),
+        ([[k, 12] for k in range(1, 9)], [2.0] * 8, "all 8 measurements say 2 ms"),
+        ([], [], r"needed \(N, 2\)"),
+    ],
+)
+def test_useless_measurements_are_refused(
+    space: ChannelSpace, widths: Any, latencies: Any, words: str
+) -> None:
+    with pytest.raises(MeasurementError, match=words):
+        LPNet.fit(space, widths, latencies)
+
+
+def test_an_unknown_structure_is_refused(space: ChannelSpace) -> None:
+    with pytest.raises(ConfigError, match="known: layers, mlp"):
+        LPNet.fit(space, [[k, 12] for k in range(1, 9)], RISING, structure="tree")
+
+
+def test_the_mlp_predicts_no_single_layers(space: ChannelSpace) -> None:
+    model = LPNet.fit(space, [[k, 12] for k in range(1, 9)], RISING, structure="mlp")
+    with pytest.raises(ConfigError, match="predicts no single layers"):
+        model.layer_ms(torch.tensor([4.0, 12.0]))

@@ -1,0 +1,84 @@
+"""Measurements as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from latency_helpers import quiet, scripted
+
+from wgates_plugin.errors import (
+    FileFormatError,
+)
+from wgates_plugin.latency import (
+    Measurement,
+)
+
+
+def a_measurement() -> Measurement:
+    session, reference, clock, _ = scripted([30], [20, 20, 22, 60])
+    return quiet(session, clock, reference=reference, min_rounds=3)
+
+
+def test_measurement_survives_json() -> None:
+    found = a_measurement()
+    again = Measurement.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    assert again == found
+    assert isinstance(again.samples_ms, tuple)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latency_ms", -1.0),
+        ("latency_ms", 31.0),
+        ("latency_ms", "30"),
+        ("latency_ms", True),
+        ("latency_ms", None),
+        ("ratio", 0),
+        ("ratio", float("nan")),
+        ("ratio_spread", -0.1),
+        ("ratio_spread", float("inf")),
+        ("samples_ms", []),
+        ("samples_ms", [30, 30]),
+        ("samples_ms", [30, 30, -30]),
+        ("samples_ms", [30, 30, "30"]),
+        ("samples_ms", 30),
+        ("reference_samples_ms", [20]),
+        ("reference_samples_ms", [20, float("nan"), 60]),
+        ("drift", 0.0),
+        ("drift", 1.5),
+        ("drift", "1"),
+        ("median_ms", 29.0),
+        ("minimum_ms", 31.0),
+        ("rounds", 2),
+        ("rounds", 3.0),
+        ("warmup", -1),
+        ("seconds", 0.0),
+        ("identity", []),
+        ("environment", "here"),
+        ("version", 1),
+        ("kind", "plan"),
+        ("surprise", 1),
+    ],
+)
+def test_corrupt_measurements_are_refused(field: str, value: Any) -> None:
+    record = {**a_measurement().to_json(), field: value}
+    with pytest.raises(FileFormatError, match="measurement"):
+        Measurement.from_json(record)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Measurement)])
+def test_every_field_is_needed(field: str) -> None:
+    record = a_measurement().to_json()
+    del record[field]
+    with pytest.raises(FileFormatError, match=f"`{field}` is missing"):
+        Measurement.from_json(record)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], {}, "measurement"])
+def test_what_is_no_measurement_is_refused(value: Any) -> None:
+    with pytest.raises(FileFormatError, match="no measurement"):
+        Measurement.from_json(value)

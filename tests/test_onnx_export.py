@@ -1,0 +1,134 @@
+"""ONNX export and its sessions: a file that computes something else is never handed out."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from latency_helpers import assert_close, expected
+from networks import conv, example, tiny
+from torch import Tensor, nn
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.errors import (
+    ExportError,
+    RuntimeUnavailableError,
+)
+from wgates_plugin.latency import (
+    OnnxRuntime,
+    RuntimeSettings,
+    base,
+)
+from wgates_plugin.latency.onnx_export import check_agreement, export_torchscript
+from wgates_plugin.tracing import trace
+
+
+def test_wrong_export_says_which_output_and_how_far() -> None:
+    network = tiny("plain")
+    right = expected(network, example())
+    check_agreement(right, network, example())
+    worst = right[0].abs().max()
+    with pytest.raises(ExportError, match=r"output 0 is off by 1\.0e-02"):
+        check_agreement([right[0] + 0.01 * worst], network, example())
+    with pytest.raises(ExportError, match="output 0"):
+        check_agreement([right[0] * float("nan")], network, example())
+    with pytest.raises(ExportError, match="has 2 outputs where the network has 1"):
+        check_agreement(right * 2, network, example())
+    with pytest.raises(ExportError, match="shape"):
+        check_agreement([right[0].T], network, example())
+
+
+def test_agreement_is_judged_at_the_outputs_own_scale() -> None:
+    class Small(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1e-12
+
+    class Cancelling(nn.Module):
+        """Outputs near 1e-7 from terms near 1: float32 can hold one digit of them."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + 1e-7) - x
+
+    small = expected(Small(), example())
+    check_agreement(small, Small(), example())
+    with pytest.raises(ExportError):
+        check_agreement([small[0] * 1.01], Small(), example())
+    exact = torch.full_like(example(), 1e-7)
+    check_agreement([exact], Cancelling(), example())
+    with pytest.raises(ExportError):
+        check_agreement([exact + 1e-5], Cancelling(), example())
+
+
+def test_an_unexportable_network_gives_both_reasons() -> None:
+    class Refuses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.jit.is_tracing() or torch.compiler.is_compiling():
+                raise NotImplementedError("not while exporting")
+            return x
+
+    with pytest.raises(
+        ExportError, match=r"export_torchscript.*not while exporting.*export_dynamo"
+    ):
+        OnnxRuntime().load(Refuses(), example())
+
+
+def test_where_tracing_fails_the_other_exporter_serves(capfd: pytest.CaptureFixture[str]) -> None:
+    network = nn.Sequential(conv(3, 4), nn.AdaptiveAvgPool2d(5), conv(4, 2))
+    with pytest.raises(torch.onnx.errors.SymbolicValueError):
+        export_torchscript(network, example())
+    with OnnxRuntime().load(network, example()) as session:
+        assert_close(session.outputs(), expected(network, example()))
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_onnx_inputs_of_another_shape_are_refused(tmp_path: Path) -> None:
+    path = OnnxRuntime().save(tiny("plain"), example(), tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="`input_0` is \\[1, 3, 8, 8\\]"):
+        OnnxRuntime().load_file(path, example(batch=1))
+    with pytest.raises(ExportError, match="`input_0` is not among"):
+        OnnxRuntime().load_file(path, {"x": example()})
+
+
+def test_a_gpu_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ONNX Runtime itself falls back to the CPU without an error."""
+    path = OnnxRuntime().save(tiny("plain"), example(), tmp_path / "model.onnx")
+    runtime = OnnxRuntime()
+    runtime.settings = RuntimeSettings(device="cuda:0")
+    native = runtime._ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(runtime._ort, "InferenceSession", lambda *_, **__: native)
+    space = trace(tiny("plain"), example())
+    for use in (
+        lambda: runtime.load(tiny("plain"), example()),
+        lambda: runtime.load_file(path, example()),
+        lambda: runtime.family(tiny("plain"), space, example()),
+    ):
+        with pytest.raises(RuntimeUnavailableError, match="CUDAExecutionProvider could not"):
+            use()
+
+
+def test_several_threads_do_not_spin_between_inferences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "usable_cores", lambda: 2)
+
+    def entry(threads: int) -> str:
+        runtime = OnnxRuntime(RuntimeSettings(threads=threads))
+        with runtime.load(tiny("plain"), example()) as session:
+            options = session._native.get_session_options()
+            found: str = options.get_session_config_entry("session.force_spinning_stop")
+            return found
+
+    assert entry(2) == "1"
+    with pytest.raises(RuntimeError, match="force_spinning_stop"):
+        entry(1)
+
+
+def test_no_warning_reaches_the_user_from_a_good_export() -> None:
+    space: ChannelSpace = trace(tiny("plain"), example())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runtime = OnnxRuntime()
+        runtime.load(tiny("plain"), example()).close()
+        runtime.family(tiny("plain"), space, example())

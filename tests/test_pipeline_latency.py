@@ -1,0 +1,98 @@
+"""What the job does with its latency settings, and what it says on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_bench import IDENTITY, steady_bench
+from networks import example, tiny
+
+from tests.test_pipeline import SETTINGS, run, with_latency_ratios
+from wgates_plugin import trace
+from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
+from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.sampling import Active, collect
+from wgates_plugin.errors import TargetError
+from wgates_plugin.pipeline import preparation
+from wgates_plugin.pipeline.job import Job
+from wgates_plugin.targets import LatencyTarget
+
+STAGES = (
+    "measuring the untouched network: ",
+    "learning the gates, 2 epochs: ",
+    "settling the widths: ",
+    "removing channels: ",
+    "fine-tuning, 2 epochs: ",
+    "exporting and measuring the file: ",
+)
+
+
+def test_every_stage_says_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="wgates_plugin"):
+        run(tmp_path / "run")
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    found = [line for line in lines if line.startswith(STAGES)]
+    assert [line.startswith(stage) for line, stage in zip(found, STAGES, strict=True)] == [True] * 6
+
+
+@pytest.mark.parametrize(("ratio", "warned"), [(1.5, True), (0.7, False)])
+def test_slower_after_all_is_said(
+    ratio: float,
+    warned: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_latency_ratios(monkeypatch, [ratio])
+    with caplog.at_level(logging.WARNING, logger="wgates_plugin"):
+        result = run(tmp_path / "run")
+    assert result.held
+    assert ("the smaller network is slower" in caplog.text) is warned
+
+
+@pytest.mark.parametrize(("lpnet", "asked"), [("layers", True), ("mlp", False)])
+def test_lpnet_is_asked_where_to_measure(
+    lpnet: str, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[int] = []
+    plain = preparation.Learner.bring_up
+
+    def bring_up(self: Any, file: SampleFile) -> None:
+        fitted.append(len(file))
+        plain(self, file)
+
+    monkeypatch.setattr(preparation.Learner, "bring_up", bring_up)
+    monkeypatch.setattr(Active, "covering", 9)
+    result = run(
+        tmp_path / "run",
+        target=LatencyTarget(fraction=0.8, runtime="eager", bound="upper"),
+        settings=dataclasses.replace(SETTINGS, samples=12, lpnet=lpnet),
+    )
+    assert fitted == ([9] if asked else [])
+    found = result.report["lpnet"]
+    assert (found["structure"], found["active"]) == (lpnet, asked)
+    sampled = [row for row in found["predictions"] if row["set"] == "sampled"]
+    assert len(sampled) == 12
+    assert all(row["low_ms"] < row["predicted_ms"] < row["high_ms"] for row in sampled)
+    assert 0.0 <= found["covered_90"] <= 1.0
+    assert "held out inside their 90 % interval" in (result.run_folder / "report.html").read_text()
+
+
+def test_the_budget_holds_what_the_target_says(tmp_path: Path) -> None:
+    space = trace(tiny("residual"), example())
+    file = SampleFile.open(tmp_path / "samples.jsonl", space, IDENTITY)
+    collect(file, space, steady_bench(space), count=12, grid=1, seed=0, seconds_per_sample=0.0)
+    lpnet = LPNet.fit(space, file.widths, file.latencies_ms)
+    for bound, expected in (("expected", LPNet), ("upper", UpperBound)):
+        job: Any = SimpleNamespace(bound=bound, aim_ms=1.0, count_limits=list)
+        job.bounded = functools.partial(Job.bounded, job)
+        (limit,) = Job.budget(job, lpnet).limits
+        assert isinstance(limit.model, expected)
+    with pytest.raises(TargetError, match="choose from expected, upper"):
+        LatencyTarget(fraction=0.5, bound="lower")

@@ -1,0 +1,78 @@
+"""The README's tables name what there is, with the defaults it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import typer.main
+
+from wgates_plugin.cli import app
+from wgates_plugin.latency import RUNTIMES
+from wgates_plugin.latency.options import options_of
+from wgates_plugin.recipe import Recipe
+from wgates_plugin.recipe_checks import NO_EFFECT
+from wgates_plugin.recipe_schema import all_places, fields_of, inner_type, type_at
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def rows(heading: str) -> dict[str, list[str]]:
+    """First cell -> further cells of the tables below a heading, without back-quotes."""
+    text = README.read_text(encoding="utf-8")
+    part = re.split(r"^##+ ", text.split(f" {heading}\n", 1)[1], flags=re.M)[0]
+    found = {}
+    for line in part.splitlines():
+        if line.startswith("| `"):
+            first, *rest = (cell.strip() for cell in line.strip().strip("|").split("|"))
+            found[first.replace("`", "")] = [cell.replace("`", "") for cell in rest]
+    return found
+
+
+def default_of(place: tuple[str, ...]) -> Any:
+    parent = inner_type(type_at(place[:-1])) if len(place) > 1 else Recipe
+    if dataclasses.is_dataclass(parent):
+        found = {field.name: field.default for field in dataclasses.fields(parent)}[place[-1]]
+        return None if found is dataclasses.MISSING else found
+    return parent.model_fields[place[-1]].default
+
+
+def test_every_recipe_key_is_explained_with_its_default() -> None:
+    table = rows("Recipe keys")
+    known = {place for place in all_places() if not fields_of(inner_type(type_at(place)))}
+    wanted = {
+        place
+        for place in known
+        if place not in NO_EFFECT and place[0] != "targets" and place[1:2] != ("training",)
+    }
+    assert {".".join(place) for place in wanted} == set(table) - {"targets", "pruning.training"}
+    for place in wanted:
+        value = default_of(place)
+        if isinstance(value, (bool, int, float, str)):
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
+            assert table[".".join(place)][0] == shown, place
+
+
+@pytest.mark.parametrize("command", ["measure", "fit-lpnet"])
+def test_every_option_is_explained(command: str) -> None:
+    table = " ".join(rows("Measure, and learn what latency depends on"))
+    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    options = {name for option in found.params for name in option.opts if name.startswith("--")}
+    assert {name for name in options - {"--debug"} if name not in table} == set()
+
+
+def test_every_runtime_is_in_the_table() -> None:
+    table = rows("Runtimes")
+    assert list(table) == list(RUNTIMES)
+    for name, kind in RUNTIMES.items():
+        _, devices, artefact, precisions, options = table[name]
+        assert devices == ", ".join(kind.device_kinds), name
+        assert [word for word in options.split(", ") if word] == list(options_of(kind)), name
+        if name != "command":
+            assert artefact == kind.artefact_name
+            same = "as eager" if kind.precisions == RUNTIMES["eager"].precisions else ""
+            assert precisions in (", ".join(kind.precisions), same)

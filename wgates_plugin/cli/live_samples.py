@@ -1,0 +1,119 @@
+"""The latest samples while they are taken: a live table on a terminal, a line each elsewhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from wgates_plugin.efficiency.counts import MacsModel
+from wgates_plugin.efficiency.learner import Learner
+from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.sample_record import Sample
+
+if TYPE_CHECKING:
+    from wgates_plugin.channels import ChannelSpace
+    from wgates_plugin.latency.base import Measurement
+
+SHOWN = 8
+HEADS = ("no.", "MACs", "measured, ms", "predicted, ms", "spread", "drift", "disturbed", "again")
+
+
+class LiveSamples:
+    """Called after every sample, with the number of samples and the measurement.
+
+    It draws then and there, never from a thread of its own, which would disturb inferences that
+    are being timed. A prediction is the one made before the sample was known.
+    """
+
+    def __init__(
+        self,
+        file: SampleFile,
+        space: ChannelSpace,
+        total: int,
+        *,
+        console: Console,
+        learner: Learner | None = None,
+    ) -> None:
+        self.file, self.total, self.learner, self.console = file, total, learner, console
+        self._macs = MacsModel(space)
+        self._dense = float(self._macs(torch.tensor(space.full_widths, dtype=torch.float64)))
+        self._latest: deque[tuple[str, ...]] = deque(maxlen=SHOWN)
+        self._rejected, self._disturbed = len(file.rejected), 0
+        self._again = 0
+        self._live: Live | None = None
+        self._bar = Progress(
+            TextColumn("measuring sub-networks"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            auto_refresh=False,
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=total, completed=file.distinct)
+
+    def __enter__(self) -> LiveSamples:
+        if self.console.is_terminal:
+            self._live = Live(
+                self._view(), console=self.console, auto_refresh=False, transient=True
+            )
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    @torch.no_grad()
+    def __call__(self, done: int, found: Measurement) -> None:
+        sample = self.file.samples[-1]
+        again = len(self.file.rejected) - self._rejected
+        self._rejected = len(self.file.rejected)
+        self._again += again
+        self._disturbed += sample.disturbed
+        cells = self._cells(done, sample, again)
+        self._latest.append(cells)
+        self._bar.update(self._task, completed=done)
+        if self._live is not None:
+            self._live.update(self._view(), refresh=True)
+        else:
+            words = zip(HEADS[1:], cells[1:], strict=True)
+            told = ", ".join(f"{head.removesuffix(', ms')} {cell}" for head, cell in words if cell)
+            self.console.print(f"{done}/{self.total}: {told}", markup=False, soft_wrap=True)
+
+    def _cells(self, done: int, sample: Sample, again: int) -> tuple[str, ...]:
+        widths = torch.tensor(sample.widths, dtype=torch.float64)
+        lpnet = self.learner.lpnet if self.learner is not None else None
+        return (
+            str(done),
+            f"{float(self._macs(widths)) / self._dense:.0%}",
+            f"{sample.latency_ms:.4g}",
+            "" if lpnet is None else f"{float(lpnet(widths)):.4g}",
+            f"{sample.ratio_spread / sample.ratio:.1%}",
+            f"{sample.drift - 1.0:+.1%}",
+            str(sample.disturbed),
+            str(again),
+        )
+
+    def _view(self) -> Any:
+        table = Table(
+            caption=f"disturbed inferences: {self._disturbed}; measured again: {self._again}"
+        )
+        for head in HEADS:
+            table.add_column(head, justify="right")
+        for cells in self._latest:
+            table.add_row(*cells)
+        return Group(table, self._bar)

@@ -1,0 +1,200 @@
+"""One place to measure at: a family, the reference it is timed against, and when to doubt a time."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.sample_file import DENSE
+from wgates_plugin.efficiency.sample_record import rounded
+from wgates_plugin.latency.base import Family, Measurement, Session
+from wgates_plugin.latency.environment import describe_environment
+from wgates_plugin.latency.timing import measure
+
+logger = logging.getLogger("wgates_plugin")
+
+
+@dataclass(frozen=True)
+class Trust:
+    """When a measurement is doubted and taken again.
+
+    Attributes:
+        most_spread: of the ratio. Two networks timed within the same milliseconds hold their ratio
+            to about 1 %; at five times that, something else was running.
+        most_disturbed: share of inferences from which the processor was taken away. Each round
+            keeps its least time, so a minority does no harm; with a majority there may have been
+            no quiet inference in a round.
+        most_drift: relative distance of the drift from that of its neighbours. A machine's speed
+            moves by 6-26 % within minutes, but in steps: one sample off by itself met a step in
+            its middle, and its rounds mix two machines.
+        neighbours: measurements before this one whose median drift it is compared with. An odd
+            few: after a real step most of them are new within three measurements.
+        repeats: further attempts at a doubted measurement. More would spend on one noisy minute
+            what several samples cost.
+    """
+
+    most_spread: float = 0.05
+    most_disturbed: float = 0.5
+    most_drift: float = 0.1
+    neighbours: int = 5
+    repeats: int = 2
+
+    def doubt(self, found: Measurement, drifts: Sequence[float]) -> str | None:
+        """Why `found` is not to be trusted after neighbours with these `drifts`; None if it is."""
+        if found.ratio_spread > self.most_spread * found.ratio:
+            share = found.ratio_spread / found.ratio
+            return f"the ratio spreads by {share:.1%}, trusted up to {self.most_spread:.1%}"
+        disturbed = disturbed_share(found)
+        if disturbed > self.most_disturbed:
+            return (
+                f"{disturbed:.0%} of inferences disturbed, trusted up to {self.most_disturbed:.0%}"
+            )
+        near = list(drifts)[-self.neighbours :]
+        if len(near) >= min(3, self.neighbours):
+            usual = statistics.median(near)
+            if abs(found.drift / usual - 1.0) > self.most_drift:
+                return f"drift {found.drift:.3f} among neighbours at {usual:.3f}"
+        return None
+
+
+def disturbed_share(found: Measurement) -> float:
+    """Disturbed inferences over all timed ones, whose number follows from the time they took."""
+    pair_ms = found.median_ms + statistics.median(found.reference_samples_ms or found.samples_ms)
+    inferences = max(2.0 * found.rounds, 2.0 * found.inference_seconds * 1e3 / pair_ms)
+    return found.disturbed / inferences
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A sample as measured, with the attempts that were not trusted and why."""
+
+    found: Measurement
+    rejected: tuple[tuple[Measurement, str], ...] = ()
+    layers_ms: dict[str, float] | None = None
+
+    @property
+    def inference_seconds(self) -> float:
+        """Time inside timed inferences, of all attempts (s)."""
+        every = (self.found, *(found for found, _ in self.rejected))
+        return sum(found.inference_seconds for found in every)
+
+
+@dataclass
+class Bench:
+    """A family of sub-networks beside the session they are timed against.
+
+    Attributes:
+        reference_ms: the reference's latency in the clock of the untouched network.
+        about: what the reference is and how it was calibrated, for the sample file.
+        environment: of this process, the device's name included.
+        drifts: of the latest measurements here, the doubted ones included.
+    """
+
+    family: Family
+    reference: Session
+    reference_ms: float
+    about: Mapping[str, Any] = field(default_factory=lambda: dict(DENSE))
+    environment: dict[str, Any] = field(default_factory=describe_environment)
+    drifts: deque[float] = field(default_factory=lambda: deque(maxlen=50))
+
+    def take(
+        self, widths: Sequence[int], seconds: float, *, trust: Trust | None = None, profile: bool
+    ) -> Taken:
+        """Latency at `widths` (G,), again while it is doubted; the least spread counts in the end.
+
+        Args:
+            seconds: timed inference of one attempt, the reference's included.
+            profile: take the layers' own times too, where the family can.
+        """
+        trust = trust or Trust()
+        session = self.family.session(widths)
+        attempts: list[tuple[Measurement, str]] = []
+        found = None
+        try:
+            for _ in range(1 + trust.repeats):
+                found = measure(
+                    session,
+                    reference=self.reference,
+                    reference_ms=self.reference_ms,
+                    seconds=seconds,
+                )
+                why = trust.doubt(found, self.drifts)
+                self.drifts.append(found.drift)
+                if why is None:
+                    break
+                attempts.append((found, why))
+                found = None
+        finally:
+            session.close()
+        if found is None:
+            least = min(attempts, key=lambda attempt: attempt[0].ratio_spread / attempt[0].ratio)
+            attempts.remove(least)
+            found = least[0]
+            logger.info(
+                "widths %s: measured %d times and still doubted (%s); the least spread is kept",
+                list(widths), 1 + trust.repeats, least[1],
+            )  # fmt: skip
+        return Taken(found, tuple(attempts), self._layers(widths) if profile else None)
+
+    def _layers(self, widths: Sequence[int]) -> dict[str, float] | None:
+        layer_times = getattr(self.family, "layer_times_ms", None)
+        if layer_times is None:
+            return None
+        try:
+            return dict(layer_times(widths)) or None
+        except Exception as error:  # says nothing about the latency, which is measured already
+            logger.warning("widths %s: no layer times (%r)", list(widths), error)
+            return None
+
+    def close(self) -> None:
+        self.reference.close()
+
+
+def half_widths(space: ChannelSpace, grid: int) -> tuple[int, ...]:
+    """The allowed widths nearest to half of every group, (G,)."""
+    return tuple(
+        min(allowed, key=lambda width: (abs(width - group.channels / 2), width))
+        for group, allowed in zip(space.groups, space.allowed_widths(grid), strict=True)
+    )
+
+
+def light_bench(
+    family: Family,
+    space: ChannelSpace,
+    dense: Session,
+    dense_ms: float,
+    *,
+    grid: int,
+    seconds: float,
+) -> Bench:
+    """A bench whose reference is the network at about half widths, calibrated against `dense`.
+
+    Half of the time of a sample goes into its reference; this one takes a fraction of the
+    untouched network's. One interleaved measurement puts it into the untouched network's clock:
+
+        reference_ms = median_i(light_i / dense_i) * dense_ms
+
+    Args:
+        dense: the untouched network, ready to run.
+        dense_ms: its latency, the clock that all samples are given in.
+        seconds: timed inference of the calibration, both networks together.
+    """
+    widths = half_widths(space, grid)
+    reference = family.session(widths)
+    found = measure(reference, reference=dense, reference_ms=dense_ms, seconds=seconds)
+    about = {
+        "network": "resized",
+        "widths": list(widths),
+        "dense_ms": dense_ms,
+        "ratio_to_dense": found.ratio,
+        "ratio_spread": found.ratio_spread,
+        "drift": found.drift,
+        "reference_minima_ms": [rounded(ms) for ms in found.samples_ms],
+        "dense_minima_ms": [rounded(ms) for ms in found.reference_samples_ms],
+    }
+    return Bench(family, reference, found.latency_ms, about)

@@ -1,0 +1,386 @@
+"""LPNet's own structure: latency as a sum of layers, each a Gaussian process in its widths.
+
+    T(w) = c sum_l f_l(in_l, out_l) + r(w) + noise
+
+Where the runtime's profiler told what each layer took, every f_l is learned from its own measurements:
+one profiled network teaches all layers at once, which is why tens of networks do what otherwise takes
+thousands. Without profiles f_l is the layer's share of the work. The remainder r is learned from the
+measured totals: the layers' corrections (their covariance summed), a factor per layer, and a smooth
+function of all widths. Parameters maximise the marginal likelihood; predictions are the posterior mean,
+smooth in the widths but for steps at multiples that matter to the runtime.
+
+Additive latency models are common (nn-Meter, arXiv 2104.09757, sums kernels; HALP, arXiv 2110.10811,
+sums layer look-ups); the covariance and the two stages are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.lpnet.data import LatencyData
+from wgates_plugin.efficiency.lpnet.kernel import LayerInputs, LayerKernel, LayerView
+
+MOST_ROWS = 800
+"""Measurements that a fit uses at most; the cost grows with their cube."""
+
+_PROFILED_ROWS, _TOTAL_ROWS = 80, 200
+"""Measurements that the parameters are learned from, with profiles and without."""
+
+_LAYER_STEPS = 40
+_TOTAL_STEPS = 80
+_TOTAL_STEPS_SHARED = 60
+_RATE = 0.15
+_LEAST_TIME = 0.02
+"""Layer noise grows with the time, from this share of the layer's longest time on."""
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """Logarithms of the variances of what the sum of layers does not say.
+
+    Attributes:
+        layers: of corrections to single layers, over the layers' own. factors: of a factor per
+        layer. constant: of a time that is always there. whole: of a factor on the whole.
+        smooth, reach: of a smooth function of all widths, and its squared length scale.
+        noise: of the measurements, relative.
+    """
+
+    layers: Tensor
+    factors: Tensor
+    constant: Tensor
+    whole: Tensor
+    smooth: Tensor
+    reach: Tensor
+    noise: Tensor
+
+    @classmethod
+    def initial(cls) -> Remainder:
+        start = (-6.0, -6.0, -6.0, -6.0, -6.0, -2.0, -8.0)
+        return cls(*(torch.tensor(value, dtype=torch.float64) for value in start))
+
+    @property
+    def learned(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+class LayersStructure:
+    """Learns from `LatencyData` and predicts; immutable once conditioned.
+
+    Args:
+        prior: a structure learned on another runtime or setting of the same network. Its layers,
+            each times a factor, are what this one starts from.
+    """
+
+    name = "layers"
+
+    kernel: LayerKernel
+    remainder: Remainder
+    layer_noise: Tensor
+    scale: Tensor
+    base: Tensor
+
+    data: LatencyData
+    inputs: LayerInputs
+    data_layers: Tensor
+    layer_weights: Tensor
+    ratio: Tensor
+    root: Tensor
+    total_weights: Tensor
+    least_ms: float
+
+    def __init__(self, space: ChannelSpace, prior: LayersStructure | None = None) -> None:
+        self.space, self.prior = space, prior
+        self.view = LayerView(space)
+
+    @classmethod
+    def fit(
+        cls,
+        space: ChannelSpace,
+        data: LatencyData,
+        *,
+        seed: int,
+        prior: LayersStructure | None = None,
+    ) -> LayersStructure:
+        """Parameters by marginal likelihood, then conditioned on all of `data`."""
+        self = cls(space, prior)
+        data = _at_most(data, MOST_ROWS, seed)
+        inputs = self.view(data.widths)
+        known = data.profiled.nonzero()[:, 0]
+        self.kernel = LayerKernel.initial(inputs, shared=not len(known))
+        self.layer_noise = torch.full((self.view.count,), -3.5, dtype=torch.float64)
+        self.remainder = Remainder.initial()
+        self._scale_from(data, inputs)
+        if len(known):
+            few = _some(known, _PROFILED_ROWS, seed)
+            self._learn_layers(data[few], inputs[few])
+            self._learn_totals(data, inputs, shared=False)
+        else:
+            few = _some(torch.arange(len(data)), _TOTAL_ROWS, seed)
+            self._learn_totals(data[few], inputs[few], shared=True)
+        return self.conditioned(data)
+
+    def conditioned(self, data: LatencyData) -> LayersStructure:
+        """The same parameters, knowing `data` and nothing else."""
+        twin = self._copy()
+        twin._condition(_at_most(data, MOST_ROWS, 0))
+        return twin
+
+    def predict(self, widths: Tensor) -> Tensor:
+        """Widths (..., G) -> ms (...)."""
+        flat, shape = _flat(widths)
+        inputs = self.view(flat)
+        covariances = self.kernel(inputs, self.inputs)
+        layers = self._layers(flat, covariances)
+        total = self.ratio * layers.sum(-1)
+        total = total + self._covariance(inputs, layers, covariances) @ self.total_weights
+        return total.clamp_min(self.least_ms).reshape(shape)
+
+    def layer_ms(self, widths: Tensor) -> Tensor:
+        """Widths (..., G) -> ms of each layer with a weight (..., L), before the remainder."""
+        flat, shape = _flat(widths)
+        layers = self._layers(flat, self.kernel(self.view(flat), self.inputs))
+        return (self.ratio * layers).reshape(*shape, -1)
+
+    def deviation(self, widths: Tensor) -> Tensor:
+        """Posterior standard deviation of one measurement: widths (..., G) -> ms (...)."""
+        flat, shape = _flat(widths)
+        inputs = self.view(flat)
+        covariances = self.kernel(inputs, self.inputs)
+        layers = self._layers(flat, covariances)
+        cross = self._covariance(inputs, layers, covariances)
+        known = (cross * torch.cholesky_solve(cross.T, self.root).T).sum(-1)
+        own = self._own(inputs, layers) + self._noise(layers)
+        return (own - known).clamp_min(1e-4 * own).sqrt().reshape(shape)
+
+    def without(self, data: LatencyData, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (N,) of each measurement, had its part of `data` not been seen."""
+        mean, deviation = torch.empty(len(data)), torch.empty(len(data))
+        mean, deviation = mean.double(), deviation.double()
+        every = torch.arange(len(data))
+        for part in parts:
+            rest = every[~torch.isin(every, part)]
+            partial = self.conditioned(data[rest])
+            mean[part] = partial.predict(data.widths[part])
+            deviation[part] = partial.deviation(data.widths[part])
+        return mean, deviation
+
+    def layers_without(self, data: LatencyData, parts: Sequence[Tensor]) -> Tensor:
+        """Layers (N, L) of each measurement in ms of the profile, had its part not been seen."""
+        found = torch.empty(len(data), self.view.count, dtype=torch.float64)
+        every = torch.arange(len(data))
+        for part in parts:
+            partial = self.conditioned(data[every[~torch.isin(every, part)]])
+            found[part] = partial.layer_ms(data.widths[part]) / partial.ratio
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `from_tensors` needs."""
+        found = {
+            "widths": self.data.widths,
+            "latency_ms": self.data.latency_ms,
+            "layers_ms": self.data.layers_ms,
+            "scale": self.scale,
+            "base": self.base,
+            "layer_noise": self.layer_noise,
+            **{f"kernel.{f.name}": getattr(self.kernel, f.name) for f in fields(self.kernel)},
+            **{f"remainder.{f.name}": getattr(self.remainder, f.name) for f in fields(Remainder)},
+        }
+        if self.prior is not None:
+            found |= {f"prior.{name}": value for name, value in self.prior.tensors().items()}
+        return found
+
+    @classmethod
+    def from_tensors(cls, space: ChannelSpace, tensors: Mapping[str, Tensor]) -> LayersStructure:
+        """Raises KeyError, ValueError or RuntimeError where the tensors are not whole."""
+        before = {
+            name.removeprefix("prior."): value
+            for name, value in tensors.items()
+            if name.startswith("prior.")
+        }
+        self = cls(space, cls.from_tensors(space, before) if before else None)
+        self.scale, self.base = tensors["scale"], tensors["base"]
+        self.layer_noise = tensors["layer_noise"]
+        self.kernel = LayerKernel(*(tensors[f"kernel.{f.name}"] for f in fields(LayerKernel)))
+        self.remainder = Remainder(*(tensors[f"remainder.{f.name}"] for f in fields(Remainder)))
+        self._condition(LatencyData(tensors["widths"], tensors["latency_ms"], tensors["layers_ms"]))
+        return self
+
+    # What a layer is before its profile is known: the prior's layer, or its share of the work.
+
+    def _scale_from(self, data: LatencyData, inputs: LayerInputs) -> None:
+        known = data.profiled
+        if self.prior is not None:
+            start = self.prior.layer_ms(data.widths)
+        else:
+            start = self.view.work(data.widths)
+        if not known.any():
+            self.base = (data.latency_ms / start.sum(-1)).median().expand(self.view.count).clone()
+            full = torch.tensor(self.space.full_widths, dtype=torch.float64)
+            whole = self.prior.layer_ms(full) if self.prior else self.view.work(full)
+            self.scale = self.base * whole
+            return
+        labels = data.layers_ms[known]
+        self.scale = labels.amax(0).clamp_min(1e-9)
+        self.base = torch.zeros(self.view.count, dtype=torch.float64)
+        if self.prior is not None:
+            self.base = (labels / start[known].clamp_min(1e-9)).median(0).values
+
+    def _start(self, widths: Tensor) -> Tensor:
+        """(B, L) ms."""
+        if not self.base.any():
+            return torch.zeros(len(widths), self.view.count, dtype=torch.float64)
+        start = self.view.work(widths) if self.prior is None else self.prior.layer_ms(widths)
+        return start * self.base
+
+    def _residuals(self, data: LatencyData) -> Tensor:
+        """What profiles say beyond the start, (L, N) over the layers' scales."""
+        return ((data.layers_ms - self._start(data.widths)) / self.scale).T
+
+    def _label_noise(self, data: LatencyData) -> Tensor:
+        size = (data.layers_ms / self.scale).T.abs() + _LEAST_TIME
+        return (torch.exp(self.layer_noise)[:, None] * size).square() + 1e-8
+
+    def _learn_layers(self, data: LatencyData, inputs: LayerInputs) -> None:
+        wanted = self._residuals(data)
+        parameters = [*self.kernel.learned, self.layer_noise]
+
+        def loss() -> Tensor:
+            covariance = self.kernel(inputs, inputs) + torch.diag_embed(self._label_noise(data))
+            return _unlikelihood(covariance, wanted) + self.kernel.far_from_start()
+
+        _descend(loss, parameters, _LAYER_STEPS)
+
+    def _learn_totals(self, data: LatencyData, inputs: LayerInputs, *, shared: bool) -> None:
+        """Shared kernel parameters are learned here too, having no profiles to learn from."""
+        covariances = self.kernel(inputs, inputs)
+        self._solve_layers(data, inputs, covariances)
+        layers = self._layers(data.widths, covariances)
+        self.ratio = (data.latency_ms / layers.sum(-1)).median()
+        wanted = data.latency_ms - self.ratio * layers.sum(-1)
+        self.data_layers, self.inputs = layers, inputs
+
+        def loss() -> Tensor:
+            now = self.kernel(inputs, inputs) if shared else covariances
+            covariance = self._covariance(inputs, layers, now) + torch.diag(self._noise(layers))
+            penalty = self.kernel.far_from_start() if shared else 0.0
+            return _unlikelihood(covariance, wanted) + penalty
+
+        parameters = [*self.remainder.learned, *(self.kernel.learned if shared else [])]
+        _descend(loss, parameters, _TOTAL_STEPS_SHARED if shared else _TOTAL_STEPS)
+
+    def _condition(self, data: LatencyData) -> None:
+        self.data = data
+        inputs = self.view(data.widths)
+        covariances = self.kernel(inputs, inputs)
+        self._solve_layers(data, inputs, covariances)
+        layers = self._layers(data.widths, covariances)
+        self.ratio = (data.latency_ms / layers.sum(-1)).median()
+        self.inputs, self.data_layers = inputs, layers
+        covariance = self._covariance(inputs, layers, covariances)
+        self.root = torch.linalg.cholesky(covariance + torch.diag(self._noise(layers)))
+        left = data.latency_ms - self.ratio * layers.sum(-1)
+        self.total_weights = torch.cholesky_solve(left[:, None], self.root)[:, 0]
+        self.least_ms = 0.1 * float(data.latency_ms.min())
+
+    def _solve_layers(self, data: LatencyData, inputs: LayerInputs, covariances: Tensor) -> None:
+        """Weights (L, N) of the profiled measurements; zero for the others."""
+        self.inputs = inputs
+        self.layer_weights = torch.zeros(self.view.count, len(data), dtype=torch.float64)
+        known = data.profiled.nonzero()[:, 0]
+        if len(known):
+            some = data[known]
+            within = covariances[:, known][:, :, known] + torch.diag_embed(self._label_noise(some))
+            solved = torch.cholesky_solve(
+                self._residuals(some)[..., None], torch.linalg.cholesky(within)
+            )
+            self.layer_weights[:, known] = solved[..., 0]
+
+    def _layers(self, widths: Tensor, covariances: Tensor) -> Tensor:
+        """(B, L) ms of each layer."""
+        learned = (covariances @ self.layer_weights[:, :, None])[..., 0].T
+        return self._start(widths) + learned * self.scale
+
+    # The remainder's covariance
+
+    def _covariance(self, inputs: LayerInputs, layers: Tensor, covariances: Tensor) -> Tensor:
+        """(B, N) of what the sum of layers does not say, with the known measurements."""
+        part = self.remainder
+        unit = self.data_layers.sum(-1).mean()
+        mine, theirs = layers.sum(-1), self.data_layers.sum(-1)
+        both = mine[:, None] * theirs[None, :]
+        one_by_one = torch.einsum(
+            "lbn,l->bn", covariances.expand(len(self.scale), -1, -1), self.scale.square()
+        )
+        apart = torch.cdist(inputs.plain, self.inputs.plain).square() / inputs.plain.shape[-1]
+        return (
+            torch.exp(part.layers) * one_by_one
+            + torch.exp(part.factors) * (layers @ self.data_layers.T)
+            + torch.exp(part.constant) * unit.square()
+            + torch.exp(part.whole) * both
+            + torch.exp(part.smooth) * both * torch.exp(-0.5 * apart * torch.exp(-part.reach))
+        )
+
+    def _own(self, inputs: LayerInputs, layers: Tensor) -> Tensor:
+        """(B,) of the same."""
+        part = self.remainder
+        unit = self.data_layers.sum(-1).mean()
+        total = layers.sum(-1).square()
+        one_by_one = (self.kernel.own(inputs) * self.scale.square()[:, None]).sum(0)
+        return (
+            torch.exp(part.layers) * one_by_one
+            + torch.exp(part.factors) * layers.square().sum(-1)
+            + torch.exp(part.constant) * unit.square()
+            + (torch.exp(part.whole) + torch.exp(part.smooth)) * total
+        )
+
+    def _noise(self, layers: Tensor) -> Tensor:
+        """(B,) variance of a measurement of networks with these layer times."""
+        return torch.exp(self.remainder.noise) * layers.sum(-1).square() + 1e-12
+
+    def _copy(self) -> LayersStructure:
+        twin = LayersStructure(self.space, self.prior)
+        twin.kernel, twin.remainder = self.kernel, self.remainder
+        twin.layer_noise, twin.scale, twin.base = self.layer_noise, self.scale, self.base
+        return twin
+
+
+def _flat(widths: Tensor) -> tuple[Tensor, torch.Size]:
+    return widths.double().reshape(-1, widths.shape[-1]), widths.shape[:-1]
+
+
+def _at_most(data: LatencyData, most: int, seed: int) -> LatencyData:
+    if len(data) <= most:
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return data[order[:most].sort().values]
+
+
+def _some(rows: Tensor, most: int, seed: int) -> Tensor:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:most].sort().values]
+
+
+def _unlikelihood(covariance: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log likelihood of `wanted` (..., N) under zero-mean Gaussians, summed."""
+    root = torch.linalg.cholesky(covariance)
+    solved = torch.cholesky_solve(wanted[..., None], root)[..., 0]
+    return 0.5 * (wanted * solved).sum() + root.diagonal(dim1=-2, dim2=-1).log().sum()
+
+
+def _descend(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=_RATE)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)

@@ -1,0 +1,342 @@
+"""The append-only file of latency samples: JSON lines, checked when read, never executed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.sample_record import Sample, Source, comparable
+from wgates_plugin.errors import FileFormatError, MeasurementError
+from wgates_plugin.files import append_line, write_text
+from wgates_plugin.latency.environment import describe_environment
+from wgates_plugin.latency.measurement import Measurement
+
+logger = logging.getLogger("wgates_plugin")
+
+KIND = "latency-samples"
+VERSION = 2
+DENSE = {"network": "untouched"}
+"""The reference of a source whose samples were timed against the untouched network."""
+
+
+@dataclass
+class SampleFile:
+    """Measured widths of one network on one runtime.
+
+    A header line, then `source` lines (a machine and its reference) and `sample` lines, of which
+    `rejected` is a kind. Samples of machines or library versions that do not compare with the
+    present ones stay in the file and out of everything used for fitting: `widths`, `latencies_ms`,
+    `layers_ms`, `usable` and the length.
+
+    Attributes:
+        environment: the present one, as `here` describes it.
+        sources: id -> source. samples: all that count, of every source. rejected: those that do not.
+        allowed: ids of sources that are used although their environment is another.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    environment: dict[str, Any]
+    sources: dict[int, Source] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    rejected: list[Sample] = field(default_factory=list)
+    allowed: frozenset[int] = frozenset()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        space: ChannelSpace,
+        identity: Mapping[str, Any],
+        *,
+        environment: Mapping[str, Any] | None = None,
+        allow: Collection[int] = (),
+    ) -> SampleFile:
+        """Continue the file at `path`, or start it; a torn last line is cut off.
+
+        Args:
+            identity: the runtime's `identity`.
+            environment: of this process; by default `describe_environment()`.
+            allow: ids of sources whose samples count whatever their environment.
+
+        Raises:
+            FileFormatError: corrupt, of version 1, for another network, or of another runtime.
+        """
+        path = Path(path)
+        here = {
+            **(describe_environment() if environment is None else environment),
+            "device_name": identity.get("device_name"),
+        }
+        # The chip is part of the environment: its samples are kept apart, not refused.
+        kept = {name: value for name, value in identity.items() if name != "device_name"}
+        kept = json.loads(json.dumps(kept))
+        if not path.exists():
+            header = {
+                "kind": KIND,
+                "version": VERSION,
+                "fingerprint": space.fingerprint,
+                "identity": kept,
+            }
+            write_text(path, json.dumps(header, allow_nan=False) + "\n")
+        file = cls.load(path, environment=here, groups=len(space.groups))
+        if file.header["fingerprint"] != space.fingerprint:
+            raise FileFormatError(
+                f"samples `{path}` line 1: measured on another network (fingerprint "
+                f"{file.header['fingerprint']}, this one has {space.fingerprint}); use another file"
+            )
+        if file.header["identity"] != kept:
+            theirs = file.header["identity"]
+            names = [n for n in {**theirs, **kept} if theirs.get(n) != kept.get(n)]
+            differences = ", ".join(
+                f"{n}: {theirs.get(n)!r} is {kept.get(n)!r} here" for n in names
+            )
+            raise FileFormatError(
+                f"samples `{path}` line 1: measured on another runtime ({differences}); "
+                "use another file per runtime"
+            )
+        _cut_torn_end(path)
+        if missing := set(allow) - set(file.sources):
+            raise FileFormatError(
+                f"samples `{path}`: source {min(missing)} is allowed but not in the file; it has "
+                f"{', '.join(map(str, file.sources)) or 'none'}"
+            )
+        file.allowed = frozenset(allow)
+        if aside := file.set_aside():
+            logger.info(
+                "samples `%s`: %d of %d were taken in another environment and are set aside: %s",
+                path, sum(aside.values()), len(file.samples), file.differences(),
+            )  # fmt: skip
+        return file
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        environment: Mapping[str, Any] | None = None,
+        groups: int | None = None,
+    ) -> SampleFile:
+        """Read the file and leave it as it is, a torn last line included.
+
+        Raises:
+            FileFormatError: names the line, what is wrong with it and what to do.
+        """
+        path = Path(path)
+        lines = _complete_lines(path)
+        header = _header(path, lines)
+        file = cls(path, header, dict(environment or describe_environment()))
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                file._take(json.loads(line), groups)
+            except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+                raise FileFormatError(
+                    f"samples `{path}` line {number}: not a sample ({error!r}); "
+                    "remove that line, or delete the file and sample again"
+                ) from error
+        return file
+
+    def _take(self, value: Any, groups: int | None) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}, expected an object")
+        kind = value.get("type")
+        if kind == "source":
+            source = Source.from_json(value)
+            if source.id in self.sources:
+                raise ValueError(f"source {source.id} is there already")
+            self.sources[source.id] = source
+        elif kind in ("sample", "rejected"):
+            sample = Sample.from_json(value, self.sources, groups)
+            (self.samples if kind == "sample" else self.rejected).append(sample)
+        else:
+            raise ValueError(f"type {kind!r}, expected source, sample or rejected")
+
+    # Writing
+
+    def source(
+        self,
+        reference_ms: float,
+        *,
+        reference: Mapping[str, Any] = DENSE,
+        environment: Mapping[str, Any] | None = None,
+        worker: str = "main",
+    ) -> Source:
+        """The source with these facts; it is written when the file has none such."""
+        own = self.environment if environment is None else {"device_name": None, **environment}
+        if own["device_name"] is None:
+            own = {**own, "device_name": self.environment.get("device_name")}
+        wanted = (float(reference_ms), json.loads(json.dumps(reference)), worker)
+        for known in self.sources.values():
+            same = (known.reference_ms, known.reference, known.worker) == wanted
+            if same and self.compares(known.environment, own):
+                return known
+        source = Source(max(self.sources, default=-1) + 1, dict(own), wanted[0], wanted[1], worker)
+        append_line(self.path, source.to_json())
+        self.sources[source.id] = source
+        return source
+
+    def add(
+        self,
+        widths: Sequence[int],
+        found: Measurement,
+        source: Source | None = None,
+        *,
+        layers_ms: Mapping[str, float] | None = None,
+        why: str | None = None,
+    ) -> Sample:
+        """Append one measurement; with `why`, as one that is not trusted.
+
+        Args:
+            source: by default this process, with the untouched network as its reference.
+
+        Raises:
+            MeasurementError: the measurement had no reference, so its raw times give no ratio; or
+                they give another than it claims.
+        """
+        if not found.reference_samples_ms:
+            raise MeasurementError(
+                "samples: a measurement without a reference cannot be kept; measure against one"
+            )
+        if source is None:
+            source = self.source(found.reference_ms, environment=found.environment)
+        widths = tuple(int(width) for width in widths)
+        repeat = why is None and any(other.widths == widths for other in self.usable)
+        sample = Sample.of(widths, found, source, layers_ms=layers_ms, repeat=repeat, why=why)
+        try:
+            sample.check(source)
+        except ValueError as error:
+            raise MeasurementError(
+                f"samples `{self.path}`: {error}; the measurement contradicts itself, take it again"
+            ) from error
+        append_line(self.path, sample.to_json())
+        (self.samples if why is None else self.rejected).append(sample)
+        return sample
+
+    # Reading
+
+    def _comparable(self, environment: Mapping[str, Any]) -> dict[str, Any]:
+        return comparable(environment, self.header["identity"].get("library"))
+
+    def compares(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+        """Whether latencies taken in these two environments belong together."""
+        return self._comparable(first) == self._comparable(second)
+
+    def _usable_ids(self) -> set[int]:
+        here = self._comparable(self.environment)
+        return {
+            number
+            for number, source in self.sources.items()
+            if number in self.allowed or self._comparable(source.environment) == here
+        }
+
+    @property
+    def usable(self) -> list[Sample]:
+        """Trusted samples of environments equal to the present one, and of allowed sources."""
+        ids = self._usable_ids()
+        return [sample for sample in self.samples if sample.source in ids]
+
+    def set_aside(self) -> dict[int, int]:
+        """Source id -> number of its samples that are kept but not used."""
+        ids = self._usable_ids()
+        others = [sample.source for sample in self.samples if sample.source not in ids]
+        return {number: others.count(number) for number in sorted(set(others))}
+
+    def differences(self) -> str:
+        """In what the environments of the sources set aside differ from the present one."""
+        here = self._comparable(self.environment)
+        found = []
+        for number in self.set_aside():
+            there = self._comparable(self.sources[number].environment)
+            facts = [f"{n} {there[n]!r}, here {here[n]!r}" for n in here if there[n] != here[n]]
+            found.append(f"source {number}: {'; '.join(facts)}")
+        return " | ".join(found)
+
+    @property
+    def widths(self) -> list[tuple[int, ...]]:
+        return [sample.widths for sample in self.usable]
+
+    @property
+    def latencies_ms(self) -> list[float]:
+        return [sample.latency_ms for sample in self.usable]
+
+    @property
+    def layers_ms(self) -> list[dict[str, float] | None]:
+        """Layer name -> ms for every usable sample; None where it was not profiled."""
+        return [sample.layers_ms for sample in self.usable]
+
+    @property
+    def distinct(self) -> int:
+        """Different widths among the usable samples."""
+        return len(set(self.widths))
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.usable)
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    """The file's lines; the last one only where it is whole, with or without its line end."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(
+            f"samples `{path}`: cannot be read ({error}); check the path"
+        ) from error
+    lines = content.split(b"\n")
+    if not _is_json(lines[-1]):
+        lines.pop()
+    return lines
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _cut_torn_end(path: Path) -> None:
+    """End the file after its last whole line, so that the next one starts on its own."""
+    with path.open("rb+") as file:
+        content = file.read()
+        head, _, last = content.rpartition(b"\n")
+        if not last:
+            return
+        if _is_json(last):
+            file.write(b"\n")
+        else:
+            logger.info("samples `%s`: the last line was cut off in mid-write; dropped", path)
+            file.truncate(len(head) + 1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(path: Path, lines: Sequence[bytes]) -> dict[str, Any]:
+    try:
+        header = json.loads(lines[0])
+        if header["kind"] != KIND:
+            raise ValueError(f"kind {header['kind']!r}")
+        version = header["version"]
+        if version == VERSION and not (
+            isinstance(header["fingerprint"], str) and isinstance(header["identity"], dict)
+        ):
+            raise ValueError("fingerprint or identity")
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"samples `{path}` line 1: no readable header ({error!r}); "
+            "delete the file and sample again"
+        ) from error
+    if version != VERSION:
+        raise FileFormatError(
+            f"samples `{path}` line 1: version {version!r}, this package reads {VERSION}; "
+            "delete the file and sample again"
+        )
+    return dict(header)

@@ -1,0 +1,133 @@
+"""CUDA graphs: one inference of the eager network recorded once, then replayed without Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.errors import ExportError
+from wgates_plugin.latency.base import Family, ResizeFamily, RuntimeSettings, flatten_outputs
+from wgates_plugin.latency.eager import CudaEagerSession, EagerRuntime
+from wgates_plugin.latency.layer_times import PROFILED_RUNS
+
+if TYPE_CHECKING:
+    from wgates_plugin.calling import ExampleInputs
+    from wgates_plugin.channels import ChannelSpace
+
+_WARM_UPS = 3
+
+
+class CudaGraphsRuntime(EagerRuntime):
+    """Replays the kernels of one eager inference on a CUDA device; saves what `eager` saves.
+
+    Small networks spend more time in launching kernels than in running them; a replay launches all
+    of them at once.
+
+    Args:
+        settings: device "cuda[:index]" ("cuda" by default); precision and `channels_last` as for
+            `eager`.
+
+    Raises:
+        RuntimeUnavailableError: torch finds no CUDA device.
+    """
+
+    name: ClassVar[str] = "cuda-graphs"
+    device_kinds: ClassVar[tuple[str, ...]] = ("cuda",)
+
+    def __init__(
+        self, settings: RuntimeSettings | None = None, *, channels_last: bool = False
+    ) -> None:
+        super().__init__(settings or RuntimeSettings(device="cuda"), channels_last=channels_last)
+
+    def family(
+        self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
+    ) -> Family:
+        return ResizeFamily(self, network, space, example_inputs)
+
+    def layer_times_ms(
+        self, network: nn.Module, example_inputs: ExampleInputs, *, runs: int = PROFILED_RUNS
+    ) -> dict[str, float]:
+        """Empty: a replay has no layers."""
+        return {}
+
+    def _session(
+        self, network: Callable[..., Any], example_inputs: ExampleInputs
+    ) -> CudaGraphSession:
+        return CudaGraphSession(
+            network,
+            self._moved(example_inputs),
+            threads=self.settings.threads,
+            identity=self.identity(example_inputs),
+            device=torch.device(self.settings.device),
+        )
+
+
+class CudaGraphSession(CudaEagerSession):
+    """A recorded inference. Its inputs and outputs keep the addresses they were recorded with.
+
+    Raises:
+        ExportError: an operation cannot be recorded (it waits for the device or allocates).
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        inputs: ExampleInputs,
+        *,
+        threads: int,
+        identity: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        super().__init__(network, inputs, threads=threads, identity=identity)
+        self._device = device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: Any = None
+        with torch.cuda.device(device):
+            # Libraries choose algorithms and allocate workspaces in the first calls, on a stream
+            # beside the default one because recording takes place on such a stream.
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(_WARM_UPS):
+                    super()._call()
+            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self._recorded = super()._call()
+            except Exception as error:
+                raise ExportError(
+                    "cuda-graphs: one inference cannot be recorded "
+                    f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); remove "
+                    "operations that wait for the device (`.item()`, masks as indices), or choose "
+                    "the runtime `eager`"
+                ) from error
+            self._graph = graph
+
+    def _call(self) -> Any:
+        if self._graph is None:
+            raise RuntimeError("this session is closed; load the network again")
+        self._graph.replay()
+        return self._recorded
+
+    def run(self) -> None:
+        with torch.cuda.device(self._device):
+            super().run()
+
+    def elapsed_ms(self) -> float:
+        with torch.cuda.device(self._device):
+            return super().elapsed_ms()
+
+    def outputs(self) -> list[Tensor]:
+        with torch.cuda.device(self._device):
+            found = self._call()
+            torch.cuda.synchronize()
+            return flatten_outputs(found)
+
+    def close(self) -> None:
+        super().close()
+        self._graph, self._recorded = None, None
