@@ -17,6 +17,7 @@ BENCHMARKS = {
     "not_faster": "latency at equal MACs against torch-pruning's uniform 30 %, on CPU runtimes",
     "fashion_mnist": "half the latency on Fashion-MNIST: accuracy kept, three seeds (hours)",
     "demo": "`wgates demo` from start to end",
+    "nni_experiment": "pruners by name in an NNI experiment: accuracy and latency of every trial",
     "scoreboard": "scoreboard.json from the stored results",
     "tables": "the tables of benchmarks/README.md from the stored results",
     "pictures": "the pictures of the front page from the stored results",

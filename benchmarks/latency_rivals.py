@@ -40,7 +40,12 @@ def gradient_boosting(space: ChannelSpace, data: LatencyData, seed: int) -> Pred
     from sklearn.ensemble import GradientBoostingRegressor
 
     trees = GradientBoostingRegressor(
-        n_estimators=500, learning_rate=0.05, max_depth=3, subsample=0.7, random_state=seed
+        n_estimators=500,
+        learning_rate=0.05,
+        max_depth=3,
+        subsample=0.7,
+        max_features=0.5,
+        random_state=seed,
     )
     trees.fit(data.widths.numpy(), data.latency_ms.log().numpy())
     return lambda widths: torch.from_numpy(trees.predict(widths.numpy())).exp()

@@ -3,10 +3,12 @@
 ResNet-34, ResNet-50 and MobileNetV2 at 224x224 on eager, ONNX Runtime and OpenVINO (float32), one
 thread. Per pair two files of 375 sub-networks each, `grid` (multiples of the runtime's own channel
 grid) and `any` (arbitrary widths), taken in turn, each sample timed against the network at half widths
-and profiled layer by layer; every twentieth sample repeats an earlier one, for the noise. A third
-file, `visited`, holds what an optimiser comes by: LPNet is fitted on 300 grid samples and asked for
-networks at 30 to 80 % of the latency, under random scores. Compressed sample files go to
-`results/latency_samples/`. Hours; can be stopped at any moment and goes on where it was.
+and profiled layer by layer; after every 25 samples an earlier one is measured once more, for the
+noise. A third file, `visited`, holds what an optimiser comes by: LPNet is fitted on 300 grid samples
+and asked for networks at 30 to 80 % of the latency, under random scores. Compressed sample files go to
+`results/latency_samples/`. Hours; can be stopped at any moment and goes on where it was. The stored
+`grid` and `any` files were taken before doubted samples were measured again: nothing in them was
+rejected.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.bench import Bench, light_bench
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.sample_file import SampleFile
-from wgates_plugin.efficiency.sampling import collect
+from wgates_plugin.efficiency.sampling import collect, draw_widths
 from wgates_plugin.files import atomic_path
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.strategies.budgeting import fit_to_budget
@@ -75,11 +77,13 @@ def sample(network: str, runtime: str, work: Path, *, count: int, seconds: float
     """Bring the `grid` and `any` files of one pair in `work` up to `count` samples each."""
     model, space = subject(network)
     study = LatencyStudy(model, space, images(1), LatencyTarget(fraction=1.0, runtime=runtime))
-    bench = bench_for(study, GRIDS[runtime])
     files = {
         kind: SampleFile.open(work / f"{network}-{runtime}-{kind}.jsonl", space, study.identity)
         for kind in ("grid", "any")
     }
+    sources = [source for file in files.values() for source in file.sources.values()]
+    clock = sources[0].reference["dense_ms"] if sources else study.baseline(2.0).latency_ms
+    bench = bench_for(study, GRIDS[runtime], clock)
     grids = {"grid": GRIDS[runtime], "any": 1}
     facts: dict[str, Any] = {"reference": bench.about, "environment": bench.environment}
     for upto in range(STEP, count + STEP, STEP):
@@ -96,9 +100,12 @@ def sample(network: str, runtime: str, work: Path, *, count: int, seconds: float
         print(network, runtime, min(upto, count), flush=True)
 
 
-def bench_for(study: LatencyStudy, grid: int) -> Bench:
-    """Everything of one run is timed against the network at half widths."""
-    dense_ms = study.baseline(2.0).latency_ms
+def bench_for(study: LatencyStudy, grid: int, dense_ms: float) -> Bench:
+    """Everything is timed against the network at half widths, itself against the untouched one.
+
+    Args:
+        dense_ms: what the untouched network is said to take; the same for all of a pair's files.
+    """
     return light_bench(study.family, study.space, study.reference, dense_ms, grid=grid, seconds=6.0)
 
 
@@ -115,7 +122,8 @@ def visit(network: str, runtime: str, work: Path, *, seconds: float) -> None:
         layers_ms=[s.layers_ms for s in fitted],
     )
     dense = float(lpnet(torch.tensor(space.full_widths)))
-    bench = bench_for(study, GRIDS[runtime])
+    clock = next(iter(known.sources.values())).reference["dense_ms"]
+    bench = bench_for(study, GRIDS[runtime], clock)
     file = SampleFile.open(work / f"{network}-{runtime}-visited.jsonl", space, study.identity)
     source = file.source(bench.reference_ms, reference=bench.about, environment=bench.environment)
     for seed in range(SCORES):
@@ -123,7 +131,8 @@ def visit(network: str, runtime: str, work: Path, *, seconds: float) -> None:
         scores = torch.from_numpy(rng.standard_normal(space.total_units))
         for share in SHARES:
             budget = Budget.of(Limit(lpnet, share * dense))
-            widths = fit_to_budget(space, scores, space.full_widths, budget, GRIDS[runtime])
+            start = draw_widths(space, GRIDS[runtime], rng)
+            widths = fit_to_budget(space, scores, start, budget, GRIDS[runtime])
             if widths not in file.widths:
                 taken = bench.take(widths, seconds, profile=False)
                 file.add(widths, taken.found, source)

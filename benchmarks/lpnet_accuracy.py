@@ -5,13 +5,15 @@ on eager, ONNX Runtime and OpenVINO. Five-fold cross-validation over 375 sub-net
 every sub-network is predicted once by a fit that never saw it, from 50, 100, 200 and 300 others.
 Beside it, with the same measurements: the paper's MLP, a line through MACs, gradient boosting on the
 widths, and a look-up table of the same profiled layer times; and our own structure without layer
-profiles. The noise floor is the mean relative difference of two measurements of the same sub-network,
-minutes apart, in the same run. `visited` are the networks an optimiser came by, with LPNet fitted on
-300 grid samples. `transfer`: fitted on the first runtime, adapted to another from 30 measurements.
+profiles. The noise floor is the error of a single measurement, from pairs of the same sub-network
+minutes apart in the same run. `visited` are the networks an optimiser came by, with LPNet fitted on
+300 grid samples. `transfer`: fitted on the first runtime, adapted to another from 30 measurements,
+judged on widths that neither saw.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def data_of(space: ChannelSpace, file: SampleFile) -> LatencyData:
 
 
 def noise_floor(file: SampleFile) -> dict[str, float | None]:
-    """How far two measurements of the same network are apart, relative."""
+    """Error of one measurement, relative: two of the same network are sqrt(2) of it apart."""
     first: dict[tuple[int, ...], float] = {}
     apart = []
     for sample in file.usable:
@@ -54,8 +56,8 @@ def noise_floor(file: SampleFile) -> dict[str, float | None]:
             apart.append(abs(sample.latency_ms / first[sample.widths] - 1.0))
         else:
             first[sample.widths] = sample.latency_ms
-    mean = float(torch.tensor(apart).mean()) if apart else None
-    return {"pairs": len(apart), "mean_difference": mean}
+    error = float(torch.tensor(apart).mean()) / math.sqrt(2) if apart else None
+    return {"pairs": len(apart), "mean_error": error}
 
 
 def fit(space: ChannelSpace, data: LatencyData, seed: int, prior: LPNet | None = None) -> LPNet:
@@ -88,9 +90,9 @@ def held_out(
     space: ChannelSpace, data: LatencyData, size: int, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Every sub-network predicted from `size` others: (numbers per predictor, raw predictions)."""
-    ways = {**RIVALS, **ABLATIONS}
+    ways = {**RIVALS, **(ABLATIONS if size in SIZES[:1] else {})}
     predicted = {name: torch.empty(len(data)).double() for name in ("ours", "low", "high", *ways)}
-    for number, part in enumerate(folds(len(data), parts=FOLDS, seed=seed)):
+    for number, part in enumerate(folds(data.widths, parts=FOLDS, seed=seed)):
         rest = torch.arange(len(data))[~torch.isin(torch.arange(len(data)), part)]
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed + number))
         known = data[rest[order[:size]]]
@@ -122,7 +124,11 @@ def held_out(
 def visited(space: ChannelSpace, grid: LatencyData, seen: LatencyData, seed: int) -> dict[str, Any]:
     """Errors on the optimiser's networks, fitted on the first 300 grid samples as it was."""
     known = grid[torch.arange(min(FITTED, len(grid)))]
-    found = {"ours": summary(fit(space, known, seed)(seen.widths) / seen.latency_ms - 1.0)}
+    lpnet = fit(space, known, seed)
+    found = {"ours": summary(lpnet(seen.widths) / seen.latency_ms - 1.0)}
+    low, high = lpnet.interval(seen.widths, COVERAGE)
+    inside = (low <= seen.latency_ms) & (seen.latency_ms <= high)
+    found["ours"]["inside_90"] = float(inside.double().mean())
     for name, way in {**RIVALS, **ABLATIONS}.items():
         found[name] = summary(way(space, known, seed)(seen.widths) / seen.latency_ms - 1.0)
     return found
@@ -133,8 +139,12 @@ def transfer(
 ) -> dict[str, dict[str, float]]:
     """Another runtime's latencies from 30 of its measurements, with and without the first's LPNet."""
     order = torch.randperm(len(other), generator=torch.Generator().manual_seed(seed))
-    known, unseen = other[order[:TRANSFER_SAMPLES]], other[order[TRANSFER_SAMPLES:]]
-    prior = fit(space, source[torch.arange(min(FITTED, len(source)))], seed)
+    known, rest = other[order[:TRANSFER_SAMPLES]], other[order[TRANSFER_SAMPLES:]]
+    first = source[torch.arange(min(FITTED, len(source)))]
+    prior = fit(space, first, seed)
+    there = set(map(tuple, first.widths.tolist()))
+    fresh = [row for row, w in enumerate(rest.widths.tolist()) if tuple(w) not in there]
+    unseen = rest[torch.tensor(fresh)]
     blind = LatencyData(known.widths, known.latency_ms, torch.full_like(known.layers_ms, torch.nan))
     ways = {
         "adapted": fit(space, known, seed, prior),

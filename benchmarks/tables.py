@@ -107,17 +107,17 @@ def sampling_table(folder: Path) -> str:
     record = read_record(folder, "sampling")
     rows = [
         [
-            runtime,
+            pair,
             "ours" if way == "ours" else "copy, trace, prune, export each time",
             f"{facts['share_in_inference']:.0%}",
             f"{facts['share_in_candidate_inference']:.0%}",
             f"{1000 * facts['overhead_seconds_per_sample']:.0f} ms",
             f"{facts['setup_seconds']:.1f} s",
         ]
-        for runtime, numbers in (record["numbers"] if record else {}).items()
+        for pair, numbers in (record["numbers"] if record else {}).items()
         for way, facts in numbers.items()
     ]
-    head = ["runtime", "way", "share in inference", "the candidate's alone"]
+    head = ["network/runtime", "way", "share in inference", "the candidate's alone"]
     return markdown([*head, "overhead per sample", "once"], rows)
 
 
@@ -155,19 +155,19 @@ PREDICTORS = {
 def lpnet_accuracy_table(folder: Path) -> str:
     record = read_record(folder, "lpnet_accuracy")
     rows = []
-    for pair, n in (record["numbers"] if record else {}).items():
-        for kind, by_size in n["sets"].items():
+    for pair, facts in (record["numbers"] if record else {}).items():
+        for kind, by_size in facts["sets"].items():
             for size, found in by_size.items():
                 row = [pair, kind, size]
-                row += [f"{found[name]['mape']:.1%}" for name in PREDICTORS]
+                row += [f"{found[n]['mape']:.1%}" if n in found else "-" for n in PREDICTORS]
                 row.append(f"{found['ours']['within_10_percent']:.1%}")
-                covered = found["ours"].get("coverage_90")
+                covered = found["ours"].get("coverage_90", found["ours"].get("inside_90"))
                 row.append("-" if covered is None else f"{covered:.1%}")
-                floor = n["noise_floor"].get(kind, {}).get("mean_difference")
+                floor = facts["noise_floor"].get(kind, {}).get("mean_error")
                 row.append("-" if floor is None else f"{floor:.1%}")
                 rows.append(row)
     head = ["network/runtime", "widths", "from", *PREDICTORS.values(), "ours within 10 %"]
-    return markdown([*head, "in its 90 % interval", "two measurements differ by"], rows)
+    return markdown([*head, "in its 90 % interval", "error of one measurement"], rows)
 
 
 def lpnet_transfer_table(folder: Path) -> str:

@@ -27,7 +27,7 @@ from wgates_plugin.latency.base import Session, flatten_outputs
 
 @dataclass(frozen=True)
 class Case:
-    """A runtime with options. On a GPU, TF32 rounds what is called float32."""
+    """A runtime with options. A GPU's own algorithms for convolutions round in their own way."""
 
     runtime: str
     options: dict[str, Any] = field(default_factory=dict)

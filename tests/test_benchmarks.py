@@ -27,6 +27,7 @@ from benchmarks.activation_masking import ActivationMasking
 from benchmarks.demo import find_report
 from benchmarks.gate_step import check_alike, steps
 from benchmarks.interleave import at_once, compare, interleave
+from benchmarks.latency_samples import GRIDS, NETWORKS
 from benchmarks.masked_equals_removed import errors
 from benchmarks.records import KIND, RESULTS, read_record, write_record
 from benchmarks.sampling import naive_session, noting_runs, sample_row
@@ -81,6 +82,26 @@ def gate_numbers(ratio: float) -> dict[str, Any]:
     return {"wgates": facts, "activation_masking": facts, "plain_median_seconds": 1.0}
 
 
+def accuracy_numbers(coverage: float = 0.9) -> dict[str, Any]:
+    rival = {"mape": 0.05, "within_10_percent": 0.9}
+    ours = {"mape": 0.015, "within_10_percent": 0.995}
+    names = [name for name in tables.PREDICTORS if name != "ours"]
+    held_out = {"ours": {**ours, "coverage_90": coverage}, **dict.fromkeys(names, rival)}
+    return {
+        "sets": {
+            "grid": {"50": held_out, "300": held_out},
+            "any": {"300": held_out},
+            "visited": {"300": {"ours": ours, **dict.fromkeys(names, rival)}},
+        },
+        "noise_floor": {"any": {"pairs": 30, "mean_error": 0.01}},
+        "transfer": {
+            "grid": dict.fromkeys(
+                ("adapted", "adapted-without-profiles", "from-scratch", "blind"), ours
+            )
+        },
+    }
+
+
 def full_results(folder: Path) -> None:
     """One made-up result of every benchmark."""
     record(folder, "gate_step", {"resnet50": gate_numbers(1.04), "mobilenet_v2": gate_numbers(1.2)})
@@ -101,7 +122,9 @@ def full_results(folder: Path) -> None:
         "overhead_seconds_per_sample": 0.1,
         "setup_seconds": 1.0,
     }
-    record(folder, "sampling", {"onnxruntime": {"ours": sampled, "naive": sampled}})
+    pairs = [f"{network}/{runtime}" for network in NETWORKS for runtime in GRIDS]
+    record(folder, "sampling", {pair: {"ours": sampled, "naive": sampled} for pair in pairs})
+    record(folder, "lpnet_accuracy", {pair: accuracy_numbers() for pair in pairs})
     record(
         folder,
         "masked_equals_removed",
@@ -170,7 +193,23 @@ def test_scoreboard_reads_values_and_keeps_missed_bars(tmp_path: Path) -> None:
     assert found["sampling_share_in_inference/mobilenet_v2/onnxruntime"].holds
     assert found["accuracy_loss_50/fashion_mnist/resnet"].value == pytest.approx(0.2)
     assert found["target_held_share"].value == 1.0
-    assert sum(not entry.holds for entry in found.values()) == 1
+    missed_ones = {claim for claim, entry in found.items() if not entry.holds}
+    # 70 % inside inference is enough where 60 % is asked for, not in eager mode.
+    shares = {f"sampling_share_in_inference/{network}/eager" for network in NETWORKS}
+    assert missed_ones == {"gate_step_ratio/mobilenet_v2", *shares}
+
+
+def test_scoreboard_reads_what_lpnet_knows(tmp_path: Path) -> None:
+    pair = "resnet34/openvino"
+    for coverage, held in ((0.9, True), (0.96, False), (0.86, False)):
+        record(tmp_path, "lpnet_accuracy", {pair: accuracy_numbers(coverage)})
+        entry = board(tmp_path)[f"interval_coverage_90/{pair}"]
+        assert (entry.value, entry.holds) == (coverage, held)
+    found = board(tmp_path)
+    assert found[f"lpnet_mape_grid_300/{pair}"].value == 0.015
+    assert found[f"lpnet_best_rival_ratio/{pair}"].value == pytest.approx(0.3)
+    floor = found[f"noise_floor/{pair}"]
+    assert (floor.value, floor.bar, floor.holds) == (0.01, None, True)
 
 
 def test_missed_and_missing_targets_both_break_the_share(tmp_path: Path) -> None:
@@ -247,7 +286,8 @@ def test_tables_fill_the_readme(tmp_path: Path) -> None:
         "| 1.000 ms ± 0.000 ms | held in 3 of 3 | 2.0% ± 0.0% | - |"
     ) in filled
     assert "| resnet | 3 | 91.00% ± 0.00% | 93.00% ± 0.00% | 92.80% ± 0.10% |" in filled
-    assert "| onnxruntime | ours | 70% | 30% | 100 ms | 1.0 s |" in filled
+    assert "| mobilenet_v2/onnxruntime | ours | 70% | 30% | 100 ms | 1.0 s |" in filled
+    assert "| resnet50/eager | grid | 50 | 1.5% | 5.0% |" in filled
     empty = tables.rewritten(filled, tmp_path / "nothing")
     assert empty.count(tables.NOT_RUN) == len(tables.TABLES) - 1
     assert tables.rewritten(empty, tmp_path) == filled
@@ -361,7 +401,7 @@ def test_the_candidates_inference_is_told_from_the_references() -> None:
     runs: list[float] = []
     candidate, reference = (runtime.load(network, example) for _ in range(2))
     found = measure(noting_runs(candidate, runs), reference=reference, seconds=0.05)
-    row = sample_row(found.seconds, found, runs)
+    row = sample_row(found.seconds, found.inference_seconds, found, runs)
     assert len(runs) > found.warmup
     assert row["candidate_inference"] == sum(runs[found.warmup :])
     assert 0 < row["candidate_inference"] < row["inference"] <= row["seconds"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from wgates_plugin.errors import (
     MeasurementError,
     RuntimeUnavailableError,
 )
-from wgates_plugin.latency import CommandRuntime, RuntimeSettings, get_runtime, measure
+from wgates_plugin.latency import CommandRuntime, RuntimeSettings, get_runtime, measure, timing
 
 PYTHON = [sys.executable, "-S", "-c"]
 
@@ -112,6 +113,26 @@ def test_with_the_placeholder_one_run_gives_pairs(tmp_path: Path) -> None:
         assert logged(log)[before]["model"] == str(other.path)
 
 
+def test_pairs_stay_pairs_after_unequal_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device slows down from inference to inference, the reference always takes ten times."""
+    code = (
+        "import sys, time\n"
+        "times = [0.1 * (1 + i) for i in range(int(sys.argv[1]))]\n"
+        "time.sleep(11 * sum(times) / 1e3)\n"
+        'print(\'{"samples_ms": %s, "reference_samples_ms": %s}\' % '
+        "(times, [10 * t for t in times]))"
+    )
+    made = runtime(*PYTHON, code, "{rounds}", "{model}", "{reference}", rounds=12)
+    monkeypatch.setattr(timing, "_WARMUP_SECONDS", 0.003)  # five of the one, two of the other
+    monkeypatch.setattr(timing, "_block_length", lambda _: 1)
+    with made.load(nn.ReLU(), example()) as mine, made.load(nn.ReLU(), example()) as other:
+        found = measure(mine, reference=other, seconds=0, min_rounds=20)
+    assert found.warmup == 5
+    pairs = zip(found.samples_ms, found.reference_samples_ms, strict=True)
+    assert all(slow == pytest.approx(10 * fast) for fast, slow in pairs)
+    assert found.samples_ms[0] == pytest.approx(0.1)
+
+
 def test_what_the_machine_does_to_this_process_does_not_count() -> None:
     made = runtime(*FAKE_DEVICE, "{model}", "ms=3", rounds=4)
     switches = iter(range(10**6))
@@ -138,6 +159,13 @@ def test_what_the_machine_does_to_this_process_does_not_count() -> None:
         ("print('{\"samples_ms\": [Infinity]}')", "holds inf"),
         ("print('{\"samples_ms\": [true]}')", "holds True"),
         ('print(\'{"samples_ms": ["1"]}\')', "holds '1'"),
+        ("print('{\"samples_ms\": [' + '9' * 401 + ']}')", "holds 999.*finite positive"),
+        ("print('{\"samples_ms\": [-' + '9' * 401 + ']}')", "holds -999.*finite positive"),
+        ("print('{\"samples_ms\": [' + '9' * 9999 + ']}')", "no JSON object"),
+        ("print('{\"samples_ms\": [1e-300]}')", "holds 1e-300, less than a nanosecond"),
+        ("print('{\"samples_ms\": [0.5, 1e-7]}')", "holds 1e-07, less than a nanosecond"),
+        ("print('[' * 100000)", "no JSON object"),
+        ("print('{\"samples_ms\": ' + '[' * 900 + ']' * 900 + '}')", "milliseconds"),
         ("print('{\"latency_ms\": [9e5, 9e5]}')", r"1.8e\+06 ms together.*ran for"),
     ],
 )
@@ -148,6 +176,17 @@ def test_what_is_not_believed(code: str, words: str) -> None:
     assert re.search(words, message, re.DOTALL), message
     assert message.startswith("command `")
     assert "tried once" in message
+
+
+@pytest.mark.parametrize("printed", [1, 49, 51])
+def test_as_many_times_as_rounds_are_printed(printed: int) -> None:
+    code = f"print('{{\"samples_ms\": [' + ', '.join(['0.01'] * {printed}) + ']}}')"
+    made = runtime(*PYTHON, code, "{model}", "{rounds}", rounds=50)
+    with (
+        made.load(nn.ReLU(), example()) as session,
+        pytest.raises(MeasurementError, match=f"{printed} times where 50 rounds were asked for"),
+    ):
+        session.elapsed_ms()
 
 
 def test_unpaired_samples_are_refused() -> None:
@@ -180,6 +219,29 @@ def test_a_hanging_program_is_killed_with_its_children(tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     assert not _alive(child)
+
+
+DAEMON = (
+    "import subprocess\n"
+    "daemon = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+    "open({pid!r}, 'w').write(str(daemon.pid))\n"
+)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_daemon_is_not_waited_for(tmp_path: Path, hangs: bool) -> None:
+    """As the first call of adb leaves its server behind, which inherits the output."""
+    pid = tmp_path / "pid"
+    code = DAEMON.format(pid=str(pid))
+    if hangs:
+        assert "did not end within 3 s" in failure(f"{code}time.sleep(60)", timeout_s=3.0)
+    else:
+        made = saying(f"{code}print('{{\"samples_ms\": [0.5]}}')", timeout_s=50.0)
+        with made.load(nn.ReLU(), example()) as session:
+            assert session.elapsed_ms() == 0.5
+    daemon = int(pid.read_text())
+    assert _alive(daemon)  # else nothing was tested
+    os.kill(daemon, signal.SIGKILL)
 
 
 def _alive(pid: int) -> bool:
@@ -216,6 +278,48 @@ def test_outputs_are_the_programs_where_it_writes_them() -> None:
     with (
         silent.load(nn.ReLU(), example()) as session,
         pytest.raises(ExportError, match="outputs are not readable"),
+    ):
+        session.outputs()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"PK\x03\x04 no more than the beginning of a zip",
+        b"no zip at all",
+        "lone array",
+        "no arrays",
+        "cut off",
+        "bit flipped",
+        "texts",
+    ],
+)
+def test_outputs_that_cannot_be_read_are_named(tmp_path: Path, damage: bytes | str) -> None:
+    wrong = tmp_path / "wrong"
+    if isinstance(damage, bytes):
+        wrong.write_bytes(damage)
+    else:
+        with wrong.open("wb") as file:
+            if damage == "lone array":
+                np.save(file, np.ones(3))
+            elif damage == "no arrays":
+                np.savez(file)
+            elif damage == "texts":
+                np.savez(file, np.array(["one", "two"]))
+            else:
+                np.savez(file, np.ones(300))
+        content = wrong.read_bytes()
+        if damage == "cut off":
+            wrong.write_bytes(content[: len(content) // 2])
+        elif damage == "bit flipped":
+            wrong.write_bytes(content[:700] + bytes([content[700] ^ 1]) + content[701:])
+    code = f"import shutil\nshutil.copy({str(wrong)!r}, sys.argv[2])"
+    code += "\nprint('{\"samples_ms\": [0.01]}')"
+    made = runtime(*PYTHON, f"import sys\n{code}", "{model}", "{outputs}")
+    with (
+        made.load(nn.ReLU(), example()) as session,
+        pytest.raises(ExportError, match=r"outputs are not readable.*as an \.npz of plain"),
     ):
         session.outputs()
 

@@ -67,7 +67,8 @@ def test_half_precision_only_when_asked_for(tensorrt: Any, precision: str, half:
         "TensorrtExecutionProvider",
         {"device_id": 1, "trt_fp16_enable": half},
     )
-    assert second == ("CUDAExecutionProvider", {"device_id": 1})
+    tf32 = {} if half else {"use_tf32": 0}
+    assert second == ("CUDAExecutionProvider", {"device_id": 1, **tf32})
     assert last == "CPUExecutionProvider"
     identity = runtime.identity(example())
     assert (identity["runtime"], identity["precision"]) == ("tensorrt", precision)
@@ -83,6 +84,16 @@ def test_a_tensorrt_that_does_not_start_is_named(
     monkeypatch.setattr(runtime._ort, "InferenceSession", lambda *_, **__: native)
     with pytest.raises(RuntimeUnavailableError, match="TensorrtExecutionProvider could not"):
         runtime.session_of(model, example())
+
+
+def test_whether_tensorrt_may_use_tf32_is_recorded(
+    tensorrt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    assert tensorrt("float32").identity(example())["options"] == {"tf32": True}
+    assert tensorrt("float16").identity(example())["options"] == {}
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert tensorrt("float32").identity(example())["options"] == {"tf32": False}
 
 
 @pytest.mark.gpu

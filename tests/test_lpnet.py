@@ -20,6 +20,7 @@ from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import Budget, EfficiencyModel, Limit, LPNet
 from wgates_plugin.efficiency.counts import LayerShapes
 from wgates_plugin.efficiency.lpnet import weighted_names
+from wgates_plugin.efficiency.lpnet.data import folds
 from wgates_plugin.efficiency.sampling import draw_widths
 from wgates_plugin.errors import ConfigError, FileFormatError, MeasurementError
 
@@ -165,6 +166,43 @@ def test_intervals_hold_what_they_promise(wide: ChannelSpace) -> None:
     assert 0.03 < model.report.half_width_90 < 0.1
     with pytest.raises(ConfigError, match=r"coverage: got 1\.5"):
         model.interval(rows, 1.5)
+
+
+def test_few_measurements_do_not_promise_too_much(wide: ChannelSpace) -> None:
+    """Sixteen networks, ten times: parameters bent to the data would make intervals too narrow."""
+    noisy = Staircase(wide, noise=0.03)
+    fresh, seen, _ = noisy.data(150, 77)
+    rows, truth = torch.tensor(fresh, dtype=torch.float64), torch.tensor(seen)
+    shares = []
+    for seed in range(10):
+        widths, latencies, layers = noisy.data(16, seed)
+        low, high = LPNet.fit(wide, widths, latencies, layers_ms=layers).interval(rows)
+        shares.append(float(((low <= truth) & (truth <= high)).double().mean()))
+    assert np.mean(shares) > 0.84
+
+
+def test_a_coverage_that_cannot_be_promised_is_refused(wide: ChannelSpace) -> None:
+    widths, latencies, layers = Staircase(wide, noise=0.03).data(12, 0)
+    model = LPNet.fit(wide, widths, latencies, layers_ms=layers)
+    rows = torch.tensor(widths)
+    model.interval(rows, 0.9)
+    with pytest.raises(ConfigError, match=r"0\.99 cannot be promised from 12 measurements"):
+        model.interval(rows, 0.99)
+    with pytest.raises(ConfigError, match="cannot be promised"):
+        model.upper(0.99)
+
+
+def test_repeated_measurements_stay_together() -> None:
+    widths = torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [7, 8]])
+    parts = folds(widths, parts=3, seed=0)
+    assert sorted(torch.cat(parts).tolist()) == list(range(6))
+    for part in parts:
+        rest = torch.tensor([row for row in range(6) if row not in part.tolist()])
+        shared = {tuple(w) for w in widths[part].tolist()} & {
+            tuple(w) for w in widths[rest].tolist()
+        }
+        assert not shared
+    assert len(folds(widths[:3], parts=5, seed=0)) == 2
 
 
 def test_a_budget_may_hold_the_upper_bound(wide: ChannelSpace) -> None:

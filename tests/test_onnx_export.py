@@ -20,6 +20,7 @@ from wgates_plugin.latency import (
     OnnxRuntime,
     RuntimeSettings,
     base,
+    onnx_export,
 )
 from wgates_plugin.latency.onnx_export import check_agreement, export_torchscript
 from wgates_plugin.tracing import trace
@@ -38,6 +39,27 @@ def test_wrong_export_says_which_output_and_how_far() -> None:
         check_agreement(right * 2, network, example())
     with pytest.raises(ExportError, match="shape"):
         check_agreement([right[0].T], network, example())
+
+
+def test_a_wrong_export_names_the_layer_where_it_departs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exporter that doubles the weights of one layer."""
+    import onnx
+
+    def doubling(network: nn.Module, inputs: Tensor, *, template: bool = False) -> bytes:
+        whole = onnx.load_from_string(export_torchscript(network, inputs, template=True))
+        for tensor in whole.graph.initializer:
+            if tensor.name == "2.weight":
+                values = onnx.numpy_helper.to_array(tensor) * 2
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        return bytes(whole.SerializeToString())
+
+    network = nn.Sequential(conv(3, 4), nn.ReLU(inplace=True), conv(4, 5), nn.ReLU(), conv(5, 6))
+    for name in ("export_torchscript", "export_dynamo"):
+        monkeypatch.setattr(onnx_export, name, doubling)
+    with pytest.raises(ExportError, match=r"first at `2` \(node `/2/Conv`\), off by"):
+        OnnxRuntime().load(network, example())
 
 
 def test_agreement_is_judged_at_the_outputs_own_scale() -> None:

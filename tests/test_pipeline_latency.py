@@ -7,14 +7,16 @@ import functools
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from fake_bench import IDENTITY, steady_bench
 from networks import example, tiny
 
 from tests.test_pipeline import SETTINGS, run, with_latency_ratios
 from wgates_plugin import trace
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, collect
@@ -96,3 +98,26 @@ def test_the_budget_holds_what_the_target_says(tmp_path: Path) -> None:
         assert isinstance(limit.model, expected)
     with pytest.raises(TargetError, match="choose from expected, upper"):
         LatencyTarget(fraction=0.5, bound="lower")
+
+
+def test_active_sampling_may_go_where_the_optimiser_goes() -> None:
+    """Widths at the target, as decided by the LPNet of the moment; the least where it fits none."""
+    space = trace(tiny("plain"), example())
+    macs = MacsModel(space)
+    full = float(macs(torch.tensor(space.full_widths)))
+
+    def job(target: float) -> Any:
+        return SimpleNamespace(
+            space=space,
+            grid=1,
+            settings=SimpleNamespace(seed=0),
+            budget=lambda _: Budget.of(Limit(macs, target)),
+        )
+
+    found = preparation.destinations(job(0.5 * full), cast(Any, None))
+    assert len(found) == 4
+    assert len(set(found)) > 1
+    costs = macs(torch.tensor(found, dtype=torch.float64))
+    assert (costs <= 0.5 * full).all()
+    assert (costs > 0.3 * full).all()
+    assert preparation.destinations(job(1.0), cast(Any, None)) == [space.least_widths(1)]

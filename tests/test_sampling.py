@@ -134,6 +134,11 @@ def _with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda line: {**line, **changes}
 
 
+def _source_with(**changes: Any) -> dict[str, Any]:
+    whole = {"id": 9, "environment": {}, "reference_ms": 1.0, "reference": {}, "worker": "main"}
+    return {"type": "source", **whole, **changes}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -151,6 +156,22 @@ def _with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (_with(candidate_ms=[1.5]), "one time per round"),
         (_with(layers_ms={"0.0": -1.0}), "layers_ms"),
         (_with(disturbed=-1), "disturbed"),
+        (_with(layers_ms=[1, 2]), "`layers_ms` must be an object"),
+        (_with(layers_ms={"0.0": 10**400}), "OverflowError"),
+        (_with(ratio_spread=10**400), "OverflowError"),
+        (_with(latency_ms=10**400), "OverflowError"),
+        (_with(candidate_ms=[10**400, 10**400]), "OverflowError"),
+        (_with(candidate_ms=[1e-320, 1e-320], reference_ms=[10**308, 10**308]), "sample"),
+        (_with(widths=[10**6, 8]), "width 1000000 is not possible"),
+        (_with(widths=[4, [8]]), "positive integers"),
+        (_with(source=[0]), "source"),
+        (_with(source=False), "source False"),
+        (_with(repeat="no"), "`repeat` must be true or false"),
+        (_with(type="rejected", why=3), "`why` a text"),
+        (lambda line: _source_with(environment=[1]), "must be objects"),
+        (lambda line: _source_with(environment={"libraries": ["a"]}), "`libraries` of the"),
+        (lambda line: _source_with(id=True), "`id` must be an integer"),
+        (lambda line: _source_with(reference_ms=10**400), "OverflowError"),
     ],
 )
 def test_a_line_that_is_no_sample_is_refused(
@@ -160,6 +181,21 @@ def test_a_line_that_is_no_sample_is_refused(
     with path.open("a") as file:
         file.write(json.dumps(change(lines_of(path)[-1])) + "\n")
     with pytest.raises(FileFormatError, match=f"line 4: not a sample .*{words}"):
+        open_file(path, space)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, "9" * 9999])
+def test_a_line_of_any_depth_is_refused(space: ChannelSpace, path: Path, line: str) -> None:
+    open_file(path, space).add([4, 8], measured(1.5))
+    whole = path.read_bytes()
+    path.write_bytes(whole + line.encode() + b"\n")
+    with pytest.raises(FileFormatError, match="line 4: not a sample"):
+        open_file(path, space)
+    path.write_bytes(whole + line.encode())  # without its end it is a torn one
+    assert len(open_file(path, space)) == 1
+    assert path.read_bytes() == whole
+    path.write_bytes(line.encode() + b"\n" + whole)
+    with pytest.raises(FileFormatError, match="line 1: no readable header"):
         open_file(path, space)
 
 
@@ -322,7 +358,12 @@ def test_active_sampling_measures_where_it_is_least_sure(path: Path) -> None:
     corner = tuple(group.channels for group in space.groups)
     corner = (1, *corner[1:])  # random widths share an overall size and never come here
     active = Active(
-        predictor.fit, predictor.spread, covering=4, visited=[corner], refit_every=3, apart=0.1
+        predictor.fit,
+        predictor.spread,
+        covering=4,
+        towards=lambda: [corner],
+        refit_every=3,
+        apart=0.1,
     )
     file = open_file(path, space)
     collect(file, space, steady_bench(space), count=10, active=active, **OPTIONS)

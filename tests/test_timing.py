@@ -131,6 +131,17 @@ def test_the_sessions_own_clock_is_preferred() -> None:
     assert found.latency_ms == 3.0
 
 
+def test_what_the_warm_up_left_behind_is_forgotten() -> None:
+    class Storing(Scripted):
+        def forget(self) -> None:
+            self.log.append(f"{self.name} forgets,")
+
+    clock, log = Clock(), list[str]()
+    session, reference = Storing(clock, [20.0], log, "c"), Storing(clock, [20.0], log, "r")
+    quiet(session, clock, reference=reference, min_rounds=2)
+    assert "".join(log) == "cr" + "c forgets,r forgets," + "cr" + "rc"
+
+
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_times_are_refused(wrong: float) -> None:
     class Broken(Scripted):

@@ -26,6 +26,10 @@ from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
 from wgates_plugin.errors import TraceError
 from wgates_plugin.gating import Gating
 
+_ATTENTION = (
+    "`{}` is an attention: only whole heads could go, and its own head count would not follow"
+)
+
 
 class DependencyTrace:
     """A torch-pruning dependency graph of one network, and the records made from it.
@@ -37,9 +41,14 @@ class DependencyTrace:
         self,
         network: nn.Module,
         example_inputs: ExampleInputs,
+        *,
+        parameter_dims: Sequence[tuple[nn.Parameter, int]] = (),
     ) -> None:
+        """`parameter_dims` says which dimension of a bare parameter holds channels: the last one
+        with more than one entry, unless it is named here."""
         self.network = network
         self.example_inputs = example_inputs
+        self._parameter_dims = tuple(parameter_dims)
         self.names = {module: name for name, module in network.named_modules()}
         self._refuse_untraceable()
         with left_as_found(network):
@@ -111,14 +120,24 @@ class DependencyTrace:
         finally:
             for handle in handles:
                 handle.remove()
+        # An attention module reads its output projection's weight without calling it.
+        read = {
+            m
+            for module in self.network.modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for m in module.modules()
+        }
         silent = [
-            self.names[m] for m in leaves if m not in positions and isinstance(m, kinds.WEIGHTED)
+            self.names[m]
+            for m in leaves
+            if m not in positions and m not in read and isinstance(m, kinds.WEIGHTED)
         ]
         if silent:
             shown = ", ".join(f"`{name}`" for name in silent[:4])
             raise TraceError(
                 f"{len(silent)} layers never run in eval mode ({shown}{' ...' * (len(silent) > 4)})"
-                ", such as auxiliary heads: the removal could not follow them; drop them "
+                ", such as auxiliary heads, or are read without being called: the removal could not "
+                "follow them; drop them "
                 "(for example `network.AuxLogits = None`, `aux_logits=False`) before tracing"
             )
         described = (
@@ -158,6 +177,7 @@ class DependencyTrace:
                     self.network,
                     example_inputs=self.example_inputs,
                     forward_fn=lambda *_: self._run(),
+                    unwrapped_parameters=list(self._parameter_dims),
                     verbose=False,
                 )
         except TraceError:
@@ -199,9 +219,12 @@ class DependencyTrace:
                 reason = self._reason_to_exclude(raw, ignored)
                 group = None if reason else self._record(name, raw)
                 if group is None or isinstance(group, str):
-                    excluded[name] = reason or str(group)
+                    excluded[name] = reason or self._attention_of(name) or str(group)
                 else:
                     found.append(group)
+        for module, name in self.names.items():
+            if isinstance(module, nn.MultiheadAttention):
+                excluded.setdefault(name, _ATTENTION.format(name))
         found.sort(key=lambda group: order[group.name])
         found = _with_limits(found, min_channels, min_fraction, floors or {}, caps or {})
         if not found:
@@ -278,6 +301,14 @@ class DependencyTrace:
             if node.type == tp_ops.OPTYPE.OUTPUT or not node.outputs:
                 return "its channels are outputs of the network"
         return None if consumers else "no layer reads its channels"
+
+    def _attention_of(self, name: str) -> str | None:
+        """Why an attention's queries, keys and values cannot be cut; None for another layer."""
+        parent = name.rpartition(".")[0]
+        owner = self.network.get_submodule(parent)
+        if not hasattr(owner, "num_heads"):
+            return None
+        return _ATTENTION.format(parent)
 
     def _record(self, name: str, raw: Any) -> ChannelGroup | str:
         """The group as a record, or the reason why it cannot be one."""

@@ -49,6 +49,10 @@ class FileFormatError(WGatesError, ValueError):
     """A file is corrupt, truncated, or of another kind or version."""
 
 
+class FileInUseError(WGatesError, RuntimeError):
+    """Another process is writing a file, or it was written by others since it was read."""
+
+
 class RunFolderError(WGatesError, ValueError):
     """A run folder belongs to another run or cannot be resumed."""
 
@@ -72,3 +76,7 @@ class MissingExtraError(WGatesError, ImportError):
             f"{purpose} needs `{library}`, which is not installed; "
             f'install it with: pip install "wgates-plugin[{extra}]"'
         )
+
+
+class LibraryVersionError(WGatesError, ImportError):
+    """An optional library is installed in a version that this package does not work with."""

@@ -21,24 +21,51 @@ from wgates_plugin.errors import FileFormatError
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds."""
     path = Path(path)
+    with _part_beside(path) as part:
+        yield part
+        _settle(part)
+        os.replace(part, path)
+
+
+@contextmanager
+def _part_beside(path: Path) -> Iterator[Path]:
+    """A temporary file in the folder of `path`, which is made; gone afterwards unless moved."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     part = Path(name)
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.chmod(0o644)
-        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _settle(part: Path) -> None:
+    """Bring what was written to disk, for all to read."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.chmod(0o644)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically (UTF-8)."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def create_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` atomically (UTF-8), unless there is a file already."""
+    path = Path(path)
+    with _part_beside(path) as part:
+        part.write_text(text, encoding="utf-8")
+        _settle(part)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.replace(part, path)
 
 
 def write_json(path: str | Path, value: Any) -> None:

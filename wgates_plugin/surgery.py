@@ -64,7 +64,7 @@ def removals(
         if example_inputs is None:
             raise SurgeryError("remove: give `example_inputs`, or `traced` from an earlier trace")
         traced = DependencyTrace(network, example_inputs)
-    _check_shapes(network, plan.space)
+    check_shapes(network, plan.space)
     graph: tp.DependencyGraph = traced.graph
     found = dict(network.named_modules())
     for index, group in enumerate(plan.space.groups):
@@ -103,7 +103,12 @@ def _flags_kept(members: Sequence[Any]) -> Iterator[None]:
         module.get_parameter(name).requires_grad_(flag)
 
 
-def _check_shapes(network: nn.Module, space: ChannelSpace) -> None:
+def check_shapes(network: nn.Module, space: ChannelSpace) -> None:
+    """Refuse a network that does not have the layers and channels of `space`.
+
+    Raises:
+        PlanError: names the layers that differ.
+    """
     found = dict(network.named_modules())
     problems = []
     for (name, side), touching in space.slots_of.items():
@@ -253,7 +258,7 @@ def rebuild(
         plan = PruningPlan.load(plan)
     if not isinstance(state, Mapping):
         state = load_tensors(state, kind="weights")
-    _check_shapes(network, plan.space)
+    check_shapes(network, plan.space)
     with left_as_found(network):
         smaller = resize(network, plan.space, plan)
     fitting = smaller.state_dict()

@@ -14,6 +14,7 @@ from wgates_plugin.efficiency.sample_file import DENSE
 from wgates_plugin.efficiency.sample_record import rounded
 from wgates_plugin.latency.base import Family, Measurement, Session
 from wgates_plugin.latency.environment import describe_environment
+from wgates_plugin.latency.layer_times import PROFILED_RUNS
 from wgates_plugin.latency.timing import measure
 
 logger = logging.getLogger("wgates_plugin")
@@ -79,9 +80,10 @@ class Taken:
 
     @property
     def inference_seconds(self) -> float:
-        """Time inside timed inferences, of all attempts (s)."""
+        """Time inside timed inferences: of all attempts, and of the profile (s)."""
         every = (self.found, *(found for found, _ in self.rejected))
-        return sum(found.inference_seconds for found in every)
+        profiled = PROFILED_RUNS * sum((self.layers_ms or {}).values()) / 1e3
+        return sum(found.inference_seconds for found in every) + profiled
 
 
 @dataclass
@@ -194,6 +196,7 @@ def light_bench(
         "ratio_to_dense": found.ratio,
         "ratio_spread": found.ratio_spread,
         "drift": found.drift,
+        "inference_seconds": rounded(found.inference_seconds),
         "reference_minima_ms": [rounded(ms) for ms in found.samples_ms],
         "dense_minima_ms": [rounded(ms) for ms in found.reference_samples_ms],
     }

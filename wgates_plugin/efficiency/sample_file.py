@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.sample_lines import (
+    check_header,
+    complete_lines,
+    content_of,
+    cut_torn_end,
+    new_header,
+    read_header,
+)
 from wgates_plugin.efficiency.sample_record import Sample, Source, comparable
-from wgates_plugin.errors import FileFormatError, MeasurementError
-from wgates_plugin.files import append_line, write_text
+from wgates_plugin.errors import FileFormatError, FileInUseError, MeasurementError
+from wgates_plugin.file_claim import Claim, claim
+from wgates_plugin.files import append_line, create_text
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.measurement import Measurement
 
 logger = logging.getLogger("wgates_plugin")
 
-KIND = "latency-samples"
-VERSION = 2
 DENSE = {"network": "untouched"}
 """The reference of a source whose samples were timed against the untouched network."""
+
+_NO_SAMPLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a line of any content may raise while it is read and recomputed."""
 
 
 @dataclass
@@ -33,6 +42,9 @@ class SampleFile:
     `rejected` is a kind. Samples of machines or library versions that do not compare with the
     present ones stay in the file and out of everything used for fitting: `widths`, `latencies_ms`,
     `layers_ms`, `usable` and the length.
+
+    One process at a time writes: from `open` on until `close`, until the object is gone, or until
+    the process ends. It may be used in a `with` statement.
 
     Attributes:
         environment: the present one, as `here` describes it.
@@ -47,6 +59,8 @@ class SampleFile:
     samples: list[Sample] = field(default_factory=list)
     rejected: list[Sample] = field(default_factory=list)
     allowed: frozenset[int] = frozenset()
+    _size: int | None = field(default=None, repr=False, compare=False)
+    _claim: Claim | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -67,6 +81,7 @@ class SampleFile:
 
         Raises:
             FileFormatError: corrupt, of version 1, for another network, or of another runtime.
+            FileInUseError: another process has it open for writing; `load` reads it all the same.
         """
         path = Path(path)
         here = {
@@ -77,30 +92,10 @@ class SampleFile:
         kept = {name: value for name, value in identity.items() if name != "device_name"}
         kept = json.loads(json.dumps(kept))
         if not path.exists():
-            header = {
-                "kind": KIND,
-                "version": VERSION,
-                "fingerprint": space.fingerprint,
-                "identity": kept,
-            }
-            write_text(path, json.dumps(header, allow_nan=False) + "\n")
-        file = cls.load(path, environment=here, groups=len(space.groups))
-        if file.header["fingerprint"] != space.fingerprint:
-            raise FileFormatError(
-                f"samples `{path}` line 1: measured on another network (fingerprint "
-                f"{file.header['fingerprint']}, this one has {space.fingerprint}); use another file"
-            )
-        if file.header["identity"] != kept:
-            theirs = file.header["identity"]
-            names = [n for n in {**theirs, **kept} if theirs.get(n) != kept.get(n)]
-            differences = ", ".join(
-                f"{n}: {theirs.get(n)!r} is {kept.get(n)!r} here" for n in names
-            )
-            raise FileFormatError(
-                f"samples `{path}` line 1: measured on another runtime ({differences}); "
-                "use another file per runtime"
-            )
-        _cut_torn_end(path)
+            create_text(path, new_header(space, kept))
+        claimed = _claimed(path)
+        file = cls._read(path, here, (space, kept))
+        file._begin_writing(claimed)
         if missing := set(allow) - set(file.sources):
             raise FileFormatError(
                 f"samples `{path}`: source {min(missing)} is allowed but not in the file; it has "
@@ -115,33 +110,40 @@ class SampleFile:
         return file
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        environment: Mapping[str, Any] | None = None,
-        groups: int | None = None,
-    ) -> SampleFile:
+    def load(cls, path: str | Path, *, environment: Mapping[str, Any] | None = None) -> SampleFile:
         """Read the file and leave it as it is, a torn last line included.
 
         Raises:
             FileFormatError: names the line, what is wrong with it and what to do.
         """
-        path = Path(path)
-        lines = _complete_lines(path)
-        header = _header(path, lines)
-        file = cls(path, header, dict(environment or describe_environment()))
+        return cls._read(Path(path), environment or describe_environment(), None)
+
+    @classmethod
+    def _read(
+        cls,
+        path: Path,
+        environment: Mapping[str, Any],
+        expected: tuple[ChannelSpace, Mapping[str, Any]] | None,
+    ) -> SampleFile:
+        content = content_of(path)
+        lines = complete_lines(content)
+        header = read_header(path, lines)
+        if expected is not None:
+            check_header(path, header, *expected)
+        space = None if expected is None else expected[0]
+        file = cls(path, header, dict(environment))
+        file._size = len(content)
         for number, line in enumerate(lines[1:], 2):
             try:
-                file._take(json.loads(line), groups)
-            except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+                file._take(json.loads(line), space)
+            except _NO_SAMPLE as error:
                 raise FileFormatError(
                     f"samples `{path}` line {number}: not a sample ({error!r}); "
                     "remove that line, or delete the file and sample again"
                 ) from error
         return file
 
-    def _take(self, value: Any, groups: int | None) -> None:
+    def _take(self, value: Any, space: ChannelSpace | None) -> None:
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}, expected an object")
         kind = value.get("type")
@@ -151,12 +153,42 @@ class SampleFile:
                 raise ValueError(f"source {source.id} is there already")
             self.sources[source.id] = source
         elif kind in ("sample", "rejected"):
-            sample = Sample.from_json(value, self.sources, groups)
+            sample = Sample.from_json(value, self.sources, space)
             (self.samples if kind == "sample" else self.rejected).append(sample)
         else:
             raise ValueError(f"type {kind!r}, expected source, sample or rejected")
 
     # Writing
+
+    def _begin_writing(self, claimed: Claim) -> None:
+        self._check_unchanged()
+        cut_torn_end(self.path)
+        self._size, self._claim = _size_of(self.path), claimed
+
+    def _append(self, value: Mapping[str, Any]) -> None:
+        if self._claim is None or not self._claim.ours:
+            self._begin_writing(_claimed(self.path))
+        self._check_unchanged()
+        append_line(self.path, value)
+        self._size = _size_of(self.path)
+
+    def _check_unchanged(self) -> None:
+        """Raises FileInUseError where the file is not what was read or written here."""
+        if _size_of(self.path) != self._size:
+            raise FileInUseError(
+                f"samples `{self.path}`: written or removed by others since it was read here; "
+                "open it again"
+            )
+
+    def close(self) -> None:
+        """Let other processes write to the file. What it holds can still be read here."""
+        self._claim = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def source(
         self,
@@ -176,7 +208,7 @@ class SampleFile:
             if same and self.compares(known.environment, own):
                 return known
         source = Source(max(self.sources, default=-1) + 1, dict(own), wanted[0], wanted[1], worker)
-        append_line(self.path, source.to_json())
+        self._append(source.to_json())
         self.sources[source.id] = source
         return source
 
@@ -195,6 +227,7 @@ class SampleFile:
             source: by default this process, with the untouched network as its reference.
 
         Raises:
+            FileInUseError: another process writes the file, or wrote it since it was read.
             MeasurementError: the measurement had no reference, so its raw times give no ratio; or
                 they give another than it claims.
         """
@@ -213,7 +246,7 @@ class SampleFile:
             raise MeasurementError(
                 f"samples `{self.path}`: {error}; the measurement contradicts itself, take it again"
             ) from error
-        append_line(self.path, sample.to_json())
+        self._append(sample.to_json())
         (self.samples if why is None else self.rejected).append(sample)
         return sample
 
@@ -281,62 +314,15 @@ class SampleFile:
         return iter(self.usable)
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    """The file's lines; the last one only where it is whole, with or without its line end."""
+def _size_of(path: Path) -> int | None:
+    """Bytes; None where there is no such file."""
+    return path.stat().st_size if path.exists() else None
+
+
+def _claimed(path: Path) -> Claim:
     try:
-        content = path.read_bytes()
+        return claim(path)
     except OSError as error:
         raise FileFormatError(
-            f"samples `{path}`: cannot be read ({error}); check the path"
+            f"samples `{path}`: cannot be written ({error}); check its permissions, or copy it"
         ) from error
-    lines = content.split(b"\n")
-    if not _is_json(lines[-1]):
-        lines.pop()
-    return lines
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _cut_torn_end(path: Path) -> None:
-    """End the file after its last whole line, so that the next one starts on its own."""
-    with path.open("rb+") as file:
-        content = file.read()
-        head, _, last = content.rpartition(b"\n")
-        if not last:
-            return
-        if _is_json(last):
-            file.write(b"\n")
-        else:
-            logger.info("samples `%s`: the last line was cut off in mid-write; dropped", path)
-            file.truncate(len(head) + 1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _header(path: Path, lines: Sequence[bytes]) -> dict[str, Any]:
-    try:
-        header = json.loads(lines[0])
-        if header["kind"] != KIND:
-            raise ValueError(f"kind {header['kind']!r}")
-        version = header["version"]
-        if version == VERSION and not (
-            isinstance(header["fingerprint"], str) and isinstance(header["identity"], dict)
-        ):
-            raise ValueError("fingerprint or identity")
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(
-            f"samples `{path}` line 1: no readable header ({error!r}); "
-            "delete the file and sample again"
-        ) from error
-    if version != VERSION:
-        raise FileFormatError(
-            f"samples `{path}` line 1: version {version!r}, this package reads {VERSION}; "
-            "delete the file and sample again"
-        )
-    return dict(header)

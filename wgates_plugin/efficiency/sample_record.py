@@ -6,9 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wgates_plugin.latency.measurement import Measurement
+
+if TYPE_CHECKING:
+    from wgates_plugin.channels import ChannelSpace
 
 _DIGITS = 5
 """Of raw times: clocks repeat to about 1 %, and five digits lose a thousandth of that."""
@@ -66,10 +69,12 @@ class Source:
     def from_json(cls, value: Mapping[str, Any]) -> Source:
         """Raises ValueError or KeyError where a field is missing or wrong."""
         source = cls(*(value[name] for name in cls.__dataclass_fields__))
-        if not isinstance(source.id, int) or not isinstance(source.worker, str):
+        if type(source.id) is not int or not isinstance(source.worker, str):
             raise ValueError("`id` must be an integer and `worker` a name")
         if not isinstance(source.environment, dict) or not isinstance(source.reference, dict):
             raise ValueError("`environment` and `reference` must be objects")
+        if not isinstance(source.environment.get("libraries") or {}, dict):
+            raise ValueError("`libraries` of the environment must be an object")
         _positive("reference_ms", source.reference_ms)
         return source
 
@@ -157,12 +162,16 @@ class Sample:
 
     @classmethod
     def from_json(
-        cls, value: Mapping[str, Any], sources: Mapping[int, Source], groups: int | None
+        cls, value: Mapping[str, Any], sources: Mapping[int, Source], space: ChannelSpace | None
     ) -> Sample:
         """Read a line and recompute it from its raw times.
 
+        Args:
+            space: of the network that was measured, to check the widths with; None if not known.
+
         Raises:
-            ValueError, KeyError, TypeError: a field is missing, wrong or contradicts the raw times.
+            ValueError, KeyError, TypeError, ArithmeticError: a field is missing, wrong, impossible
+                for the network or contradicts the raw times.
         """
         known = set(cls.__dataclass_fields__)
         if unknown := set(value) - known - {"type"}:
@@ -175,11 +184,13 @@ class Sample:
         sample = cls(**fields)
         if (value["type"] == "rejected") != (sample.why is not None):
             raise ValueError("a rejected sample, and no other, says `why`")
-        if groups is not None and len(sample.widths) != groups:
-            raise ValueError(f"{len(sample.widths)} widths for {groups} groups")
         if not all(type(width) is int and width > 0 for width in sample.widths):
             raise ValueError("`widths` must be positive integers")
-        if sample.source not in sources:
+        if space is not None:
+            if len(sample.widths) != len(space.groups):
+                raise ValueError(f"{len(sample.widths)} widths for {len(space.groups)} groups")
+            space.check_widths(sample.widths)
+        if type(sample.source) is not int or sample.source not in sources:
             raise ValueError(f"no line before names source {sample.source!r}")
         if type(sample.disturbed) is not int or sample.disturbed < 0:
             raise ValueError("`disturbed` must be a count")
@@ -187,6 +198,10 @@ class Sample:
             raise ValueError("candidate and reference need one time per round each")
         for ms in (*sample.candidate_ms, *sample.reference_ms):
             _positive("a round's time", ms)
+        if type(sample.repeat) is not bool or not isinstance(sample.why, str | None):
+            raise ValueError("`repeat` must be true or false, and `why` a text")
+        if not isinstance(sample.layers_ms, dict | None):
+            raise ValueError("`layers_ms` must be an object")
         for name, ms in (sample.layers_ms or {}).items():
             if not _is_number(ms) or ms < 0:
                 raise ValueError(f"`layers_ms` of `{name}` is {ms!r}")
@@ -197,6 +212,7 @@ class Sample:
 
 
 def _is_number(value: Any) -> bool:
+    """Raises OverflowError on an integer beyond all floats."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

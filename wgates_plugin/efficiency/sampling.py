@@ -13,13 +13,11 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.bench import Bench, Taken, Trust
+from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES
 from wgates_plugin.efficiency.sample_file import SampleFile as SampleFile
 from wgates_plugin.efficiency.sample_record import Source
 from wgates_plugin.errors import MeasurementError
 from wgates_plugin.latency.base import Measurement
-
-LEAST_SAMPLES = 8
-"""Fewer measurements than this fit no LPNet."""
 
 
 def draw_widths(space: ChannelSpace, grid: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -47,7 +45,7 @@ class Active:
         covering: samples drawn over the whole space first; a predictor that has seen less knows
             too little of what it does not know.
         candidates: random widths that one choice is made from.
-        visited: further candidates: widths that the optimiser goes to.
+        towards: further candidates, asked for before each batch: widths that the optimiser goes to.
         refit_every: samples per batch; the predictor is brought up to the file before each.
         apart: least distance of two picks of one batch, as the mean over groups of the
             difference over the channel count. What makes one uncertain makes its twin uncertain.
@@ -57,7 +55,7 @@ class Active:
     uncertainty: Callable[[Tensor], Tensor]
     covering: int = 40
     candidates: int = 300
-    visited: Sequence[Sequence[int]] = ()
+    towards: Callable[[], Sequence[Sequence[int]]] = tuple
     refit_every: int = 8
     apart: float = 0.05
 
@@ -118,7 +116,7 @@ class Proposals:
         """
         rng = np.random.default_rng([self.seed, len(self._seen), 1])
         drawn = [draw_widths(self.space, self.grid, rng) for _ in range(active.candidates)]
-        given = [self.space.check_widths(widths) for widths in active.visited]
+        given = [self.space.check_widths(widths) for widths in active.towards()]
         candidates = [w for w in dict.fromkeys([*given, *drawn]) if w not in self._seen]
         if not candidates:
             return []

@@ -14,34 +14,65 @@ from torch import Tensor, nn
 from wgates_plugin.calling import ExampleInputs, left_as_found
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
-from wgates_plugin.efficiency.counts import MacsModel
-from wgates_plugin.errors import ConfigError, PlanError
+from wgates_plugin.efficiency.base import Budget, EfficiencyModel
+from wgates_plugin.errors import ConfigError, PlanError, TraceError
+from wgates_plugin.integrations import torch_pruning_options as options
+from wgates_plugin.integrations.torch_pruning_goals import BudgetGoal, Goal, RatioGoal, as_budget
+from wgates_plugin.integrations.torch_pruning_importance import (
+    History,
+    WGatesImportance,
+    units_left,
+)
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.criteria import importance_scores
 from wgates_plugin.strategies.wgates import WGates, WGatesSettings
-from wgates_plugin.surgery import removals
+from wgates_plugin.surgery import check_shapes, removals
 from wgates_plugin.verification import check_traced
+
+__all__ = ["WGatesImportance", "WGatesPruner"]
+
+Scheduler = Callable[[float, int], Sequence[float]]
+
+
+def _linear(goal: float, steps: int) -> list[float]:
+    return [goal * step / steps for step in range(steps + 1)]
 
 
 class WGatesPruner(tp.pruner.BasePruner):
     """W-Gates as a `torch_pruning` pruner: gates learn in your loop, `step()` removes exactly.
 
-    Gates are attached on construction and taken off by `step()` or `detach()`. Between
-    `loss.backward()` and `optimizer.step()`, call `regularize(model)` once.
+    Gates are attached on construction and taken off by the last `step()` or `detach()`. Between
+    `loss.backward()` and `optimizer.step()`, call `regularize(model)` once. With a `target` the
+    budget decides every width; without one, `pruning_ratio` does, as in torch-pruning, and the gates
+    learn which channels.
 
     Args:
         model: the network to prune, in place at `step()`.
         example_inputs: one batch as a tensor, a tuple of arguments or a dict.
+        importance: any torch-pruning importance; it ranks the channels where the gates start. None
+            ranks by filter norms.
         efficiency: what is limited: `LPNet`, `MacsModel`, `ParametersModel`, a function of the
-            channel space that returns one, or a `Budget` of several limits. By default MACs.
+            channel space that returns one, or a `Budget` of several limits. MACs, if only a target
+            is given.
         target: the limit in the model's unit (ms, MACs, parameters); None for a `Budget`.
-        pruning_ratio: with neither target nor budget, the share of the MACs to remove.
-        round_to: channel multiple of every width that is cut, torch-pruning's word for the grid.
-        steps: gate steps to come, for settings that slide the target.
+        pruning_ratio: share of the channels to remove; 0.5 if there is no target.
+        pruning_ratio_dict: module or tuple of modules -> its own ratio.
+        global_pruning, isomorphic: rank over all groups, or over groups of one structure.
+        max_pruning_ratio: largest share of any group that may go.
+        round_to: channel multiple of every width that is cut.
+        iterative_steps, iterative_pruning_ratio_scheduler: how many times `step()` is called, and
+            how much of the way is done after each. Gates learn under the limit of the step to come,
+            and are attached anew after each.
+        ignored_layers: modules, names or module types whose output channels stay.
+        root_module_types: only groups with a producer of these types are pruned.
+        unwrapped_parameters: bare parameters and their channel dimension, for the tracing.
+        steps: gate steps to come before each `step()`, for settings that slide the target.
         min_channels, min_fraction, floors, caps: see `wgates_plugin.trace`.
+        average: called on the gates' gradient; several processes pass their all-reduce.
 
     Raises:
-        TraceError, InfeasibleTargetError, ConfigError: before anything is changed.
+        ConfigError: options that are wrong or cannot be honoured, all at once.
+        TraceError, InfeasibleTargetError: before anything is changed.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
@@ -61,6 +92,7 @@ class WGatesPruner(tp.pruner.BasePruner):
         self,
         model: nn.Module,
         example_inputs: ExampleInputs,
+        importance: Callable[[Any], Tensor | None] | None = None,
         *,
         efficiency: EfficiencyModel
         | Budget
@@ -68,8 +100,16 @@ class WGatesPruner(tp.pruner.BasePruner):
         | None = None,
         target: float | None = None,
         pruning_ratio: float | None = None,
-        ignored_layers: Sequence[nn.Module] | None = None,
+        pruning_ratio_dict: Mapping[Any, float] | None = None,
+        global_pruning: bool = False,
+        isomorphic: bool = False,
+        max_pruning_ratio: float = 1.0,
         round_to: int | None = None,
+        iterative_steps: int = 1,
+        iterative_pruning_ratio_scheduler: Scheduler = _linear,
+        ignored_layers: Sequence[Any] | None = None,
+        root_module_types: Sequence[type] | None = None,
+        unwrapped_parameters: Any = None,
         settings: WGatesSettings | None = None,
         steps: int | None = None,
         min_channels: int = 1,
@@ -77,130 +117,356 @@ class WGatesPruner(tp.pruner.BasePruner):
         floors: Mapping[str, int] | None = None,
         caps: Mapping[str, int] | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
+        **others: Any,
     ) -> None:
-        self._trace = DependencyTrace(model, example_inputs)  # refuses what cannot be traced
+        settings = settings or WGatesSettings()
+        budgeted = efficiency is not None or target is not None
+        problems = options.refused_options(others) + options.ratio_problems(
+            budgeted,
+            pruning_ratio,
+            pruning_ratio_dict,
+            max_pruning_ratio,
+            iterative_steps,
+            isomorphic,
+        )
+        if importance is not None and settings.start == "open":
+            problems.append('importance: ranks where gates start, which start="open" leaves no say')
+        if problems:
+            raise ConfigError(options.SUBJECT, problems)
+        self._settings = settings if round_to is None else replace(settings, grid=round_to)
+        self._inputs, self._gate_steps, self._average = example_inputs, steps, average
+        self._dims = options.parameter_dims(model, unwrapped_parameters)
+        layers = options.listed_layers(model, ignored_layers)
+        self._trace = DependencyTrace(model, example_inputs, parameter_dims=self._dims)
+        self._init_base(
+            model,
+            [layer for layer in layers if isinstance(layer, nn.Module)],
+            global_pruning=global_pruning,
+            pruning_ratio=0.5 if pruning_ratio is None else pruning_ratio,
+            max_pruning_ratio=max_pruning_ratio,
+            iterative_steps=iterative_steps,
+            iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
+            round_to=round_to,
+            isomorphic=isomorphic,
+        )
+        limits: dict[str, Any] = {
+            "min_channels": min_channels,
+            "min_fraction": max(min_fraction, 1.0 - max_pruning_ratio),
+            "floors": floors,
+            "caps": caps,
+        }
+        space = self._trace.space(ignored_layers=layers, **limits)
+        left_out = options.root_types_left_out(model, space, root_module_types)
+        self._ignored = [*layers, *left_out]
+        if left_out:
+            space = self._trace.space(ignored_layers=self._ignored, **limits)
+        if not self._trace.keeps_channel_order:
+            check_traced(model, space, example_inputs)
+        self.space = self._now = space
+        self._goal = self._make_goal(
+            as_budget(space, efficiency, target) if budgeted else None,
+            options.Ratios(
+                self.pruning_ratio, pruning_ratio_dict or {}, global_pruning, isomorphic
+            ),
+        )
+        self.plan: PruningPlan | None = None
+        self._learned, self._unfinished = False, False
+        ranking = (
+            None
+            if importance is None
+            else importance_scores(model, space, importance, traced=self._trace)
+        )
+        self._attach(ranking)
+
+    def _init_base(self, model: nn.Module, ignored: list[nn.Module], **words: Any) -> None:
+        inputs = (self._inputs,) if isinstance(self._inputs, Tensor) else self._inputs
         with left_as_found(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.requires_grad_(True)  # frozen parameters would make groups vanish silently
             super().__init__(
                 model,
-                (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs,
-                importance=self._unit_importance,
-                ignored_layers=list(ignored_layers or []),
+                inputs,
+                importance=None,
+                ignored_layers=ignored,
+                unwrapped_parameters=list(self._dims),
                 in_channel_groups={},  # torch-pruning's mutable defaults leak between pruners
                 out_channel_groups={},
                 num_heads={},
                 channel_groups={},
+                **words,
             )
         self.DG = self._trace.graph
-        self.space = self._trace.space(
-            ignored_layers=list(ignored_layers or []),
-            min_channels=min_channels,
-            min_fraction=min_fraction,
-            floors=floors,
-            caps=caps,
-        )
-        if not self._trace.keeps_channel_order:
-            check_traced(model, self.space, example_inputs)
-        self.budget = _budget(self.space, efficiency, target, pruning_ratio)
+
+    def _make_goal(self, budget: Budget | None, ratios: options.Ratios) -> Goal:
+        steps, scheduler = self.iterative_steps, self.iterative_pruning_ratio_scheduler
+        if budget is None:
+            scopes = options.scopes_of(self.model, self.space, ratios, steps, scheduler)
+            return RatioGoal(self.space, scopes, self._settings.grid)
         full = torch.tensor(self.space.full_widths, dtype=torch.float64)
-        if float(self.budget.excess(full)) <= 0:
+        if float(budget.excess(full)) <= 0:
             warnings.warn(
                 "WGatesPruner: the network is within its budget as it is "
-                f"({self.budget.describe(full)}); nothing will be removed",
-                stacklevel=2,
+                f"({budget.describe(full)}); nothing will be removed",
+                stacklevel=3,
             )
-        settings = settings or WGatesSettings()
-        if round_to is not None:
-            settings = replace(settings, grid=round_to)
-        self.gates = WGates(
-            model, self.space, self.budget, settings, steps=steps, average=average
-        ).attach()
-        self.plan: PruningPlan | None = None
+        way = options.schedule(scheduler, 1.0, steps)
+        return BudgetGoal(self.space, budget, self._settings.grid, way)
 
-    def regularize(self, model: nn.Module, loss: Tensor | None = None) -> dict[str, float]:
+    @property
+    def budget(self) -> Budget:
+        """The limits that the gates learn under now."""
+        return self.gates.budget
+
+    def _attach(self, ranking: Tensor | None) -> None:
+        """Gates for the step to come, on the network as it stands."""
+        step = self.current_step + 1
+        budget = self._goal.budget(self._now, step)
+        self.gates = WGates(
+            self.model,
+            self._now,
+            budget,
+            self._settings,
+            steps=self._gate_steps,
+            average=self._average,
+            ranking=ranking,
+            opening=self._goal.opening(self.model, self._now, ranking, step, self.plan is None),
+        ).attach()
+        self.importance = self._live_importance
+
+    def _live_importance(self, group: Any) -> Tensor | None:
+        """Scores of a torch-pruning group as they stand."""
+        done = len(self.DG.pruning_history())
+        return WGatesImportance._of(self._now, self.gates.unit_scores(), done)(group)
+
+    def regularize(
+        self, model: nn.Module, loss: Tensor | None = None, **others: Any
+    ) -> dict[str, float]:
         """Add the budget's gradient, step the gates; returns the step's monitor values.
 
-        `model` and `loss` are there for torch-pruning's signature.
+        `loss` is there for torch-pruning's signature.
+
+        Raises:
+            PlanError: another model, or nothing is left to learn.
+            ConfigError: a sibling's word that has no meaning here.
         """
+        if others:
+            words = options.refused_options(others)
+            raise ConfigError("WGatesPruner.regularize", words)
         if model is not self.model and getattr(model, "module", None) is not self.model:
             raise PlanError(
                 "WGatesPruner.regularize: another model than the one the pruner was made for"
             )
-        return self.gates.regularize()
+        if self.current_step >= self.iterative_steps:
+            raise PlanError(
+                "WGatesPruner.regularize: this network is pruned already; fine-tune it without "
+                "the pruner, or make a new one to prune more"
+            )
+        monitor = self.gates.regularize()
+        self._learned = True
+        return monitor
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Decide the plan, take the gates off and remove the closed channels exactly.
 
         With `interactive=True` the groups come one by one; call `group.prune()` on each before
-        asking for the next.
+        asking for the next. While iterative steps remain, gates are attached to the smaller network
+        afterwards; make a new optimizer for its new parameters, as in any iterative pruning.
 
         Raises:
-            PlanError: the gates never learned, or the network is pruned already.
+            PlanError: the gates never learned, all steps are done, the interactive step before was
+                left unfinished, or the network changed since it was traced.
         """
-        if self.plan is not None:
-            raise PlanError(
-                "WGatesPruner.step: this network is pruned already; make a new pruner to prune more"
-            )
-        if self.gates.step == 0:
-            raise PlanError(
-                "WGatesPruner.step: the gates never learned; call `regularize(model)` between "
-                "`loss.backward()` and `optimizer.step()` in your training loop first"
-            )
-        self.plan = self.gates.plan()
+        self._refuse_step()
+        scores, plan = self.gates.unit_scores(), self._decide()
         self.detach()
-        groups = removals(self.model, self.plan, traced=self._trace)
         self.current_step += 1
+        self._unfinished = True
+        groups = self._removals(plan, scores)
         if interactive:
             return groups
         for group in groups:
             group.prune()
         return None
 
+    def _refuse_step(self) -> None:
+        if self._unfinished:
+            raise PlanError(
+                "WGatesPruner.step: the interactive step before was not finished, the network is "
+                "half pruned; go through all of its groups, or load the network anew"
+            )
+        if self.current_step >= self.iterative_steps:
+            raise PlanError(
+                "WGatesPruner.step: this network is pruned already, in "
+                f"{self.iterative_steps} step(s); make a new pruner to prune more"
+            )
+        # Later steps may follow at once, with the scores that the first phase learned.
+        again = self._learned and self._settings.start == "target"
+        if self.gates.step == 0 and not again:
+            raise PlanError(
+                "WGatesPruner.step: the gates never learned; call `regularize(model)` between "
+                "`loss.backward()` and `optimizer.step()` in your training loop first"
+            )
+        found = dict(self.model.named_modules())
+        names = {name for name, _ in self._now.slots_of}
+        replaced = sorted(n for n in names if n in found and found[n] not in self._trace.names)
+        if replaced:
+            raise PlanError(
+                f"WGatesPruner.step: the network changed since it was traced: `{replaced[0]}` is "
+                "another module now; make a new pruner"
+            )
+        check_shapes(self.model, self._now)
+
+    def _decide(self) -> PruningPlan:
+        scores = self.gates.unit_scores()
+        widths = self._goal.widths(self._now, scores, self.current_step + 1)
+        if widths is None:
+            return self.gates.plan()
+        return PruningPlan.top(self._now, scores, widths, strategy="wgates")
+
+    def _removals(self, plan: PruningPlan, scores: Tensor) -> Iterator[Any]:
+        yield from removals(self.model, plan, traced=self._trace)
+        self._pruned(plan, scores)
+
+    def _pruned(self, plan: PruningPlan, scores: Tensor | None) -> None:
+        """Take note of a plan that was carried out; attach the gates of the next step."""
+        self._unfinished = False
+        self.plan = plan if self.plan is None else self.plan.compose(plan)
+        if self.current_step < self.iterative_steps:
+            before = self._now
+            self._trace_again(plan)
+            self._attach(None if scores is None else _carried(before, plan, scores, self._now))
+
+    def _trace_again(self, plan: PruningPlan) -> None:
+        """The records of the smaller network, under the floors and caps of the first one."""
+        history = self.DG.pruning_history()
+        self._trace = DependencyTrace(self.model, self._inputs, parameter_dims=self._dims)
+        self._trace.graph._pruning_history = history
+        self.DG = self._trace.graph
+        # A group that is down to one unit has nothing left to choose.
+        open_ones = {g for g, kept in zip(plan.space.names, plan.kept, strict=True) if kept[1:]}
+        ignored = [*self._ignored, *(name for name in self.space.names if name not in open_ones)]
+        try:
+            space = self._trace.space(ignored_layers=ignored)
+        except TraceError as error:
+            raise PlanError(
+                f"WGatesPruner.step: step {self.current_step} of {self.iterative_steps} left "
+                f"nothing to prune ({error}); ask for fewer steps or a smaller ratio"
+            ) from error
+        limits = {group.name: group for group in self.space.groups}
+        groups = tuple(
+            replace(
+                group,
+                floor=min(limits[group.name].floor, group.channels),
+                cap=min(limits[group.name].cap, group.channels),
+            )
+            for group in space.groups
+            if group.name in limits
+        )
+        self._now = replace(space, groups=groups)
+
     def detach(self) -> nn.Module:
         """Take the gates off without pruning."""
         return self.gates.detach()
 
-    def _unit_importance(self, group: Any) -> Tensor:
-        """Scores of a torch-pruning group whose root is one of our groups."""
-        name = self._trace.names[group[0].dep.target.module]
-        index = self.space.names.index(name)
-        scores = self.gates.unit_scores()[self.space.unit_slice(index)]
-        return scores.repeat(self.space.groups[index].ties)
+    def reset(self) -> None:
+        """torch-pruning's reset of the step counter: refused once something was removed."""
+        if self.current_step:
+            raise PlanError("WGatesPruner.reset: channels are gone; make a new pruner instead")
+
+    def manual_prune_width(self, *_: Any, **__: Any) -> None:
+        """Refused: gates decide all groups together."""
+        raise PlanError(
+            "WGatesPruner.manual_prune_width: a width set by hand would leave the gates behind; "
+            "use `floors` and `caps`, or `pruning_ratio_dict`"
+        )
+
+    # Resuming
+
+    def load_pruning_history(self, pruning_history: History) -> None:
+        """Remove what a history of this network's class says, from a network still whole.
+
+        Raises:
+            PlanError: it is for another network, or this one was pruned already.
+        """
+        self._refuse_reload("load_pruning_history")
+        left = units_left(self._now, pruning_history)
+        plan = PruningPlan.from_masks(self._now, left, strategy="history")
+        self._carry_out(plan, pruning_history)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the gates: tensors and plain values."""
-        return self.gates.state_dict()
+        """Gates, steps done and channels kept: tensors and plain values.
+
+        Raises:
+            PlanError: an interactive step is under way.
+        """
+        if self._unfinished:
+            raise PlanError("WGatesPruner.state_dict: an interactive step is not finished")
+        kept = None if self.plan is None else [list(units) for units in self.plan.kept]
+        return {
+            "step": self.current_step,
+            "learned": self._learned,
+            "kept": kept,
+            "history": [list(entry) for entry in self.DG.pruning_history()],
+            "gates": self.gates.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gates.load_state_dict(state)
+        """Continue from `state_dict()`, on a network still whole: what was gone is removed again.
 
+        Load the network's weights afterwards, when it has its smaller shapes.
 
-def _budget(
-    space: ChannelSpace,
-    efficiency: EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel] | None,
-    target: float | None,
-    pruning_ratio: float | None,
-) -> Budget:
-    if isinstance(efficiency, Budget):
-        if target is not None or pruning_ratio is not None:
-            raise ConfigError(
-                "WGatesPruner", ["a Budget holds its targets: leave out target and pruning_ratio"]
+        Raises:
+            PlanError: the state is of another kind or network, or this one was pruned already.
+        """
+        self._refuse_reload("load_state_dict")
+        try:
+            step, kept = int(state["step"]), state["kept"]
+            learned, history, gates = bool(state["learned"]), state["history"], state["gates"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"WGatesPruner state: a field is missing or wrong ({error!r})"
+            ) from None
+        if step > self.iterative_steps:
+            raise PlanError(
+                f"WGatesPruner state: {step} steps are done, this pruner makes "
+                f"{self.iterative_steps}; use the options the state was made with"
             )
-        return efficiency
-    if (target is None) == (pruning_ratio is None):
-        raise ConfigError("WGatesPruner", ["give either `target` or `pruning_ratio`"])
-    model: EfficiencyModel
-    if efficiency is None:
-        model = MacsModel(space)
-    elif isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
-        model = efficiency(space)
-    else:
-        model = efficiency
-    if target is not None:
-        return Budget.of(Limit(model, target))
-    assert pruning_ratio is not None
-    if not 0 < pruning_ratio < 1:
-        raise ConfigError("WGatesPruner", [f"pruning_ratio {pruning_ratio}: needs 0 to 1"])
-    full = float(model(torch.tensor(space.full_widths, dtype=torch.float64)))
-    return Budget.of(Limit(model, full * (1.0 - pruning_ratio)))
+        if kept is not None:
+            units = tuple(tuple(int(unit) for unit in row) for row in kept)
+            plan = PruningPlan(self._now, units, {"strategy": "wgates"})
+            self.current_step = step
+            self._carry_out(plan, history)
+        self._learned = learned
+        if self.current_step < self.iterative_steps:
+            try:
+                self.gates.load_state_dict(gates)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise PlanError(
+                    f"WGatesPruner state: its gates do not fit this network ({error}); use the "
+                    "network and options the state was made with"
+                ) from error
+
+    def _refuse_reload(self, what: str) -> None:
+        if self.plan is not None or self._unfinished:
+            raise PlanError(
+                f"WGatesPruner.{what}: this network is pruned already; load into a pruner of a "
+                "fresh network"
+            )
+
+    def _carry_out(self, plan: PruningPlan, history: History) -> None:
+        self.detach()
+        for group in removals(self.model, plan, traced=self._trace):
+            group.prune()
+        self.DG._pruning_history = [list(entry) for entry in history]
+        self._pruned(plan, None)
+
+
+def _carried(
+    before: ChannelSpace, plan: PruningPlan, scores: Tensor, after: ChannelSpace
+) -> Tensor:
+    """The scores of the units that stayed, in the numbering of the smaller network."""
+    kept = dict(zip(before.names, plan.kept, strict=True))
+    starts = dict(zip(before.names, before.offsets, strict=False))
+    return torch.cat(
+        [scores[starts[name] + torch.tensor(kept[name]).to(scores.device)] for name in after.names]
+    )

@@ -63,7 +63,9 @@ class Session(Protocol):
     count), and `elapsed_ms()` runs one inference and returns its milliseconds by a clock that knows
     better than the wall's (CUDA events). `timed_elsewhere` is true where that clock is another
     machine's, so that what happens to this process says nothing about it, and
-    `paired(reference)` returns a context in which both sessions' times come from common runs.
+    `paired(reference)` returns a context in which both sessions' times come from common runs;
+    `forget()` then drops times that were taken in them and not asked for yet, since sessions that
+    warmed up for different numbers of inferences would no longer get pairs.
     """
 
     def run(self) -> None:

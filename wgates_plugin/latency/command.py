@@ -48,7 +48,7 @@ class CommandRuntime(BaseRuntime):
         {reference}  path of a second file, to be run in turn with the first, round by round
         {inputs}     path of an .npz with the inputs by name
         {outputs}    path where the program writes an .npz with the outputs, in order
-        {rounds}     inferences it shall time
+        {rounds}     inferences it shall time; it must print as many times
         {threads} {precision} {device}  of the settings, passed on as they are
 
     It prints, alone or as the last line, `{"samples_ms": [...]}`: milliseconds of one inference
@@ -68,6 +68,7 @@ class CommandRuntime(BaseRuntime):
         artefact: what is exported: "onnx", "pt2" (`torch.export`) or "pte" (ExecuTorch).
         rounds: inferences per run of the program.
         timeout_s: longest wall time of one run; then the program and its children are killed.
+            What it started as a daemon, such as the server of adb, is not waited for and lives on.
         retries: further tries after a failed run.
 
     Raises:
@@ -225,6 +226,11 @@ class CommandSession(BaseSession):
             for mine, _ in both:
                 mine._partner, mine._left_ms = None, []
 
+    def forget(self) -> None:
+        """Begin the next pairs with a run of their own."""
+        if self._partner is not None:
+            self._left_ms, self._partner._left_ms = [], []
+
     def _more(self) -> None:
         if self._partner is not None and not self._leads:
             self._partner._more()
@@ -262,12 +268,12 @@ class CommandSession(BaseSession):
         self._outputs.unlink(missing_ok=True)
         self.run()
         try:
-            with np.load(self._outputs, allow_pickle=False) as arrays:
-                return [torch.from_numpy(np.array(arrays[n], dtype=np.float32)) for n in arrays]
-        except (OSError, ValueError) as error:
+            return _arrays(self._outputs)
+        except Exception as error:  # numpy raises whatever the program's bytes make it raise
             raise ExportError(
-                f"command `{self._runtime.program.shown}`: its outputs are not readable ({error}); "
-                "write them to {outputs} as an .npz of plain arrays"
+                f"command `{self._runtime.program.shown}`: its outputs are not readable "
+                f"({type(error).__name__}: {error}); write them to {{outputs}} as an .npz of plain "
+                "arrays"
             ) from error
 
     def _refuse_closed(self) -> None:
@@ -278,3 +284,14 @@ class CommandSession(BaseSession):
         if self._folder is not None:
             self._folder.cleanup()
         self._folder, self._left_ms = None, []
+
+
+def _arrays(path: Path) -> list[Tensor]:
+    """Arrays of an .npz in order, as float32. Raises whatever numpy does on a damaged file."""
+    with path.open("rb") as file:
+        found = np.load(file, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            raise ValueError("a lone array")
+        if not found.files:
+            raise ValueError("no arrays")
+        return [torch.from_numpy(np.array(found[name], dtype=np.float32)) for name in found.files]

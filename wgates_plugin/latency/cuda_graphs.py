@@ -24,7 +24,7 @@ class CudaGraphsRuntime(EagerRuntime):
     """Replays the kernels of one eager inference on a CUDA device; saves what `eager` saves.
 
     Small networks spend more time in launching kernels than in running them; a replay launches all
-    of them at once.
+    of them at once. At float32 they are recorded with TF32 off.
 
     Args:
         settings: device "cuda[:index]" ("cuda" by default); precision and `channels_last` as for
@@ -59,9 +59,8 @@ class CudaGraphsRuntime(EagerRuntime):
         return CudaGraphSession(
             network,
             self._moved(example_inputs),
-            threads=self.settings.threads,
+            settings=self.settings,
             identity=self.identity(example_inputs),
-            device=torch.device(self.settings.device),
         )
 
 
@@ -77,15 +76,13 @@ class CudaGraphSession(CudaEagerSession):
         network: Callable[..., Any],
         inputs: ExampleInputs,
         *,
-        threads: int,
+        settings: RuntimeSettings,
         identity: Mapping[str, Any],
-        device: torch.device,
     ) -> None:
-        super().__init__(network, inputs, threads=threads, identity=identity)
-        self._device = device
+        super().__init__(network, inputs, settings=settings, identity=identity)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: Any = None
-        with torch.cuda.device(device):
+        with self.active():  # a replay does what was recorded, whatever the settings are then
             # Libraries choose algorithms and allocate workspaces in the first calls, on a stream
             # beside the default one because recording takes place on such a stream.
             beside = torch.cuda.Stream()
@@ -114,16 +111,8 @@ class CudaGraphSession(CudaEagerSession):
         self._graph.replay()
         return self._recorded
 
-    def run(self) -> None:
-        with torch.cuda.device(self._device):
-            super().run()
-
-    def elapsed_ms(self) -> float:
-        with torch.cuda.device(self._device):
-            return super().elapsed_ms()
-
     def outputs(self) -> list[Tensor]:
-        with torch.cuda.device(self._device):
+        with self._device():
             found = self._call()
             torch.cuda.synchronize()
             return flatten_outputs(found)

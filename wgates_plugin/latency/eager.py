@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +27,7 @@ from wgates_plugin.latency.base import (
 )
 from wgates_plugin.latency.layer_times import PROFILED_RUNS, hooked_times
 from wgates_plugin.latency.program_file import check_program_file
+from wgates_plugin.latency.tf32 import exact_float32, tf32_allowed
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
@@ -37,6 +38,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class EagerRuntime(BaseRuntime):
     """Runs `network(*example_inputs)` under `torch.inference_mode`; saves a `torch.export` program.
+
+    On a CUDA device float32 means float32: TF32, which torch allows for convolutions by default, is
+    off while a session is active.
 
     Args:
         settings: device "cpu" or "cuda[:index]", precision float32, bfloat16 or float16.
@@ -143,7 +147,7 @@ class EagerRuntime(BaseRuntime):
         return kind(
             network,
             self._moved(example_inputs),
-            threads=self.settings.threads,
+            settings=self.settings,
             identity=self.identity(example_inputs),
         )
 
@@ -179,23 +183,27 @@ class EagerSession(BaseSession):
         network: Callable[..., Any],
         inputs: ExampleInputs,
         *,
-        threads: int,
+        settings: RuntimeSettings,
         identity: Mapping[str, Any],
     ) -> None:
         super().__init__(identity)
         self._network: Callable[..., Any] | None = network
         self._args, self._kwargs = split_inputs(inputs)
-        self._threads = threads
+        self._settings = settings
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Torch's global thread count is the session's inside, and what it was after."""
         before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._settings.threads)
         try:
             yield
         finally:
             torch.set_num_threads(before)
+
+    def _is_active(self) -> bool:
+        """Whether torch's global settings are the session's at the moment."""
+        return torch.get_num_threads() == self._settings.threads
 
     def _call(self) -> Any:
         if self._network is None:
@@ -215,18 +223,40 @@ class EagerSession(BaseSession):
 
 
 class CudaEagerSession(EagerSession):
-    """Kernels are only queued by a call, so each inference waits for its end, or for its events."""
+    """Kernels are only queued by a call, so each inference waits for its end, or for its events.
+
+    Events and waiting belong to a device, so the session's is the current one meanwhile.
+    """
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The session's thread count and device are torch's inside; at float32 TF32 is off."""
+        exact = exact_float32() if self._exact else nullcontext()
+        with super().active(), self._device(), exact:
+            yield
+
+    def _is_active(self) -> bool:
+        return super()._is_active() and not (self._exact and tf32_allowed())
+
+    @property
+    def _exact(self) -> bool:
+        return self._settings.precision == "float32"
+
+    def _device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(torch.device(self._settings.device))
 
     def run(self) -> None:
-        self._call()
-        torch.cuda.synchronize()
+        with self._device():
+            self._call()
+            torch.cuda.synchronize()
 
     def elapsed_ms(self) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        self._call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
+        with self._device():
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            self._call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end))

@@ -41,10 +41,11 @@ class ExecuTorchRuntime(BaseRuntime):
 
     Operators that XNNPACK does not know run as ExecuTorch's portable kernels, which are slow.
 
-    ExecuTorch has one thread pool per process, and loaded networks keep pointers into it. It gets
-    `settings.threads` threads when a session is made while no other is open, and keeps them
-    afterwards; sessions of different thread counts cannot be open together in one process. Sessions
-    that other code made with ExecuTorch itself must be gone by then too.
+    ExecuTorch has one thread pool per process, which heeds no other library's thread count, and
+    loaded networks keep pointers into it. It is reset to `settings.threads` threads when a session
+    is made while no other is open, and keeps them afterwards; sessions of different thread counts
+    cannot be open together in one process. Sessions that other code made with ExecuTorch itself
+    must be gone by then too.
     """
 
     name: ClassVar[str] = "executorch"

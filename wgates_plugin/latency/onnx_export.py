@@ -46,21 +46,46 @@ def export_checked(network: nn.Module, example_inputs: ExampleInputs, run: RunOn
     """
     frozen = frozen_copy(network).to("cpu", torch.float32)
     reasons = []
+    last: Exception | None = None
     for exporter in (export_torchscript, export_dynamo):
         try:
             model = exporter(frozen, example_inputs)
-            check_agreement(run(model), frozen, example_inputs)
-            return model
+            found = run(model)
         except RuntimeUnavailableError:
             raise
         except Exception as error:
             reasons.append(describe_failure(exporter, error))
+            last = error
+            continue
+        try:
+            check_agreement(found, frozen, example_inputs)
+            return model
+        except ExportError as error:
+            where = _where(exporter, frozen, example_inputs, run)
+            reasons.append(describe_failure(exporter, error) + where)
             last = error
     raise ExportError(
         "onnx: no exporter gives a model that computes what the network computes ("
         + "; ".join(reasons)
         + "); remove the operation named, or choose the runtime `eager`"
     ) from last
+
+
+def _where(
+    exporter: Callable[..., bytes],
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    run: RunOnnx,
+) -> str:
+    """Where a disagreeing export first departs from the network; nothing where that fails too."""
+    from wgates_plugin.latency.export_diagnosis import first_departure
+
+    inputs, _ = _ordered_inputs(network, example_inputs)
+    try:
+        model = exporter(network, example_inputs, template=True)
+        return f", {first_departure(model, network, inputs, run)}"
+    except Exception:  # the disagreement is what matters, and it is told
+        return ""
 
 
 def describe_failure(exporter: Callable[..., bytes], error: Exception) -> str:

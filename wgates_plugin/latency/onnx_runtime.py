@@ -37,7 +37,7 @@ _KERNEL = "_kernel_time"
 
 
 class OnnxRuntime(BaseRuntime):
-    """Runs `model.onnx`, all shapes fixed to the example's, float32.
+    """Runs `model.onnx`, all shapes fixed to the example's, float32; on a CUDA device without TF32.
 
     Intra-operator threads are `settings.threads`, operators run one after another. Several threads
     stop spinning when an inference ends: candidate and reference live side by side, and the idle
@@ -65,6 +65,10 @@ class OnnxRuntime(BaseRuntime):
     @property
     def _on_cuda(self) -> bool:
         return self.settings.device.startswith("cuda")
+
+    @property
+    def _device_index(self) -> int:
+        return torch.device(self.settings.device).index or 0
 
     def identity(self, example_inputs: ExampleInputs) -> dict[str, Any]:
         # The GPU build is a distribution of another name, the module knows its version in both.
@@ -143,9 +147,12 @@ class OnnxRuntime(BaseRuntime):
                 "libraries this onnxruntime-gpu was built for, or use the runtime `onnxruntime` on "
                 "device `cpu`"
             )
-        feeds = _feeds(native, example_inputs)
-        kind = CudaOnnxSession if self._on_cuda else OnnxSession
-        session = kind(native, feeds, identity=self.identity(example_inputs))
+        feeds, identity = _feeds(native, example_inputs), self.identity(example_inputs)
+        session = (
+            CudaOnnxSession(native, feeds, identity=identity, device_index=self._device_index)
+            if self._on_cuda
+            else OnnxSession(native, feeds, identity=identity)
+        )
         session.holds = dict(initializers or {})
         return session
 
@@ -153,8 +160,10 @@ class OnnxRuntime(BaseRuntime):
         """ONNX Runtime's execution providers, the wanted one first, with their options."""
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._on_cuda:
-            index = torch.device(self.settings.device).index or 0
-            providers.insert(0, (_CUDA, {"device_id": index}))
+            chosen = {"device_id": self._device_index}
+            if self.settings.precision == "float32":
+                chosen["use_tf32"] = 0  # its default is 1
+            providers.insert(0, (_CUDA, chosen))
         return providers
 
     def at_float32(self) -> OnnxRuntime:
@@ -265,14 +274,19 @@ class CudaOnnxSession(OnnxSession):
     """Inputs and outputs stay on the device, so that `run` times the network and not the bus."""
 
     def __init__(
-        self, native: Any, feeds: Mapping[str, np.ndarray], *, identity: Mapping[str, Any]
+        self,
+        native: Any,
+        feeds: Mapping[str, np.ndarray],
+        *,
+        identity: Mapping[str, Any],
+        device_index: int = 0,
     ) -> None:
         super().__init__(native, feeds, identity=identity)
         self._binding = native.io_binding()
         for name, value in feeds.items():
             self._binding.bind_cpu_input(name, value)
         for output in native.get_outputs():
-            self._binding.bind_output(output.name, "cuda")
+            self._binding.bind_output(output.name, "cuda", device_index)
         self._binding.synchronize_inputs()
 
     def run(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.errors import ExportError, FileFormatError
+from wgates_plugin.errors import ExportError, FileFormatError, RuntimeUnavailableError
 from wgates_plugin.files import atomic_path
 from wgates_plugin.latency.base import (
     BaseRuntime,
@@ -37,8 +37,12 @@ class OpenVinoRuntime(BaseRuntime):
     """Runs `model.onnx` on OpenVINO's CPU device, all shapes fixed to the example's.
 
     OpenVINO's own default computes in bfloat16 where the processor can; here it computes in
-    float32 unless `settings.precision` asks for less, and the identity says which. The file itself
+    float32 unless `settings.precision` asks for less, and the identity says which. A precision that
+    the processor lacks is refused, where OpenVINO itself would quietly take another. The file itself
     is compared with the network at float32.
+
+    Raises:
+        RuntimeUnavailableError: while loading: OpenVINO would compute in another precision here.
     """
 
     name: ClassVar[str] = "openvino"
@@ -71,7 +75,7 @@ class OpenVinoRuntime(BaseRuntime):
         path = check_file(path, self.name)
         try:
             return self.session_of(path.read_bytes(), example_inputs)
-        except ExportError:
+        except (ExportError, RuntimeUnavailableError):
             raise
         except Exception as error:
             reason = str(error).strip().split("\n")[-1]
@@ -99,6 +103,7 @@ class OpenVinoRuntime(BaseRuntime):
 
         Raises:
             ExportError: the model's inputs are not the example's.
+            RuntimeUnavailableError: OpenVINO would compute in another precision here.
         """
         compiled = self._compiled(model, initializers, profile=False)
         feeds = _feeds(compiled, example_inputs)
@@ -156,7 +161,22 @@ class OpenVinoRuntime(BaseRuntime):
             "ENABLE_CPU_PINNING": False,
             "PERF_COUNT": profile,
         }
-        return self._core.compile_model(self._latest[1], "CPU", settings)
+        compiled = self._core.compile_model(self._latest[1], "CPU", settings)
+        self._check_precision(compiled)
+        return compiled
+
+    def _check_precision(self, compiled: Any) -> None:
+        """The hint is only a hint: a processor without float16 takes bfloat16, or float32."""
+        asked = self.settings.precision
+        hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if hint != _PRECISION_HINTS[asked]:
+            known = {hint: precision for precision, hint in _PRECISION_HINTS.items()}
+            found = known.get(hint, hint)
+            instead = found if hint in known else "float32"
+            raise RuntimeUnavailableError(
+                f"runtime `openvino`: precision `{asked}` asked for, but on this processor OpenVINO "
+                f"would compute in {found}; ask for precision `{instead}`"
+            )
 
     def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
         exact = self.at_float32()

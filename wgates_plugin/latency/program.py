@@ -8,14 +8,16 @@ import json
 import math
 import os
 import re
+import reprlib
 import shlex
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wgates_plugin.errors import MeasurementError
 
@@ -23,6 +25,10 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _SLACK = 1.05
 _STDERR_LINES = 10
 _KEYS = ("samples_ms", "latency_ms")
+_LEAST_MS = 1e-6
+"""A nanosecond, which is a few ticks of a processor's clock."""
+_GRACE_S = 5.0
+"""How long a killed program may take to be gone."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,11 @@ class Program:
         wall_ms = (time.perf_counter() - started) * 1e3
         printed = _object_in(output)
         samples = _series(printed, _KEYS)
+        if "rounds" in self.placeholders and len(samples) != call.rounds:
+            raise _Failed(
+                f"it printed {len(samples)} times where {call.rounds} rounds were asked for; print "
+                "one time per round"
+            )
         other = _series(printed, ("reference_samples_ms",)) if self._paired else []
         if self._paired and len(other) != len(samples):
             raise _Failed(
@@ -123,51 +134,61 @@ class Program:
         return _PLACEHOLDER.sub(value, word)
 
     def _run(self, words: list[str]) -> str:
-        """Standard output of a run that went well."""
-        try:
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise _Failed(f"it could not be started ({error}); check its path") from error
-        try:
-            output, errors = process.communicate(timeout=self.timeout_s)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            raise _Failed(
-                f"it did not end within {self.timeout_s:g} s and was killed; check the connection to "
-                "the device, or raise timeout_s"
-            ) from None
-        except BaseException:  # Ctrl-C does not reach a process group of its own
-            _kill(process)
-            raise
-        if process.returncode:
-            last = "\n".join(errors.strip().splitlines()[-_STDERR_LINES:]) or "(nothing)"
-            raise _Failed(
-                f"it ended with exit status {process.returncode}; run it by hand to see why; its "
-                f"standard error ends with:\n{last}"
-            )
-        return output
+        """Standard output of a run that went well.
+
+        Into files and not through pipes: a daemon that the program leaves behind keeps its ends of
+        pipes open, and reading them to their end would wait for the daemon.
+        """
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            try:
+                process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=errors,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise _Failed(f"it could not be started ({error}); check its path") from error
+            try:
+                status = process.wait(timeout=self.timeout_s)
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                raise _Failed(
+                    f"it did not end within {self.timeout_s:g} s and was killed; check the "
+                    "connection to the device, or raise timeout_s"
+                ) from None
+            except BaseException:  # Ctrl-C does not reach a process group of its own
+                _kill(process)
+                raise
+            if status:
+                lines = _text(errors).strip().splitlines()[-_STDERR_LINES:]
+                last = "\n".join(lines) or "(nothing)"
+                raise _Failed(
+                    f"it ended with exit status {status}; run it by hand to see why; its standard "
+                    f"error ends with:\n{last}"
+                )
+            return _text(output)
 
 
 class _Failed(Exception):
     """One try went wrong; the text goes on after "the last time"."""
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    """End the program and what it started."""
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", errors="replace")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the program and what it started, daemons excepted."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
             os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
-    process.communicate()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel
+        process.wait(timeout=_GRACE_S)
 
 
 def _object_in(output: str) -> Mapping[str, Any]:
@@ -176,7 +197,7 @@ def _object_in(output: str) -> Mapping[str, Any]:
     for text in (output, last):
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             return value
@@ -193,9 +214,27 @@ def _series(printed: Mapping[str, Any], keys: tuple[str, ...]) -> list[float]:
         raise _Failed(f"its JSON has no `{keys[0]}` (it has: {', '.join(printed) or 'nothing'})")
     values = printed[key]
     if not isinstance(values, list) or not values:
-        raise _Failed(f"its `{key}` is {values!r}; print a list of times in milliseconds")
+        raise _Failed(f"its `{key}` is {_shown(values)}; print a list of times in milliseconds")
     for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise _Failed(f"its `{key}` holds {value!r}; print finite positive milliseconds")
+        if not _is_finite(value) or value <= 0:
+            raise _Failed(f"its `{key}` holds {_shown(value)}; print finite positive milliseconds")
+        if value < _LEAST_MS:
+            raise _Failed(
+                f"its `{key}` holds {_shown(value)}, less than a nanosecond; print milliseconds per "
+                "inference"
+            )
     return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _shown(value: Any) -> str:
+    """Shortened: a program may print anything, at any depth and length."""
+    return reprlib.repr(value)

@@ -34,7 +34,7 @@ except ImportError:  # not on Windows
 _BLOCK_MS = 15.0
 _LONGEST_BLOCK_MS = 60.0
 _FEWEST_AT_LENGTH = 3
-_WARMUP_SECONDS = 0.5
+_WARMUP_SECONDS = 0.1
 _MOST_PER_BLOCK = 2000
 _PATIENCE = 4
 
@@ -90,6 +90,8 @@ def measure(
     sessions = [session] if reference is None else [session, reference]
     with _no_garbage_collection(), _paired(session, reference):
         warmed = [_warm_up(each, warmup, clock) for each in sessions]
+        for each in sessions:
+            getattr(each, "forget", _nothing)()
         count = _block_length([estimate for _, estimate in warmed])
         minima: list[list[float]] = [[] for _ in sessions]
         clock.spent_ms, clock.disturbed = 0.0, 0
@@ -229,6 +231,9 @@ def _warm_up(session: Session, most: int, clock: _Clock) -> tuple[int, float]:
         while len(times) < most and sum(times) < _WARMUP_SECONDS * 1e3:
             times.append(clock.time(session)[0])
     return len(times), min(times)
+
+
+def _nothing() -> None: ...
 
 
 def _block_length(estimates_ms: Sequence[float]) -> int:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
+
+import numpy as np
+import torch
 
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.farm import Farm
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.lpnet import LPNet
+from wgates_plugin.efficiency.sampling import draw_widths
 from wgates_plugin.errors import InfeasibleTargetError
 from wgates_plugin.pipeline.job import Job
-from wgates_plugin.strategies.budgeting import check_feasible
+from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget, uniform_widths
 
 logger = logging.getLogger("wgates_plugin")
+
+_DESTINATIONS = 3
 
 
 def measure_baseline(job: Job) -> None:
@@ -63,7 +70,8 @@ def fit_lpnet(job: Job) -> None:
 
     def compute() -> dict[str, Any]:
         wanted = settings.active and settings.lpnet == "layers"
-        learner = Learner(job.space, seed=settings.seed) if wanted else None
+        towards = functools.partial(destinations, job)
+        learner = Learner(job.space, seed=settings.seed, towards=towards) if wanted else None
         with (
             job.folder.clock("sampling"),
             job.bar("sampling", settings.samples) as bar,
@@ -103,6 +111,24 @@ def fit_lpnet(job: Job) -> None:
         f"{facts['mape_held_out']:.1%}",
         "lpnet",
     )
+
+
+def destinations(job: Job, lpnet: LPNet) -> list[tuple[int, ...]]:
+    """Widths at the target by `lpnet`: uniform ones, and random ones moved onto it.
+
+    What the gates will want is not known before training; that they end at the target is.
+    """
+    budget = job.budget(lpnet)
+    rng = np.random.default_rng(job.settings.seed)
+    try:
+        found = [uniform_widths(job.space, budget, job.grid)]
+        for _ in range(_DESTINATIONS):
+            scores = torch.from_numpy(rng.standard_normal(job.space.total_units))
+            start = draw_widths(job.space, job.grid, rng)
+            found.append(fit_to_budget(job.space, scores, start, budget, job.grid))
+        return found
+    except InfeasibleTargetError:  # so far as is known now; the measurement decides later
+        return [job.space.least_widths(job.grid)]
 
 
 def check_target_is_feasible(job: Job) -> None:

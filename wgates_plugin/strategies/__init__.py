@@ -1,6 +1,15 @@
 """Strategies: whatever turns a network, data and a budget into a plan."""
 
 from wgates_plugin.strategies.budgeting import fit_to_budget, plan_for_budget, uniform_widths
+from wgates_plugin.strategies.criteria import CRITERIA, plan_by_criterion
 from wgates_plugin.strategies.wgates import WGates, WGatesSettings
 
-__all__ = ["WGates", "WGatesSettings", "fit_to_budget", "plan_for_budget", "uniform_widths"]
+__all__ = [
+    "CRITERIA",
+    "WGates",
+    "WGatesSettings",
+    "fit_to_budget",
+    "plan_by_criterion",
+    "plan_for_budget",
+    "uniform_widths",
+]

@@ -143,6 +143,16 @@ def filter_scores(flat: Tensor, theta: Tensor) -> Tensor:
     return (projected - mean * theta.sum()) / (spread * theta.numel())
 
 
+def ranks_within(space: ChannelSpace, merits: Tensor) -> Tensor:
+    """Rank of each unit within its group as a share of it, (total_units,) in [0, 1)."""
+    return torch.cat(
+        [
+            torch.argsort(torch.argsort(merits[space.unit_slice(g)])) / group.units
+            for g, group in enumerate(space.groups)
+        ]
+    )
+
+
 def starting_offsets(
     space: ChannelSpace, norms: Tensor, widths: Sequence[int], *, grid: int, spread: float
 ) -> Tensor:
@@ -187,6 +197,8 @@ class WGates:
         average: called on the gates' gradient before use; several ranks pass their all-reduce here,
             which keeps gates and plan identical on all of them.
         steps: gate steps to come, needed for `start="open"` whose target slides.
+        ranking: merit of each unit (total_units,) to start from, in place of filter norms.
+        opening: widths (G,) to start from, in place of those that fit the budget.
     """
 
     def __init__(
@@ -198,6 +210,8 @@ class WGates:
         *,
         steps: int | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
+        ranking: Tensor | None = None,
+        opening: Sequence[int] | None = None,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
         self.settings = settings or WGatesSettings()
@@ -209,7 +223,7 @@ class WGates:
         _check_models(space, budget)
         budgeting.check_feasible(space, budget, self.settings.grid)
         self.scores = WeightScores(network, space)
-        self._set_starting_point()
+        self._set_starting_point(ranking, opening)
         self.optimizer = torch.optim.Adam(self.scores.parameters(), lr=self.settings.learning_rate)
         self.constraint = make_constraint(
             self.settings.constraint, len(budget.limits), alpha=self.settings.alpha
@@ -220,7 +234,7 @@ class WGates:
         self._leaf: Tensor | None = None
         self._live_scores: Tensor | None = None
 
-    def _set_starting_point(self) -> None:
+    def _set_starting_point(self, ranking: Tensor | None, opening: Sequence[int] | None) -> None:
         self._full_cost = [
             float(limit.model(torch.tensor(self.space.full_widths, dtype=torch.float64)))
             for limit in self.budget.limits
@@ -228,17 +242,13 @@ class WGates:
         if self.settings.start == "open":
             return  # the constant offset of +0.25 opens every gate, where the surrogate is 1
         grid = self.settings.grid
-        norms = self.scores.norms()
-        ranks = torch.cat(
-            [
-                torch.argsort(torch.argsort(norms[self.space.unit_slice(g)])) / group.units
-                for g, group in enumerate(self.space.groups)
-            ]
-        )
-        uniform = budgeting.uniform_widths(self.space, self.budget, grid)
-        widths = budgeting.fit_to_budget(self.space, ranks, uniform, self.budget, grid)
+        merits = self.scores.norms() if ranking is None else ranking
+        if opening is None:
+            ranks = ranks_within(self.space, merits)
+            uniform = budgeting.uniform_widths(self.space, self.budget, grid)
+            opening = budgeting.fit_to_budget(self.space, ranks, uniform, self.budget, grid)
         offsets = starting_offsets(
-            self.space, norms, widths, grid=grid, spread=self.settings.spread
+            self.space, merits, opening, grid=grid, spread=self.settings.spread
         )
         self.scores.offset.copy_(offsets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,14 @@ from torch import Tensor
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import MeasurementError
 
+logger = logging.getLogger("wgates_plugin")
+
 LEAST_SAMPLES = 8
 """Fewer measurements than this fit no LPNet."""
+
+_LEAST_COVERED = 0.5
+"""Share of the latency that a profile's layers must add up to. Complete ones do to about all of it,
+at the least two thirds; and to more where profiling slows the runtime down, which LPNet scales."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class LatencyData:
 
     Attributes:
         layers_ms: (N, L) ms over the layers with a weight, in the order of the space; rows of NaN
-            where a measurement came without a profile.
+            where a measurement came without a profile, or with one of too few layers.
     """
 
     widths: Tensor
@@ -39,10 +46,12 @@ class LatencyData:
         """Checked tensors of plain values.
 
         Args:
-            layers_ms: per measurement, layer name -> ms; None or empty where it is not known.
+            layers_ms: per measurement, layer name -> ms; None or empty where it is not known. Layers
+                that a profile leaves out took no time of their own; one whose layers together
+                account for less than half of the latency is logged and not used.
 
         Raises:
-            MeasurementError: too few or useless measurements.
+            MeasurementError: too few or useless measurements, or a profile of another network.
         """
         inputs = torch.as_tensor(widths, dtype=torch.float64)
         targets = torch.as_tensor(latencies_ms, dtype=torch.float64)
@@ -53,9 +62,16 @@ class LatencyData:
                 f"LPNet: {len(profiles)} layer profiles for {len(targets)} measurements"
             )
         unknown = [float("nan")] * len(names)
+        for number, seen in enumerate(profiles):
+            if seen and not set(seen) & set(names):
+                raise MeasurementError(
+                    f"LPNet: layer profile {number} names `{next(iter(seen))}` and no layer of this "
+                    f"network (such as `{names[0]}`); give profiles by the network's layer names"
+                )
         rows = [[seen.get(n, 0.0) for n in names] if seen else unknown for seen in profiles]
         _check(space, inputs, targets)
-        return cls(inputs, targets, torch.tensor(rows, dtype=torch.float64))
+        layers = torch.tensor(rows, dtype=torch.float64)
+        return cls(inputs, targets, _without_partial(layers, targets))
 
     def __len__(self) -> int:
         return len(self.latency_ms)
@@ -74,10 +90,30 @@ def weighted_names(space: ChannelSpace) -> list[str]:
     return [layer.name for layer in space.layers if layer.kernel > 0]
 
 
-def folds(count: int, *, parts: int, seed: int) -> list[Tensor]:
-    """A random partition of `count` row numbers into `parts` nearly equal parts."""
+def folds(widths: Tensor, *, parts: int, seed: int) -> list[Tensor]:
+    """A random partition of the rows of `widths` (N, G) into at most `parts` parts.
+
+    Repeated measurements of one network stay together: a fit that saw one of them saw the other.
+    """
+    _, network = widths.unique(dim=0, return_inverse=True)
+    count = int(network.max()) + 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return [part.sort().values for part in order.chunk(parts)]
+    return [torch.isin(network, part).nonzero()[:, 0] for part in order.chunk(min(parts, count))]
+
+
+def _without_partial(layers: Tensor, targets: Tensor) -> Tensor:
+    """Layers (N, L) with rows of NaN where they leave out most of the latency (N,).
+
+    A zero for a layer that the runtime did not name would teach that the layer is free.
+    """
+    partial = layers.sum(dim=-1) < _LEAST_COVERED * targets  # never where there is no profile
+    if partial.any():
+        logger.warning(
+            "LPNet: %d of %d layer profiles account for less than %.0f %% of the latency and are not "
+            "used; the runtime does not name all layers",
+            int(partial.sum()), int(torch.isfinite(layers).all(dim=-1).sum()), 100 * _LEAST_COVERED,
+        )  # fmt: skip
+    return layers.masked_fill(partial[:, None], float("nan"))
 
 
 def _check(space: ChannelSpace, inputs: Tensor, targets: Tensor) -> None:

@@ -62,8 +62,10 @@ class HeldOut:
         inside = 0
         for number in self.part.unique().tolist():
             mine = self.part == number
-            rest = self.scores[~mine] if bool((~mine).any()) else self.scores
-            inside += int((self.scores[mine] <= _quantile(rest, coverage)).sum())
+            rest = self.scores[~mine]
+            # As few as may be left cannot promise much; all of them then make the interval.
+            rank = min(math.ceil((len(rest) + 1) * coverage), len(rest))
+            inside += int((self.scores[mine] <= rest.sort().values[rank - 1]).sum())
         return inside / len(self)
 
     def interval(self, coverage: float) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ class CrossValidates(Protocol):
 
 def cross_validated(learned: CrossValidates, data: LatencyData, *, seed: int) -> HeldOut:
     """Leave out each of five random parts in turn."""
-    parts = folds(len(data), parts=min(_FOLDS, len(data)), seed=seed)
+    parts = folds(data.widths, parts=_FOLDS, seed=seed)
     predicted, deviation = learned.without(data, parts)
     number = torch.empty(len(data), dtype=torch.int64)
     for index, part in enumerate(parts):
@@ -101,4 +103,12 @@ def _quantile(scores: Tensor, coverage: float) -> float:
     if not 0.0 < coverage < 1.0:
         raise ConfigError("LPNet", [f"coverage: got {coverage!r}, expected between 0 and 1"])
     rank = math.ceil((len(scores) + 1) * coverage)
-    return float(scores.sort().values[min(rank, len(scores)) - 1])
+    if rank > len(scores):
+        raise ConfigError(
+            "LPNet",
+            [
+                f"coverage: {coverage:g} cannot be promised from {len(scores)} measurements; ask for "
+                f"at most {len(scores) / (len(scores) + 1):.3g}, or measure more"
+            ],
+        )
+    return float(scores.sort().values[rank - 1])

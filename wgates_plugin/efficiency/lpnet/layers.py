@@ -15,7 +15,7 @@ sums layer look-ups); the covariance and the two stages are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -23,18 +23,27 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet.data import LatencyData
+from wgates_plugin.efficiency.lpnet.gaussian import (
+    at_most,
+    descend,
+    root_of,
+    some,
+    unlikelihood,
+)
 from wgates_plugin.efficiency.lpnet.kernel import LayerInputs, LayerKernel, LayerView
 
 MOST_ROWS = 800
 """Measurements that a fit uses at most; the cost grows with their cube."""
 
-_PROFILED_ROWS, _TOTAL_ROWS = 80, 200
+_PROFILED_ROWS, _TOTAL_ROWS = 48, 200
 """Measurements that the parameters are learned from, with profiles and without."""
 
 _LAYER_STEPS = 40
+_RELEARNED_ROWS = 160
+"""Up to here cross-validation learns parameters anew: few rows bend them to themselves."""
+
 _TOTAL_STEPS = 80
 _TOTAL_STEPS_SHARED = 60
-_RATE = 0.15
 _LEAST_TIME = 0.02
 """Layer noise grows with the time, from this share of the layer's longest time on."""
 
@@ -68,6 +77,21 @@ class Remainder:
         return [getattr(self, field.name) for field in fields(self)]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the remainder's covariance is put together from, (B, N) each.
+
+    Attributes:
+        layers: covariances of the layers, summed. factors: products of layer times, summed.
+        whole: products of the sums of layers. apart: mean squared distance of the widths.
+    """
+
+    layers: Tensor
+    factors: Tensor
+    whole: Tensor
+    apart: Tensor
+
+
 class LayersStructure:
     """Learns from `LatencyData` and predicts; immutable once conditioned.
 
@@ -93,8 +117,10 @@ class LayersStructure:
     total_weights: Tensor
     least_ms: float
 
-    def __init__(self, space: ChannelSpace, prior: LayersStructure | None = None) -> None:
-        self.space, self.prior = space, prior
+    def __init__(
+        self, space: ChannelSpace, prior: LayersStructure | None = None, *, seed: int = 0
+    ) -> None:
+        self.space, self.prior, self.seed = space, prior, seed
         self.view = LayerView(space)
 
     @classmethod
@@ -107,8 +133,8 @@ class LayersStructure:
         prior: LayersStructure | None = None,
     ) -> LayersStructure:
         """Parameters by marginal likelihood, then conditioned on all of `data`."""
-        self = cls(space, prior)
-        data = _at_most(data, MOST_ROWS, seed)
+        self = cls(space, prior, seed=seed)
+        data = at_most(data, MOST_ROWS)
         inputs = self.view(data.widths)
         known = data.profiled.nonzero()[:, 0]
         self.kernel = LayerKernel.initial(inputs, shared=not len(known))
@@ -116,18 +142,18 @@ class LayersStructure:
         self.remainder = Remainder.initial()
         self._scale_from(data, inputs)
         if len(known):
-            few = _some(known, _PROFILED_ROWS, seed)
+            few = some(known, _PROFILED_ROWS, seed)
             self._learn_layers(data[few], inputs[few])
             self._learn_totals(data, inputs, shared=False)
         else:
-            few = _some(torch.arange(len(data)), _TOTAL_ROWS, seed)
+            few = some(torch.arange(len(data)), _TOTAL_ROWS, seed)
             self._learn_totals(data[few], inputs[few], shared=True)
         return self.conditioned(data)
 
     def conditioned(self, data: LatencyData) -> LayersStructure:
         """The same parameters, knowing `data` and nothing else."""
         twin = self._copy()
-        twin._condition(_at_most(data, MOST_ROWS, 0))
+        twin._condition(at_most(data, MOST_ROWS))
         return twin
 
     def predict(self, widths: Tensor) -> Tensor:
@@ -137,7 +163,8 @@ class LayersStructure:
         covariances = self.kernel(inputs, self.inputs)
         layers = self._layers(flat, covariances)
         total = self.ratio * layers.sum(-1)
-        total = total + self._covariance(inputs, layers, covariances) @ self.total_weights
+        parts = self._parts(inputs, layers, covariances)
+        total = total + self._covariance(parts) @ self.total_weights
         return total.clamp_min(self.least_ms).reshape(shape)
 
     def layer_ms(self, widths: Tensor) -> Tensor:
@@ -152,7 +179,7 @@ class LayersStructure:
         inputs = self.view(flat)
         covariances = self.kernel(inputs, self.inputs)
         layers = self._layers(flat, covariances)
-        cross = self._covariance(inputs, layers, covariances)
+        cross = self._covariance(self._parts(inputs, layers, covariances))
         known = (cross * torch.cholesky_solve(cross.T, self.root).T).sum(-1)
         own = self._own(inputs, layers) + self._noise(layers)
         return (own - known).clamp_min(1e-4 * own).sqrt().reshape(shape)
@@ -164,10 +191,16 @@ class LayersStructure:
         every = torch.arange(len(data))
         for part in parts:
             rest = every[~torch.isin(every, part)]
-            partial = self.conditioned(data[rest])
+            partial = self._from(data[rest])
             mean[part] = partial.predict(data.widths[part])
             deviation[part] = partial.deviation(data.widths[part])
         return mean, deviation
+
+    def _from(self, data: LatencyData) -> LayersStructure:
+        """What a fit of `data` alone would be; with many rows, the parameters of this one do."""
+        if len(data) > _RELEARNED_ROWS:
+            return self.conditioned(data)
+        return self.fit(self.space, data, seed=self.seed, prior=self.prior)
 
     def layers_without(self, data: LatencyData, parts: Sequence[Tensor]) -> Tensor:
         """Layers (N, L) of each measurement in ms of the profile, had its part not been seen."""
@@ -251,9 +284,9 @@ class LayersStructure:
 
         def loss() -> Tensor:
             covariance = self.kernel(inputs, inputs) + torch.diag_embed(self._label_noise(data))
-            return _unlikelihood(covariance, wanted) + self.kernel.far_from_start()
+            return unlikelihood(covariance, wanted) + self.kernel.far_from_start()
 
-        _descend(loss, parameters, _LAYER_STEPS)
+        descend(loss, parameters, _LAYER_STEPS)
 
     def _learn_totals(self, data: LatencyData, inputs: LayerInputs, *, shared: bool) -> None:
         """Shared kernel parameters are learned here too, having no profiles to learn from."""
@@ -264,14 +297,18 @@ class LayersStructure:
         wanted = data.latency_ms - self.ratio * layers.sum(-1)
         self.data_layers, self.inputs = layers, inputs
 
+        fixed = self._parts(inputs, layers, covariances)
+
         def loss() -> Tensor:
-            now = self.kernel(inputs, inputs) if shared else covariances
-            covariance = self._covariance(inputs, layers, now) + torch.diag(self._noise(layers))
+            parts = fixed
+            if shared:
+                parts = self._parts(inputs, layers, self.kernel(inputs, inputs))
+            covariance = self._covariance(parts) + torch.diag(self._noise(layers))
             penalty = self.kernel.far_from_start() if shared else 0.0
-            return _unlikelihood(covariance, wanted) + penalty
+            return unlikelihood(covariance, wanted) + penalty
 
         parameters = [*self.remainder.learned, *(self.kernel.learned if shared else [])]
-        _descend(loss, parameters, _TOTAL_STEPS_SHARED if shared else _TOTAL_STEPS)
+        descend(loss, parameters, _TOTAL_STEPS_SHARED if shared else _TOTAL_STEPS)
 
     def _condition(self, data: LatencyData) -> None:
         self.data = data
@@ -281,8 +318,8 @@ class LayersStructure:
         layers = self._layers(data.widths, covariances)
         self.ratio = (data.latency_ms / layers.sum(-1)).median()
         self.inputs, self.data_layers = inputs, layers
-        covariance = self._covariance(inputs, layers, covariances)
-        self.root = torch.linalg.cholesky(covariance + torch.diag(self._noise(layers)))
+        covariance = self._covariance(self._parts(inputs, layers, covariances))
+        self.root = root_of(covariance + torch.diag(self._noise(layers)))
         left = data.latency_ms - self.ratio * layers.sum(-1)
         self.total_weights = torch.cholesky_solve(left[:, None], self.root)[:, 0]
         self.least_ms = 0.1 * float(data.latency_ms.min())
@@ -293,11 +330,11 @@ class LayersStructure:
         self.layer_weights = torch.zeros(self.view.count, len(data), dtype=torch.float64)
         known = data.profiled.nonzero()[:, 0]
         if len(known):
-            some = data[known]
-            within = covariances[:, known][:, :, known] + torch.diag_embed(self._label_noise(some))
-            solved = torch.cholesky_solve(
-                self._residuals(some)[..., None], torch.linalg.cholesky(within)
+            profiled = data[known]
+            within = covariances[:, known][:, :, known] + torch.diag_embed(
+                self._label_noise(profiled)
             )
+            solved = torch.cholesky_solve(self._residuals(profiled)[..., None], root_of(within))
             self.layer_weights[:, known] = solved[..., 0]
 
     def _layers(self, widths: Tensor, covariances: Tensor) -> Tensor:
@@ -307,22 +344,29 @@ class LayersStructure:
 
     # The remainder's covariance
 
-    def _covariance(self, inputs: LayerInputs, layers: Tensor, covariances: Tensor) -> Tensor:
-        """(B, N) of what the sum of layers does not say, with the known measurements."""
-        part = self.remainder
-        unit = self.data_layers.sum(-1).mean()
+    def _parts(self, inputs: LayerInputs, layers: Tensor, covariances: Tensor) -> Parts:
+        """Of B networks with the N known measurements."""
         mine, theirs = layers.sum(-1), self.data_layers.sum(-1)
-        both = mine[:, None] * theirs[None, :]
-        one_by_one = torch.einsum(
-            "lbn,l->bn", covariances.expand(len(self.scale), -1, -1), self.scale.square()
+        every = covariances.expand(len(self.scale), -1, -1)
+        plain = self.inputs.plain
+        return Parts(
+            layers=torch.einsum("lbn,l->bn", every, self.scale.square()),
+            factors=layers @ self.data_layers.T,
+            whole=mine[:, None] * theirs[None, :],
+            apart=torch.cdist(inputs.plain, plain).square() / plain.shape[-1],
         )
-        apart = torch.cdist(inputs.plain, self.inputs.plain).square() / inputs.plain.shape[-1]
+
+    def _covariance(self, parts: Parts) -> Tensor:
+        """(B, N) of what the sum of layers does not say, with the known measurements."""
+        size = self.remainder
+        unit = self.data_layers.sum(-1).mean()
+        near = torch.exp(-0.5 * parts.apart * torch.exp(-size.reach))
         return (
-            torch.exp(part.layers) * one_by_one
-            + torch.exp(part.factors) * (layers @ self.data_layers.T)
-            + torch.exp(part.constant) * unit.square()
-            + torch.exp(part.whole) * both
-            + torch.exp(part.smooth) * both * torch.exp(-0.5 * apart * torch.exp(-part.reach))
+            torch.exp(size.layers) * parts.layers
+            + torch.exp(size.factors) * parts.factors
+            + torch.exp(size.constant) * unit.square()
+            + torch.exp(size.whole) * parts.whole
+            + torch.exp(size.smooth) * parts.whole * near
         )
 
     def _own(self, inputs: LayerInputs, layers: Tensor) -> Tensor:
@@ -343,7 +387,7 @@ class LayersStructure:
         return torch.exp(self.remainder.noise) * layers.sum(-1).square() + 1e-12
 
     def _copy(self) -> LayersStructure:
-        twin = LayersStructure(self.space, self.prior)
+        twin = LayersStructure(self.space, self.prior, seed=self.seed)
         twin.kernel, twin.remainder = self.kernel, self.remainder
         twin.layer_noise, twin.scale, twin.base = self.layer_noise, self.scale, self.base
         return twin
@@ -351,36 +395,3 @@ class LayersStructure:
 
 def _flat(widths: Tensor) -> tuple[Tensor, torch.Size]:
     return widths.double().reshape(-1, widths.shape[-1]), widths.shape[:-1]
-
-
-def _at_most(data: LatencyData, most: int, seed: int) -> LatencyData:
-    if len(data) <= most:
-        return data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return data[order[:most].sort().values]
-
-
-def _some(rows: Tensor, most: int, seed: int) -> Tensor:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return rows[order[:most].sort().values]
-
-
-def _unlikelihood(covariance: Tensor, wanted: Tensor) -> Tensor:
-    """Negative log likelihood of `wanted` (..., N) under zero-mean Gaussians, summed."""
-    root = torch.linalg.cholesky(covariance)
-    solved = torch.cholesky_solve(wanted[..., None], root)[..., 0]
-    return 0.5 * (wanted * solved).sum() + root.diagonal(dim1=-2, dim2=-1).log().sum()
-
-
-def _descend(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=_RATE)
-    with torch.enable_grad():
-        for _ in range(steps):
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            optimizer.step()
-    for parameter in parameters:
-        parameter.requires_grad_(False)

@@ -15,7 +15,7 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet.data import LatencyData
 
 _HIDDEN = 64
-_STEPS, _FURTHER_STEPS = 1500, 300
+_STEPS, _FURTHER_STEPS = 800, 200
 _RATE, _FURTHER_RATE = 3e-3, 1e-3
 _WEIGHT_DECAY = 3e-2
 

@@ -64,7 +64,8 @@ class FitReport:
     Attributes:
         samples: measurements fitted. held_out: how many of them were predicted without being seen.
         mape: mean absolute error. within_10_percent: share of errors up to 10 %. worst: the largest.
-        half_width_90: typical (median) half width of the 90 % interval, relative.
+        half_width_90: typical (median) half width of the 90 % interval, relative; with fewer than
+            nine measurements, of the widest interval they can promise.
     """
 
     samples: int
@@ -103,8 +104,9 @@ class LPNet:
     def interval(self, widths: Tensor, coverage: float = COVERAGE) -> tuple[Tensor, Tensor]:
         """Bounds in ms (...) between which a measurement at `widths` (..., G) lies that often.
 
-        Conformal: the structure's own deviation times the quantile that its errors on measurements
-        it had not seen reached (CV+, Barber et al., arXiv 1905.02928, with one common quantile).
+        Cross-conformal (Vovk, arXiv 1208.0806) with normalised scores: the structure's deviation
+        times the quantile that errors over deviations reached on measurements not seen. Meant for
+        networks like the measured ones; the coverage on others is seen in `held_out.covered` only.
 
         Raises:
             ConfigError: `coverage` is not between 0 and 1, or there are too few measurements for it.
@@ -113,7 +115,7 @@ class LPNet:
             self.held_out.quantile(coverage) * self._correction * self._structure.deviation(widths)
         )
         middle = self(widths)
-        return middle - half, middle + half
+        return (middle - half).clamp_min(0.0), middle + half
 
     def upper(self, coverage: float = COVERAGE) -> UpperBound:
         """The interval's upper end as an efficiency model, for a budget that means it."""
@@ -159,7 +161,7 @@ class LPNet:
             ConfigError: the structure knows no layers.
         """
         data = self._layers.data
-        parts = folds(len(data), parts=min(5, len(data)), seed=seed)
+        parts = folds(data.widths, parts=5, seed=seed)
         predicted = self._layers.layers_without(data, parts)
         return predicted[data.profiled], data.layers_ms[data.profiled]
 
@@ -206,7 +208,9 @@ class LPNet:
         held_out = cross_validated(learned, data, seed=seed)
         model = cls(space, learned, held_out)
         errors = held_out.errors
-        half = held_out.quantile(COVERAGE) * held_out.deviation_ms
+        # The least fits have too few scores for 90 %; what they can promise stands in for it.
+        most = min(COVERAGE, len(held_out) / (len(held_out) + 1))
+        half = held_out.quantile(most) * held_out.deviation_ms
         model.report = FitReport(
             samples=len(data),
             held_out=len(data),

@@ -1,0 +1,380 @@
+"""torch-pruning's criteria as strategies: their scores, our budgets; the flawed ones repaired."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from helpers import snapshot
+from networks import TINY, conv_bn, example, randomised, tiny
+from torch import Tensor, nn
+from torch_pruning.pruner.importance import FPGMImportance as ShippedFPGM
+from torch_pruning.pruner.importance import OBDCImportance
+
+from wgates_plugin import ChannelSpace, remove, trace
+from wgates_plugin.dependencies import DependencyTrace
+from wgates_plugin.efficiency import Budget, Limit, LPNet, MacsModel, ParametersModel
+from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
+from wgates_plugin.strategies.criteria import (
+    CRITERIA,
+    REFUSED,
+    SCOPES,
+    criterion_scores,
+    importance_scores,
+    plan_by_criterion,
+    threshold_widths,
+    tp_group,
+)
+from wgates_plugin.strategies.criteria_repaired import (
+    FPGMImportance,
+    HessianImportance,
+    TaylorImportance,
+    gradients_of,
+)
+from wgates_plugin.verification import TOLERANCE, removal_error
+
+NO_DATA = [name for name, criterion in CRITERIA.items() if not criterion.needs_data]
+
+
+def data(batches: int = 2, batch: int = 4) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (
+            example(batch, seed=seed),
+            torch.randint(5, (batch,), generator=torch.Generator().manual_seed(seed)),
+        )
+        for seed in range(batches)
+    ]
+
+
+def budget_of(space: ChannelSpace, share: float = 0.5) -> Budget:
+    model = MacsModel(space)
+    return Budget.of(Limit(model, share * float(model(torch.tensor(space.full_widths)))))
+
+
+# Every criterion, every budget
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["residual", "grouped", "concat", "flattened"])
+def test_every_criterion_prunes_to_the_budget(name: str, criterion: str, scope: str) -> None:
+    network = tiny(name).train()
+    if name == "flattened" and criterion == "bn-scale":
+        pytest.skip("its linear layer has no BatchNorm")
+    space = trace(network, example(), min_channels=2)
+    budget = budget_of(space)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before, state = snapshot(network), torch.get_rng_state()
+    plans = [
+        plan_by_criterion(network, space, criterion, budget, data=data(), scope=scope)
+        for _ in range(2)
+    ]
+    assert snapshot(network) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert plans[0].kept == plans[1].kept
+    assert plans[0].note["strategy"] == criterion
+    cost = float(budget.limits[0].model(torch.tensor(plans[0].widths)))
+    assert 0.8 * budget.limits[0].target <= cost <= budget.limits[0].target
+    smaller = remove(copy.deepcopy(network), plans[0], example())
+    assert removal_error(network, smaller, plans[0], example()) <= TOLERANCE
+
+
+def test_milliseconds_grid_and_several_limits() -> None:
+    network = nn.Sequential(conv_bn(3, 16), conv_bn(16, 24), nn.Flatten(), nn.Linear(24 * 64, 5))
+    randomised(network, 0)
+    space = trace(network, example(), floors={"1.0": 12})
+    widths = [[a, b] for a in (4, 8, 12, 16) for b in (6, 12, 18, 24)]
+    lpnet = LPNet.fit(
+        space, widths, [0.5 + 0.05 * a + 0.01 * a * b / 4 for a, b in widths], structure="mlp"
+    )
+    full = float(lpnet(torch.tensor([[16.0, 24.0]])).item())
+    limits = (Limit(lpnet, 0.8 * full), Limit(ParametersModel(space), 8000.0))
+    plan = plan_by_criterion(network, space, "l1", Budget.of(*limits), grid=4)
+    assert all(width % 4 == 0 for width in plan.widths)
+    assert plan.widths[1] >= 12
+    assert plan.widths != space.full_widths
+    for limit in limits:
+        assert float(limit.model(torch.tensor([plan.widths]))) <= limit.target
+    with pytest.raises(InfeasibleTargetError):
+        plan_by_criterion(network, space, "l1", Budget.of(Limit(ParametersModel(space), 50.0)))
+
+
+def test_the_threshold_is_the_lowest_that_holds() -> None:
+    space = trace(tiny("plain"), example())
+    scores = torch.arange(space.total_units).float()
+    budget = budget_of(space, 0.4)
+    best = None
+    for bound in range(space.total_units + 1):
+        kept = scores >= bound
+        widths = tuple(
+            max(1, int(kept[space.unit_slice(g)].sum())) for g in range(len(space.groups))
+        )
+        if float(budget.excess(torch.tensor(widths, dtype=torch.float64))) <= 0:
+            best = widths
+            break
+    assert threshold_widths(space, scores, budget) == best
+
+
+# Scores as torch-pruning gives them
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "group-norm", "lamp", "fpgm"])
+@pytest.mark.parametrize("name", TINY)
+def test_groups_from_records_score_as_torch_prunings_own(name: str, criterion: str) -> None:
+    network = tiny(name)
+    traced = DependencyTrace(network, example())
+    space = traced.space()
+    importance = CRITERIA[criterion].make()
+    ours = importance_scores(network, space, importance)
+    theirs = importance_scores(network, space, importance, traced=traced)
+    assert torch.allclose(ours, theirs, rtol=1e-4)
+    assert len(set(theirs.tolist())) > space.total_units / 2
+
+
+@pytest.mark.parametrize("name", ["grouped", "grouped-two-ways", "flattened", "signed-concat"])
+def test_root_indices_agree_with_torch_prunings(name: str) -> None:
+    network = tiny(name)
+    traced = DependencyTrace(network, example())
+    space = traced.space()
+    for index, record in enumerate(space.groups):
+        root = network.get_submodule(record.name)
+        prune = traced.graph.get_pruner_of_module(root).prune_out_channels
+        theirs = traced.graph.get_pruning_group(root, prune, list(range(record.channels)))
+        expected = {
+            (item.dep.target.module, item.dep.handler.__name__, channel, owner % record.units)
+            for item in theirs
+            if isinstance(item.dep.target.module, nn.Module)
+            for channel, owner in zip(item.idxs, item.root_idxs, strict=True)
+        }
+        found = {
+            (item.dep.target.module, item.dep.handler.__name__, channel, owner % record.units)
+            for item in tp_group(network, space, index)
+            for channel, owner in zip(item.idxs, item.root_idxs, strict=True)
+        }
+        assert found
+        assert found <= expected
+
+
+def test_local_takes_the_same_share_and_global_does_not() -> None:
+    network = tiny("plain")
+    with torch.no_grad():  # of the second layer, three filters stand out
+        network[1][0].weight[3:] *= 1e-3
+    space = trace(network, example())
+    plans = {
+        scope: plan_by_criterion(network, space, "l1", budget_of(space), scope=scope)
+        for scope in SCOPES
+    }
+    shares = {
+        scope: [w / g.channels for w, g in zip(plan.widths, space.groups, strict=True)]
+        for scope, plan in plans.items()
+    }
+    assert abs(shares["local"][0] - shares["local"][1]) < 0.15
+    assert shares["global"][0] - shares["global"][1] > 0.4
+
+
+def test_global_scores_do_not_depend_on_a_layers_scale() -> None:
+    networks = [tiny("plain") for _ in range(2)]
+    with torch.no_grad():
+        networks[1][0][0].weight *= 100
+    plans = []
+    for network in networks:
+        space = trace(network, example())
+        plans.append(plan_by_criterion(network, space, "l2", budget_of(space)))
+    assert plans[0].kept == plans[1].kept
+
+
+def test_random_has_a_seed() -> None:
+    network = tiny("residual")
+    space = trace(network, example())
+    first, again, other = (
+        criterion_scores(network, space, "random", seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_an_importance_of_ones_own() -> None:
+    network = tiny("residual")
+    space = trace(network, example())
+
+    def last_first(group: Any) -> Tensor:
+        return torch.arange(len(group[0].idxs)).float() + 1
+
+    plan = plan_by_criterion(network, space, last_first, budget_of(space))
+    for group, kept in zip(space.groups, plan.kept, strict=True):
+        assert kept == tuple(range(group.units - len(kept), group.units))
+
+
+# What is flawed as shipped
+
+
+def test_taylor_as_shipped_leaves_batchnorm_out_and_ours_does_not() -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    group = tp_group(network, space, 0)
+    shipped, repaired = (
+        kind(normalizer=None, group_reduction="sum")
+        for kind in (tp.importance.TaylorImportance, TaylorImportance)
+    )
+    conv, norm, reader = network[0][0], network[0][1], network[1][0]
+    with gradients_of(network, data(), nn.functional.cross_entropy, repaired):
+        by_conv = (conv.weight * conv.weight.grad).abs().flatten(1).sum(1)
+        by_reader = (reader.weight * reader.weight.grad).abs().sum((0, 2, 3))
+        by_norm = (norm.weight * norm.weight.grad).abs()
+        assert bool((by_norm > 0).all())
+        assert torch.allclose(shipped(group), by_conv + by_reader)
+        assert torch.allclose(repaired(group), by_conv + by_reader + by_norm)
+
+
+def test_hessian_as_shipped_keeps_the_last_sample_and_ours_accumulates() -> None:
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    group = tp_group(network, space, 0)
+    batches = data()
+    squares: list[dict[nn.Parameter, Tensor]] = []
+    for inputs, targets in batches:
+        for row in range(len(inputs)):
+            network.zero_grad()
+            out = network(inputs[row : row + 1])
+            nn.functional.cross_entropy(out, targets[row : row + 1]).backward()
+            squares.append({p: p.grad.square() for p in network.parameters()})
+
+    def by_hand(samples: list[dict[nn.Parameter, Tensor]]) -> Tensor:
+        def merit(weight: nn.Parameter) -> Tensor:
+            return weight.detach() ** 2 * sum(s[weight] for s in samples) / len(samples)
+
+        conv, norm, reader = network[0][0], network[0][1], network[1][0]
+        return (
+            merit(conv.weight).flatten(1).sum(1)
+            + merit(reader.weight).sum((0, 2, 3))
+            + merit(norm.weight)
+        )
+
+    found = []
+    for kind in (tp.importance.HessianImportance, HessianImportance):
+        importance = kind(normalizer=None, group_reduction="sum")
+        with gradients_of(network, batches, nn.functional.cross_entropy, importance):
+            found.append(importance(group))
+    assert torch.allclose(found[0], by_hand(squares[-1:]), rtol=1e-4)
+    assert torch.allclose(found[1], by_hand(squares), rtol=1e-4)
+    assert not torch.allclose(found[0], found[1], rtol=0.05)
+
+
+def test_fpgm_as_shipped_takes_a_filter_for_its_negative_and_fails_on_conv_groups() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([-1.0, 1.0, 1.0, 1.0]).view(4, 1, 1, 1))
+    space = trace(network, torch.randn(1, 1, 4, 4))
+    group = tp_group(network, space, 0)
+    shipped, repaired = (
+        kind(group_reduction="first", normalizer=None) for kind in (ShippedFPGM, FPGMImportance)
+    )
+    assert shipped(group).tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert repaired(group).tolist() == [6.0, 2.0, 2.0, 2.0]
+    grouped = tiny("grouped")
+    records = trace(grouped, example())
+    with pytest.raises(PlanError, match="FPGMImportance: fails on group"):
+        importance_scores(grouped, records, ShippedFPGM())
+    assert torch.isfinite(importance_scores(grouped, records, FPGMImportance())).all()
+
+
+def test_obdc_as_shipped_fails_on_a_convolutional_network() -> None:
+    """The reason why it is refused, in torch-pruning's own words."""
+    network = tiny("plain")
+    pruner = tp.pruner.BasePruner(
+        network,
+        (example(),),
+        tp.importance.RandomImportance(),
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    with pytest.raises(TypeError, match="NoneType"):
+        OBDCImportance(num_classes=5)._prepare_model(network, pruner)
+
+
+def test_growing_reg_as_shipped_does_nothing_to_batchnorm() -> None:
+    """The reason why it is refused: its regulariser adds to a copy."""
+    network = tiny("plain")
+    pruner = tp.pruner.GrowingRegPruner(
+        network,
+        (example(),),
+        tp.importance.MagnitudeImportance(),
+        reg=1.0,
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    pruner.regularize(network)
+    assert float(network[0][0].weight.grad.abs().sum()) > 0
+    assert float(network[0][1].weight.grad.abs().sum()) == 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_repaired_is_refused_by_name(name: str) -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    with pytest.raises(ConfigError, match=f"`{name}`: torch-pruning"):
+        plan_by_criterion(network, space, name, budget_of(space))
+
+
+@pytest.mark.parametrize(
+    ("importance", "words"),
+    [
+        (tp.importance.TaylorImportance(), "leaves every BatchNorm out"),
+        (tp.importance.GroupTaylorImportance(), "leaves every BatchNorm out"),
+        (tp.importance.HessianImportance(), "last gradient only"),
+    ],
+)
+def test_shipped_ones_are_refused_as_objects_too(importance: Any, words: str) -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    with pytest.raises(ConfigError, match=words):
+        plan_by_criterion(network, space, importance, budget_of(space), data=data())
+
+
+def test_the_readme_names_them_all() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = text.split("| criterion | |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert sorted(named) == sorted([*CRITERIA, *REFUSED])
+
+
+# Bad input
+
+
+def test_unknown_words_list_the_known_ones() -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    with pytest.raises(ConfigError, match=r"`l3`: unknown; known: l1, l2"):
+        plan_by_criterion(network, space, "l3", budget_of(space))
+    with pytest.raises(ConfigError, match=r"scope `everywhere`: known: global, local"):
+        plan_by_criterion(network, space, "l1", budget_of(space), scope="everywhere")
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian", TaylorImportance()])
+def test_gradients_need_data(criterion: Any) -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    with pytest.raises(ConfigError, match="give `data`"):
+        plan_by_criterion(network, space, criterion, budget_of(space))
+    with pytest.raises(TrainingError, match="no batch"):
+        plan_by_criterion(network, space, criterion, budget_of(space), data=[])
+    broken = [(example(2) * float("nan"), torch.tensor([0, 1]))]
+    before = snapshot(network)
+    with pytest.raises(TrainingError, match="loss is nan"):
+        plan_by_criterion(network, space, criterion, budget_of(space), data=broken)
+    assert snapshot(network) == before
+
+
+def test_a_criterion_without_an_opinion_says_so() -> None:
+    network = tiny("biased")
+    space = trace(network, example())
+    with pytest.raises(PlanError, match=r"BNScaleImportance: gives no finite score .* 2 groups"):
+        plan_by_criterion(network, space, "bn-scale", budget_of(space))

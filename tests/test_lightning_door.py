@@ -1,0 +1,272 @@
+"""The Lightning door: gates inside `fit`, a smaller network at its end, resume from checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_tensors, snapshot
+from networks import example, tiny
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from wgates_plugin import rebuild
+from wgates_plugin.efficiency import MacsModel
+from wgates_plugin.errors import (
+    ConfigError,
+    InfeasibleTargetError,
+    MissingExtraError,
+    TrainingError,
+)
+from wgates_plugin.integrations.lightning import WGatesCallback
+from wgates_plugin.integrations.torch_pruning import WGatesPruner
+from wgates_plugin.strategies import WGatesSettings
+from wgates_plugin.verification import TOLERANCE, removal_error
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+SETTINGS = WGatesSettings(learning_rate=0.05)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, name: str = "residual", optimizers: int = 1) -> None:
+        super().__init__()
+        self.net = tiny(name).train()  # the Trainer leaves modes as it finds them
+        self.optimizers_wanted = optimizers
+        self.fail_at: int | None = None
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if self.fail_at is not None and self.global_step >= self.fail_at:
+            raise RuntimeError("the power went out")
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self.log("test_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        made = [
+            torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+            for _ in range(self.optimizers_wanted)
+        ]
+        return made[0] if len(made) == 1 else made
+
+
+def loader(batch: int = 8) -> DataLoader[Any]:
+    labels = torch.randint(5, (24,), generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(example(24), labels), batch_size=batch)
+
+
+def trainer(folder: Path, epochs: int, *callbacks: Any, **options: Any) -> Any:
+    return lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **{"enable_checkpointing": False, **options},
+    )
+
+
+def callback(**options: Any) -> WGatesCallback:
+    options = {"network": "net", "pruning_ratio": 0.5, "settings": SETTINGS, **options}
+    return WGatesCallback(example(), **options)
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped", "concat", "depthwise", "flattened"])
+@pytest.mark.parametrize("root", ["net", ""])
+def test_fit_ends_with_an_exactly_smaller_network(tmp_path: Path, name: str, root: str) -> None:
+    module = Module(name)
+    seen: list[Any] = []
+
+    class Watch(lightning.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(copy.deepcopy(pl_module.net.state_dict()))
+
+    gates = callback(network=root)
+    trainer(tmp_path, 2, gates, Watch()).fit(module, loader(), loader())
+    assert gates.monitor["step"] == 6.0
+    assert gates.plan is not None
+    assert gates.plan.widths != gates.plan.space.full_widths
+    dense = Module(name)
+    dense.net.load_state_dict(seen[0])
+    pair = (dense, module) if root == "" else (dense.net, module.net)
+    assert removal_error(*pair, gates.plan, example()) <= TOLERANCE
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
+    # Another fit is the fine-tuning.
+    shapes = [p.shape for p in module.parameters()]
+    trainer(tmp_path, 1, gates).fit(module, loader())
+    assert [p.shape for p in module.parameters()] == shapes
+    assert gates.monitor["step"] == 6.0
+
+
+def test_it_learns_what_a_loop_by_hand_learns(tmp_path: Path) -> None:
+    module = Module()
+    gates = callback(efficiency=MacsModel, target=9e4, pruning_ratio=None)
+    trainer(tmp_path, 2, gates).fit(module, loader())
+    by_hand = tiny("residual").train()
+    pruner = WGatesPruner(by_hand, example(), efficiency=MacsModel, target=9e4, settings=SETTINGS)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(2):
+        for inputs, labels in loader():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(by_hand(inputs), labels).backward()
+            pruner.regularize(by_hand)
+            optimizer.step()
+    pruner.step()
+    assert gates.plan is not None
+    assert pruner.plan is not None
+    assert gates.plan.kept == pruner.plan.kept
+    assert same_tensors(by_hand.state_dict(), module.net.state_dict())
+
+
+def test_accumulated_gradients_make_one_gate_step(tmp_path: Path) -> None:
+    gates = callback()
+    trainer(tmp_path, 2, gates, accumulate_grad_batches=3).fit(Module(), loader())
+    assert gates.monitor["step"] == 2.0
+
+
+def test_an_interrupted_fit_resumes_and_ends_in_the_same_place(tmp_path: Path) -> None:
+    whole, gates = Module(), callback()
+    trainer(tmp_path / "a", 3, gates).fit(whole, loader())
+
+    checkpoints = lightning.callbacks.ModelCheckpoint(
+        dirpath=tmp_path / "b", every_n_epochs=1, save_top_k=-1, filename="{epoch}"
+    )
+    broken = Module()
+    broken.fail_at = 4  # in the second epoch of three
+    first = callback()
+    with pytest.raises(RuntimeError, match="power"):
+        trainer(tmp_path, 3, first, checkpoints, enable_checkpointing=True).fit(broken, loader())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in broken.modules())
+    path = tmp_path / "b" / "epoch=0.ckpt"
+    resumed, second = Module(), callback()
+    trainer(tmp_path, 3, second).fit(resumed, loader(), ckpt_path=path)
+    assert second.monitor["step"] == 9.0
+    assert second.plan is not None
+    assert gates.plan is not None
+    assert second.plan.kept == gates.plan.kept
+    assert same_tensors(resumed.net.state_dict(), whole.net.state_dict())
+    assert "on_load_checkpoint" not in vars(resumed)
+
+
+def test_checkpoints_of_the_gate_phase_hold_the_whole_network(tmp_path: Path) -> None:
+    checkpoints = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    module, gates = Module(), callback()
+    trainer(tmp_path, 2, gates, checkpoints, enable_checkpointing=True).fit(module, loader())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["state_dict"]["net.0.0.weight"].shape == (8, 3, 3, 3)
+    assert module.net[0][0].out_channels == 4
+    # Going on from it continues the gate phase.
+    longer, more = Module(), callback()
+    trainer(tmp_path, 3, more).fit(longer, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert more.monitor["step"] == 9.0
+    assert longer.net[0][0].out_channels == 4
+
+
+def test_a_checkpoint_of_the_pruned_network_restores_it(tmp_path: Path) -> None:
+    module, gates = Module(), callback()
+    runner = trainer(tmp_path, 2, gates)
+    runner.fit(module, loader())
+    runner.save_checkpoint(tmp_path / "pruned.ckpt")
+    for stage in ("fit", "test"):
+        fresh, again = Module(), callback()
+        other = trainer(tmp_path, 3, again)
+        if stage == "fit":
+            other.fit(fresh, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+            assert len(fresh.losses) == 3
+        else:
+            other.test(fresh, loader(), ckpt_path=tmp_path / "pruned.ckpt", verbose=False)
+            assert same_tensors(fresh.net.state_dict(), module.net.state_dict())
+        assert [p.shape for p in fresh.parameters()] == [p.shape for p in module.parameters()]
+        assert again.plan is not None
+        assert gates.plan is not None
+        assert again.plan.kept == gates.plan.kept
+    saved = torch.load(tmp_path / "pruned.ckpt", weights_only=True)["state_dict"]
+    state = {name.removeprefix("net."): value for name, value in saved.items()}
+    assert gates.plan is not None
+    rebuilt = rebuild(tiny("residual"), gates.plan, state)
+    assert torch.equal(rebuilt(example()), module.net.eval()(example()))
+
+
+def test_checkpoints_while_fine_tuning_keep_the_optimizer(tmp_path: Path) -> None:
+    module, gates = Module(), callback()
+    trainer(tmp_path, 1, gates).fit(module, loader())
+    tuner = trainer(tmp_path, 1, gates)
+    tuner.fit(module, loader())
+    tuner.save_checkpoint(tmp_path / "tuned.ckpt")
+    moments = list(tuner.optimizers[0].state_dict()["state"].values())
+    fresh, again = Module(), callback()
+    found: list[Any] = []
+
+    class Watch(lightning.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            found.extend(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]).values())
+
+    trainer(tmp_path, 2, again, Watch()).fit(fresh, loader(), ckpt_path=tmp_path / "tuned.ckpt")
+    assert len(found) == len(moments)
+    for mine, theirs in zip(found, moments, strict=True):
+        assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"iterative_steps": 2}, ConfigError, "one `fit` makes one step"),
+        ({"average": lambda g: g}, ConfigError, "the Trainer's strategy"),
+        ({"network": "backbone"}, ConfigError, "`backbone`"),
+        ({"pruning_ratio": 3}, ConfigError, "0 to 1"),
+        ({"pruning_ratio": None, "target": 1.0}, InfeasibleTargetError, "out of reach"),
+    ],
+)
+def test_wrong_options_leave_the_network_as_found(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    module = Module()
+    before = snapshot(module.net)
+    with pytest.raises(error, match=words):
+        trainer(tmp_path, 1, callback(**options)).fit(module, loader())
+    assert snapshot(module.net) == before
+
+
+def test_several_optimizers_are_refused(tmp_path: Path) -> None:
+    module = Module(optimizers=2)
+    module.automatic_optimization = False
+    with pytest.raises(ConfigError, match="2 optimizers"):
+        trainer(tmp_path, 1, callback()).fit(module, loader())
+
+
+def test_a_fit_without_a_step_does_not_prune(tmp_path: Path) -> None:
+    module = Module()
+    with pytest.raises(TrainingError, match="before the gates learned"):
+        trainer(tmp_path, 1, callback(), limit_train_batches=0).fit(module, loader())
+    assert module.net[0][0].out_channels == 8
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
+
+
+def test_without_lightning_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "wgates_plugin.integrations.lightning"
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, name)
+    module = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(MissingExtraError, match=r"wgates-plugin\[lightning\]"):
+        module.WGatesCallback(example())

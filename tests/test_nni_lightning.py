@@ -1,0 +1,89 @@
+# ruff: noqa: E402
+"""The NNI door in Lightning's hands: their `LightningEvaluator` trains, our gates learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from wgates_plugin.catalogue.torchvision_import import import_torchvision
+
+pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
+import_torchvision()  # torchmetrics imports it, which a CPU build of torch alone cannot
+pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+
+import nni
+import torch
+from networks import example, tiny
+from nni.compression import LightningEvaluator
+from nni_helpers import batch
+from torch import Tensor, nn
+
+from wgates_plugin.errors import ConfigError
+from wgates_plugin.integrations.nni import WGatesPruner, remove
+from wgates_plugin.strategies import WGatesSettings
+from wgates_plugin.verification import TOLERANCE, relative_error
+
+SETTINGS = WGatesSettings(learning_rate=0.05)
+
+
+class Module(pl.LightningModule):
+    """A network inside a LightningModule, called directly by the training step."""
+
+    def __init__(self, *, traced: bool = True) -> None:
+        super().__init__()
+        self.net = tiny("residual").train()
+        self.make = nni.trace(torch.optim.SGD) if traced else torch.optim.SGD
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, given: Any, _: int) -> Tensor:
+        images, labels = given
+        return nn.functional.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters(), lr=0.02)
+
+
+@nni.trace
+class Batches(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader([batch(seed) for seed in range(4)], batch_size=None)
+
+
+def evaluator() -> LightningEvaluator:
+    trainer = nni.trace(pl.Trainer)(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return LightningEvaluator(trainer, Batches())
+
+
+@pytest.mark.parametrize("duration", [{"max_epochs": 1}, {"max_steps": 3}])
+def test_gates_learn_inside_the_trainer(duration: dict[str, int]) -> None:
+    module = Module()
+    pruner = WGatesPruner(
+        module, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator(), settings=SETTINGS
+    )
+    _, masks = pruner.compress(**duration)
+    assert pruner.gates.step == duration.get("max_steps", 4)
+    assert "on_before_optimizer_step" not in vars(module)
+    with torch.no_grad():
+        masked = module.eval()(example(4))
+        pruner.unwrap_model()
+        remove(module, masks, example())
+        assert relative_error(module.eval()(example(4)), masked) <= TOLERANCE
+    assert module.net[0][0].out_channels == 4
+
+
+def test_an_untraced_optimizer_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"nni.trace\(torch.optim.SGD\)"):
+        WGatesPruner(
+            Module(traced=False), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator(), 3
+        )

@@ -1,0 +1,203 @@
+"""The Lightning door: a callback that runs the gate phase inside `Trainer.fit`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.calling import ExampleInputs, device_of
+from wgates_plugin.catalogue.torchvision_import import import_torchvision
+from wgates_plugin.errors import ConfigError, MissingExtraError, TrainingError
+from wgates_plugin.integrations.torch_pruning import WGatesPruner
+from wgates_plugin.latency.base import require
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.training.evaluation import map_tensors
+
+
+def _lightning() -> Any:
+    if importlib.util.find_spec("lightning") and importlib.util.find_spec("torchvision"):
+        import_torchvision()  # torchmetrics does, and fails where its extension cannot load
+    return require("lightning.pytorch", extra="lightning", purpose="the Lightning callback")
+
+
+try:
+    _Callback: Any = _lightning().Callback
+except MissingExtraError:
+    _Callback = object  # making a callback then says what to install
+
+
+class WGatesCallback(_Callback):
+    """Gates learn along with the weights while `Trainer.fit` runs, and it ends with a smaller network.
+
+    Gates go on when `fit` starts and come off when it ends; the network is pruned last, after
+    the Trainer's own checkpoints are written. Fine-tune with another `fit`. An interrupted `fit`
+    leaves the network whole, with its gates off; `fit(..., ckpt_path=...)` continues where the
+    checkpoint was written. A checkpoint saved after the pruning restores the smaller network.
+
+    Args:
+        example_inputs: one batch for tracing: a tensor, a tuple of arguments or a dict.
+        network: attribute of the LightningModule that is pruned, dotted; "" for itself. It must be
+            what `training_step` calls.
+        options: those of `WGatesPruner`: `efficiency`, `target`, `pruning_ratio`, ...
+
+    Attributes:
+        pruner: the `WGatesPruner` of this `fit`, for its plan. monitor: the last step's values, which
+            are logged as `gates/...`.
+
+    Raises:
+        MissingExtraError: Lightning is not installed.
+        ConfigError: iterative steps, several optimizers, or no such network.
+
+    Example::
+
+        callback = WGatesCallback(images, network="net", efficiency=lpnet, target=8.0)
+        Trainer(max_epochs=10, callbacks=[callback]).fit(module, loader)
+    """
+
+    def __init__(self, example_inputs: ExampleInputs, *, network: str = "", **options: Any) -> None:
+        _lightning()
+        super().__init__()
+        problems = []
+        if options.get("iterative_steps", 1) != 1:
+            problems.append("iterative_steps: one `fit` makes one step; call `fit` once for each")
+        if "average" in options:
+            problems.append("average: the Trainer's strategy does that")
+        if problems:
+            raise ConfigError("WGatesCallback", problems)
+        self.example_inputs, self.network, self.options = example_inputs, network, options
+        self.pruner: WGatesPruner | None = None
+        self.monitor: dict[str, float] = {}
+        self._state: dict[str, Any] = {}
+        self._loaded: dict[str, Any] | None = None
+        self._removal: Iterator[Any] | None = None
+        self._hooked, self._own_hook = False, None
+        self._fine_tuning = False
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """What stayed, once the network is pruned."""
+        return None if self.pruner is None else self.pruner.plan
+
+    def _target(self, module: nn.Module) -> nn.Module:
+        try:
+            return module.get_submodule(self.network)
+        except AttributeError as error:
+            raise ConfigError(
+                "WGatesCallback", [f"network `{self.network}`: {error}; give its dotted name"]
+            ) from error
+
+    def _make(self, module: nn.Module, average: Callable[[Tensor], Tensor] | None) -> WGatesPruner:
+        network = self._target(module)
+        device = device_of(network)
+        inputs = map_tensors(lambda tensor: tensor.to(device), self.example_inputs)
+        return WGatesPruner(network, inputs, average=average, **self.options)
+
+    # Hooks, in the order in which the Trainer calls them
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before a checkpoint is read: one of a pruned network needs a network as small."""
+        self._target(pl_module)
+        self._unhook(pl_module)
+        if self.plan is not None:
+            return
+        # The Trainer restores callbacks after weights; this hook of the module comes before both.
+        self._own_hook = vars(pl_module).get("on_load_checkpoint")
+        own = pl_module.on_load_checkpoint
+        key = self.state_key
+
+        def shrink_first(checkpoint: dict[str, Any]) -> None:
+            self._unhook(pl_module)
+            state = checkpoint.get("callbacks", {}).get(key, {})
+            if state.get("pruner", {}).get("kept") is not None:
+                self.pruner = self._make(pl_module, None)
+                self.pruner.load_state_dict(state["pruner"])
+                if not state["fine_tuning"]:  # moments of weights that are gone
+                    for optimizer in checkpoint.get("optimizer_states", []):
+                        optimizer["state"] = {}
+            own(checkpoint)
+
+        pl_module.on_load_checkpoint = shrink_first
+        self._hooked = True
+
+    def _unhook(self, module: Any) -> None:
+        if self._hooked:
+            del module.on_load_checkpoint
+            if self._own_hook is not None:
+                module.on_load_checkpoint = self._own_hook
+            self._hooked, self._own_hook = False, None
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._unhook(pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until `fit` starts, when the network is in its place."""
+        self._loaded = state_dict.get("pruner")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach the gates, and bring them to where the checkpoint left them."""
+        self._unhook(pl_module)
+        self._fine_tuning = self.plan is not None
+        if self._fine_tuning:
+            return
+        if len(trainer.optimizers) != 1:
+            raise ConfigError(
+                "WGatesCallback",
+                [f"{len(trainer.optimizers)} optimizers: gates step with one; train with one"],
+            )
+
+        def average(gradient: Tensor) -> Tensor:
+            return torch.as_tensor(trainer.strategy.reduce(gradient, reduce_op="mean"))
+
+        self.pruner = self._make(pl_module, average)
+        if self._loaded is not None:
+            self.pruner.load_state_dict(self._loaded)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Gradients are complete, accumulated ones included: step the gates."""
+        if self.pruner is None or self.plan is not None:
+            return
+        self.monitor = self.pruner.regularize(self.pruner.model)
+        pl_module.log_dict({f"gates/{name}": value for name, value in self.monitor.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gates as they stand, or what stayed: tensors and plain values."""
+        if self._removal is not None:
+            return self._state  # decided, not yet removed: the weights are still whole
+        if self.pruner is None:
+            return {}
+        return {"pruner": self.pruner.state_dict(), "fine_tuning": self._fine_tuning}
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Decide and take the gates off; the checkpoints of this `fit` keep the whole network."""
+        if self.pruner is not None and self.plan is None and self.pruner.gates.step > 0:
+            self._state = self.state_dict()
+            self._removal = self.pruner.step(interactive=True)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Remove the closed channels exactly.
+
+        Raises:
+            TrainingError: the gates never learned.
+        """
+        if self._removal is not None:
+            for group in self._removal:
+                group.prune()
+            self._removal, self._state = None, {}
+        elif self.pruner is not None and self.plan is None:
+            self.pruner.detach()
+            self.pruner = None
+            raise TrainingError(
+                "WGatesCallback: `fit` ended before the gates learned, nothing was pruned; give "
+                "the Trainer at least one optimizer step"
+            )
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the network whole and without gates."""
+        self._unhook(pl_module)
+        if self.pruner is not None and self.plan is None:
+            self.pruner.detach()
+            self.pruner = self._removal = None

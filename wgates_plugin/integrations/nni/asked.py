@@ -1,0 +1,126 @@
+"""What a pruner is asked for, beside its config list: checked against it, and made into a budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
+from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
+from wgates_plugin.errors import ConfigError
+from wgates_plugin.integrations.nni.choices import LayerChoice
+from wgates_plugin.integrations.nni.selection import Selection, select_groups
+from wgates_plugin.strategies.wgates import WGatesSettings
+from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, Target
+
+Efficiency = EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel]
+
+
+def contradictions(
+    choices: dict[str, LayerChoice], efficiency: object, target: object, *, by_ratio: bool
+) -> list[str]:
+    problems = []
+    ratios = [name for name, choice in choices.items() if choice.ratio is not None]
+    if not by_ratio and ratios:
+        shown = ", ".join(f"`{name}`" for name in ratios[:3]) + " ..." * (len(ratios) > 3)
+        problems.append(
+            f"sparse_ratio of {shown} together with a target: the target decides how much each layer "
+            "loses; drop one of them (max_sparse_ratio and min_sparse_ratio may stay)"
+        )
+    if by_ratio and efficiency is not None:
+        problems.append("efficiency without a target: give `target` in the model's unit")
+    if isinstance(efficiency, Budget) and target is not None:
+        problems.append("a Budget holds its targets: leave out `target`")
+    if isinstance(target, LatencyTarget) and efficiency is None:
+        problems.append("a LatencyTarget needs an `LPNet` of this network as `efficiency`")
+    if isinstance(target, (MacsTarget, ParametersTarget)) and efficiency is not None:
+        problems.append(f"{type(target).__name__} says what is limited: leave out `efficiency`")
+    if by_ratio and choices and not ratios:
+        problems.append(
+            "neither `target` nor any sparse_ratio: say how much is to go, for the whole network or "
+            "in the config list"
+        )
+    return problems
+
+
+def duration_problems(
+    training_steps: object, evaluator: object, settings: WGatesSettings
+) -> list[str]:
+    problems = []
+    if training_steps is not None and (
+        isinstance(training_steps, bool)
+        or not isinstance(training_steps, int)
+        or training_steps < 0
+    ):
+        problems.append(f"training_steps is {training_steps!r}, needs a whole number from 0")
+    if evaluator is None and training_steps != 0:
+        problems.append(
+            "no evaluator: gates learn in its training; give one, or training_steps=0 to decide by "
+            "filter norms"
+        )
+    if settings.start == "open" and not training_steps:
+        problems.append(
+            'settings start="open" slide the target over the phase: give training_steps'
+        )
+    return problems
+
+
+def checked_selection(
+    space: ChannelSpace, choices: dict[str, LayerChoice], by_ratio: bool
+) -> Selection:
+    selection = select_groups(space, choices, by_ratio=by_ratio)
+    if not selection.chosen and not selection.problems:
+        why = "; ".join(f"`{name}`: {reason}" for name, reason in selection.left_out.items())
+        selection.problems.append(f"no layer that the config names can be pruned ({why})")
+    if selection.problems:
+        raise ConfigError("WGatesPruner", selection.problems)
+    return selection
+
+
+def budget_of(
+    space: ChannelSpace,
+    selection: Selection,
+    efficiency: Efficiency | None,
+    target: float | Target | None,
+) -> Budget:
+    """What the config's ratios, or efficiency and target, come to."""
+    if isinstance(efficiency, Budget):
+        return efficiency
+    full = torch.tensor(space.full_widths, dtype=torch.float64)
+    if target is None:
+        macs = MacsModel(space)
+        # Ratios fix the widths between floors and caps; the largest of them set no limit of their own.
+        largest = torch.tensor([group.cap for group in space.groups], dtype=torch.float64)
+        return Budget.of(Limit(macs, float(macs(largest))), *selection.limits)
+    model: EfficiencyModel
+    if isinstance(target, ParametersTarget):
+        model = ParametersModel(space)
+    elif efficiency is None:
+        model = MacsModel(space)
+    elif isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
+        model = efficiency(space)
+    else:
+        model = efficiency
+    if getattr(model, "fingerprint", space.fingerprint) != space.fingerprint:
+        raise ConfigError(
+            "WGatesPruner",
+            [f"{model.name}: made for another network; make it from this network's channel space"],
+        )
+    if isinstance(target, (LatencyTarget, MacsTarget, ParametersTarget)):
+        if isinstance(target, LatencyTarget) and target.bound == "upper":
+            upper = getattr(model, "upper", None)
+            model = upper() if upper is not None else model
+        amount = target.resolve(float(model(full)))
+    else:
+        amount = target
+    budget = Budget.of(Limit(model, amount))
+    if float(budget.excess(full)) <= 0:
+        warnings.warn(
+            "WGatesPruner: the network is within its budget as it is "
+            f"({budget.describe(full)}); nothing will be removed",
+            stacklevel=3,
+        )
+    return budget

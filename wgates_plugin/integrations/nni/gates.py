@@ -1,0 +1,123 @@
+"""Gates on a network whose layers NNI has wrapped.
+
+A wrapper takes the weight away from its layer, trains a parameter of its own, and hands the layer a
+masked (or quantised) copy on every call. Gates therefore multiply that copy, and scores read the
+wrapper's parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.gating import Gating, gated_weight
+from wgates_plugin.strategies.wgates import WGates, WGatesSettings
+
+
+def wrapper_of(module: nn.Module) -> Any | None:
+    """The NNI wrapper that holds the module's weight, if there is one."""
+    if "weight" in module._parameters:
+        return None
+    return module._modules.get("_nni_wrapper")
+
+
+class WrappedGating(Gating):
+    """`Gating` that multiplies what NNI's wrappers hand to their layers."""
+
+    def attach(self) -> Gating:
+        if self.attached:
+            return self
+        super().attach()
+        # A LightningModule's training step may call the network inside it instead of itself.
+        trunk = _trunk(self.network, [name for name, _ in self.space.slots_of])
+        if trunk is not self.network:
+            self._handles.append(trunk.register_forward_pre_hook(self._open))
+            self._handles.append(trunk.register_forward_hook(self._close, always_call=True))
+        return self
+
+    def _shadow(self, module: nn.Module, _: Any) -> None:
+        wrapper = wrapper_of(module)
+        if wrapper is None or self._extended is None:
+            super()._shadow(module, _)
+            return
+        gates = self._extended[self._indices[module]]
+        plain = wrapper.patch_params
+
+        def patch_params(targets: dict[str, Tensor]) -> dict[str, Tensor]:
+            patched: dict[str, Tensor] = plain(targets)
+            patched["weight"] = gated_weight(module, patched["weight"], gates)
+            return patched
+
+        wrapper.__dict__["patch_params"] = patch_params
+
+    @staticmethod
+    def _unshadow(module: nn.Module, *_: Any) -> None:
+        Gating._unshadow(module)
+        wrapper = module._modules.get("_nni_wrapper")
+        if wrapper is not None:
+            wrapper.__dict__.pop("patch_params", None)
+
+
+def _trunk(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The smallest module that holds all these layers."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return network.get_submodule(".".join(shared))
+
+
+@contextmanager
+def trained_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block, `module.weight` is what the wrapper trains, times the mask it has already."""
+    shadowed = []
+    for module in modules:
+        wrapper = wrapper_of(module)
+        weight = None if wrapper is None else wrapper._parameters.get("weight")
+        if wrapper is None or weight is None:
+            continue
+        mask = wrapper._buffers.get("weight_mask")
+        module.__dict__["weight"] = weight if mask is None else weight * mask
+        shadowed.append(module)
+    try:
+        yield
+    finally:
+        for module in shadowed:
+            module.__dict__.pop("weight", None)
+
+
+def wrapped_gates(
+    network: nn.Module,
+    space: ChannelSpace,
+    budget: Budget,
+    settings: WGatesSettings,
+    *,
+    steps: int | None,
+) -> WGates:
+    """The `WGates` of a network that NNI has wrapped."""
+    found = dict(network.named_modules())
+    producers = [
+        found[slot.module] for group in space.groups for slot in group.slots_as("producer")
+    ]
+    with trained_weights(producers):
+        gates = WGates(network, space, budget, settings, steps=steps)
+    gates.gating = WrappedGating(network, space, gates.gating.source)
+    inside: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        inside.append(trained_weights(producers))
+        inside[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        inside.pop().__exit__(None, None, None)
+
+    gates.scores.register_forward_pre_hook(enter)
+    gates.scores.register_forward_hook(leave, always_call=True)
+    return gates

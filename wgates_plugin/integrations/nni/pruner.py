@@ -1,0 +1,362 @@
+"""`WGatesPruner`: W-Gates where NNI's users have `TaylorPruner` or `SlimPruner`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from nni.compression import LightningEvaluator
+from nni.compression.base.compressor import Compressor, Pruner
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.dependencies import DependencyTrace
+from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.errors import ConfigError, PlanError, TrainingError
+from wgates_plugin.integrations.nni.asked import (
+    Efficiency,
+    budget_of,
+    checked_selection,
+    contradictions,
+    duration_problems,
+)
+from wgates_plugin.integrations.nni.choices import ConfigList, missing_entries, read_config
+from wgates_plugin.integrations.nni.evaluators import evaluator_problems, example_from
+from wgates_plugin.integrations.nni.gates import wrapped_gates
+from wgates_plugin.integrations.nni.masks import (
+    Masks,
+    closed_units,
+    flags_of,
+    masks_from,
+    needed_targets,
+    open_readers,
+    out_targets,
+)
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.budgeting import check_feasible, plan_for_budget
+from wgates_plugin.strategies.gate_functions import widths_of
+from wgates_plugin.strategies.wgates import WGatesSettings
+from wgates_plugin.targets import Target
+from wgates_plugin.verification import check_traced
+
+
+class WGatesPruner(Pruner):
+    """W-Gates as an NNI pruner: gates learn in the evaluator's training, masks come out.
+
+    The config list says which layers may shrink. How far, either it says too (`sparse_ratio`, per
+    layer or over a `global_group_id`), or `target` does for the whole network, in milliseconds,
+    MACs or parameters. Coupled layers are found by tracing; `dependency_group_id`s are checked, not
+    needed. Masks close channels wherever they would come to life again (BatchNorms, depthwise
+    convolutions), so that the masked network computes what `remove` leaves.
+
+    Args:
+        model: the network; wrapped by NNI until `unwrap_model()`.
+        config_list: NNI's, with `op_types`, `op_names`, `op_names_re`, `exclude_*`, `sparse_ratio`
+            or `max_sparse_ratio`, `min_sparse_ratio`, `global_group_id`, `granularity`.
+        evaluator: whose training the gates learn in.
+        training_steps: optimizer steps with gates; None takes `compress`'s own duration, 0 decides
+            by filter norms, without training and evaluator.
+        existed_wrappers: used by `from_compressor`.
+        example_inputs: what to trace the network on; by default the evaluator's dummy input, or
+            the first batch that its training calls the model with.
+        efficiency: what `target` limits: `LPNet`, `MacsModel`, `ParametersModel`, a function of the
+            channel space that returns one, or a `Budget` of several limits. By default MACs.
+        target: the limit in the model's unit, or a `MacsTarget`, `ParametersTarget` or
+            `LatencyTarget` (which needs an `LPNet`).
+        settings: how gates learn.
+        min_channels: least width of every layer.
+
+    Attributes:
+        plan: the decided plan, None before `compress`.
+        left_out: layer that the config names -> why all its channels stay.
+
+    Raises:
+        ConfigError, TraceError, InfeasibleTargetError: before the network is wrapped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: ConfigList,
+        evaluator: Evaluator | None = None,
+        training_steps: int | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        example_inputs: ExampleInputs | None = None,
+        efficiency: Efficiency | None = None,
+        target: float | Target | None = None,
+        settings: WGatesSettings | None = None,
+        min_channels: int = 1,
+    ) -> None:
+        settings = settings or WGatesSettings()
+        by_ratio = target is None and not isinstance(efficiency, Budget)
+        read = read_config(model, config_list)
+        choices, problems = read.choices, list(read.problems)
+        problems += contradictions(choices, efficiency, target, by_ratio=by_ratio)
+        problems += duration_problems(training_steps, evaluator, settings)
+        if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
+            problems.append(
+                "the network is wrapped by another compressor; use "
+                "`WGatesPruner.from_compressor(compressor, config_list, ...)`"
+            )
+        elif evaluator is not None:
+            problems += evaluator_problems(evaluator, model)
+        if problems:
+            raise ConfigError("WGatesPruner", problems)
+        if example_inputs is None:
+            example_inputs = example_from(evaluator, model)
+        traced = DependencyTrace(model, example_inputs)
+        if not traced.keeps_channel_order:
+            check_traced(model, traced.space(), example_inputs)
+        selection = checked_selection(traced.space(min_channels=min_channels), choices, by_ratio)
+        # Groups the config leaves alone stay in the space at full width: an LPNet of the whole
+        # network then fits, whatever is pruned.
+        space = traced.space(floors=selection.floors, caps=selection.caps)
+        budget = budget_of(space, selection, efficiency, target)
+        check_feasible(space, budget, settings.grid)
+        self._readers = open_readers(model, space, example_inputs, selection.chosen)
+        self._needed = needed_targets(
+            model, out_targets(model, space, selection.chosen), self._readers
+        )
+        wrapped = {name: set(keys) for name, keys in read.wrapped.items()}
+        for name, wrapper in (existed_wrappers or {}).items():
+            wrapped.setdefault(name, set()).update(wrapper.pruning_target_spaces)
+        super().__init__(
+            model=model,
+            config_list=read.entries + missing_entries(self._needed, wrapped),
+            evaluator=evaluator,
+            existed_wrappers=existed_wrappers,
+        )
+        self._sort(model)
+        self.evaluator: Evaluator | None
+        self.training_steps = training_steps
+        self.space, self.budget = space, budget
+        self.left_out = selection.left_out
+        self.plan: PruningPlan | None = None
+        self.gates = wrapped_gates(model, space, budget, settings, steps=training_steps or None)
+        self._undo: Callable[[], None] | None = None
+        self._last_step: int | None = None
+        self._steps_done = 0
+        if self.left_out:
+            shown = "; ".join(f"`{name}`: {why}" for name, why in list(self.left_out.items())[:8])
+            more = f"; and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
+            warnings.warn(f"WGatesPruner: layers that stay whole: {shown}{more}", stacklevel=2)
+
+    @classmethod
+    def from_compressor(
+        cls,
+        compressor: Compressor,
+        new_config_list: ConfigList,
+        training_steps: int | None = None,
+        *,
+        evaluator: Evaluator | None = None,
+        **options: Any,
+    ) -> WGatesPruner:
+        """Go on from another compressor: its wrappers stay, its evaluator is used if it has one.
+
+        What it has masked stays masked. See the class for `options`.
+        """
+        was_wrapped = compressor._is_wrapped
+        try:
+            pruner: WGatesPruner = super().from_compressor(
+                compressor,
+                new_config_list,
+                training_steps=training_steps,
+                evaluator=evaluator,
+                **options,
+            )
+        except BaseException:
+            if was_wrapped and not compressor._is_wrapped:
+                compressor.wrap_model()
+            raise
+        return pruner
+
+    def _sort(self, model: nn.Module) -> None:
+        """Wrappers in `named_modules()` order: NNI keeps them in the order of a set."""
+        order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+        for attribute in ("_module_wrappers", "_target_spaces"):
+            table = getattr(self, attribute)
+            setattr(self, attribute, dict(sorted(table.items(), key=lambda item: order[item[0]])))
+
+    def compress(
+        self, max_steps: int | None = None, max_epochs: int | None = None
+    ) -> tuple[nn.Module, Masks]:
+        """Learn the gates in the evaluator's training, decide, and return the model and its masks.
+
+        Args:
+            max_steps, max_epochs: length of the training; by default `training_steps`. What is
+                left of it after `training_steps` trains the masked network on.
+
+        Raises:
+            ConfigError: no duration, or one shorter than `training_steps`.
+            PlanError: compressed already. TrainingError: the training broke down.
+        """
+        if self.plan is not None:
+            raise PlanError(
+                "WGatesPruner.compress: this network is compressed already; chain another pruner "
+                "with `from_compressor`, or unwrap it and remove the channels"
+            )
+        if max_steps is None and max_epochs is None:
+            max_steps = self.training_steps
+        elif max_steps is not None and max_steps < (self.training_steps or 1):
+            raise ConfigError(
+                "WGatesPruner.compress",
+                [f"max_steps {max_steps} end before training_steps {self.training_steps or 1}"],
+            )
+        if max_steps is None and max_epochs is None:
+            raise ConfigError(
+                "WGatesPruner.compress",
+                [
+                    "how long may the gates learn? give `training_steps`, `max_steps` or `max_epochs`"
+                ],
+            )
+        if self.training_steps == 0 and not max_epochs and not max_steps:
+            self._decide()
+            return self.bound_model, self.get_masks()
+        if isinstance(self.evaluator, LightningEvaluator) and max_steps is not None:
+            # NNI sets a number of steps in a way that Lightning 2 no longer has.
+            self._last_step, max_steps = max_steps, None
+            max_epochs = -1 if max_epochs is None else max_epochs
+        with self._detached_on_error():
+            model, masks = super().compress(max_steps, max_epochs)
+        return model, masks
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        self._fusion_compress(max_steps, max_epochs)
+
+    @contextmanager
+    def _detached_on_error(self) -> Any:
+        try:
+            yield
+        except BaseException:
+            self._release()
+            if self.evaluator is not None and self.evaluator.model is not None:
+                self.evaluator.unbind_model()
+            raise
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        if self.plan is not None:  # an earlier link of a chain: its masks work by themselves
+            return
+        self.gates.attach()
+        if self.training_steps == 0:
+            self._decide()
+            return
+        if isinstance(evaluator, LightningEvaluator):
+            # Lightning computes gradients inside `optimizer.step(closure)`, which is too late.
+            self._undo = _before_optimizer_step(evaluator.model, self._learn)
+            evaluator.patch_optimizer_step([], [self._decide_when_due, self._stop_when_due])
+        else:
+            evaluator.patch_optimizer_step([self._learn], [self._decide_when_due])
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        if self.plan is None:
+            if 0 < self.gates.step < (self.training_steps or 0):
+                warnings.warn(
+                    f"WGatesPruner: the evaluator's training ended after {self.gates.step} of "
+                    f"{self.training_steps} steps; the masks are decided as far as gates learned",
+                    stacklevel=2,
+                )
+            self._decide()
+        self._release()
+
+    def _learn(self) -> None:
+        if self.plan is None:
+            self.gates.regularize()
+
+    def _decide_when_due(self) -> None:
+        if self.plan is None and self.gates.step == self.training_steps:
+            self._decide()
+
+    def _stop_when_due(self) -> None:
+        self._steps_done += 1
+        if self._last_step is not None and self._steps_done >= self._last_step:
+            assert self.evaluator is not None
+            self.evaluator.model.trainer.should_stop = True
+
+    def _decide(self) -> None:
+        """Turn scores into a plan and the plan into masks; the gates come off."""
+        if self.training_steps != 0 and self.gates.step == 0:
+            raise TrainingError(
+                "WGatesPruner: the gates never learned; the evaluator's training made no optimizer "
+                "step on the wrapped model"
+            )
+        masks = self.generate_masks()
+        self._release()
+        self.update_masks(masks)
+
+    def _release(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        self.gates.detach()
+
+    def _collect_data(self) -> dict[str, dict[str, Tensor]]:
+        """The weights that are scored: those of every chosen convolution and linear layer."""
+        producers = {
+            slot.module for group in self.space.groups for slot in group.slots_as("producer")
+        }
+        return {
+            name: {"weight": wrapper.weight.detach().clone()}
+            for name, wrapper in self._module_wrappers.items()
+            if name in producers and name in self._needed
+        }
+
+    def _calculate_metrics(
+        self, data: dict[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The score of each output channel, (C, 1, ...) as NNI's pruners have it."""
+        scores = torch.cat([self.gates.unit_scores().cpu(), torch.zeros(1)])
+        metrics = {}
+        for name, held in data.items():
+            index = self.space.unit_index(name, "out")
+            assert index is not None
+            by_channel = scores[torch.from_numpy(index)]
+            metrics[name] = {"weight": by_channel.view(-1, *[1] * (held["weight"].dim() - 1))}
+        return metrics
+
+    def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> Masks:
+        """The plan that the scores stand for under the budget, as masks."""
+        scores = self.gates.unit_scores().cpu()
+        for name, held in metrics.items():
+            index = torch.from_numpy(self.space.unit_index(name, "out"))
+            owned = index < self.space.total_units
+            scores[index[owned]] = held["weight"].flatten()[owned]
+        grid = self.gates.settings.grid
+        widths = widths_of(self.space, scores, grid)
+        plan = plan_for_budget(self.space, scores, widths, self.budget, grid, strategy="wgates")
+        # What earlier links of a chain have closed scores lowest, and stays closed in any case.
+        earlier = closed_units(self.bound_model, self.space, self.get_masks())
+        self.plan = PruningPlan.from_masks(self.space, plan.mask & ~earlier, **plan.note)
+        wrappers = self._module_wrappers
+        spaces = {
+            name: {key: wrappers[name].pruning_target_spaces[key] for key in keys}
+            for name, keys in self._needed.items()
+        }
+        masks = masks_from(
+            flags_of(self.plan),
+            self.bound_model,
+            self.space,
+            {name: {k: held.target for k, held in keys.items()} for name, keys in spaces.items()},
+            self._readers,
+        )
+        for name, keys in spaces.items():
+            for key, held in keys.items():
+                masks[name][key] = masks[name][key] * held.mask  # what a chain has masked before
+        return masks
+
+
+def _before_optimizer_step(module: Any, task: Callable[[], None]) -> Callable[[], None]:
+    """Run `task` when Lightning has the gradients of a step; returns what takes it away again."""
+    original = module.on_before_optimizer_step
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        task()
+        return original(*args, **kwargs)
+
+    module.__dict__["on_before_optimizer_step"] = patched
+    return lambda: module.__dict__.pop("on_before_optimizer_step", None)

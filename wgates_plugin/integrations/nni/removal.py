@@ -1,0 +1,260 @@
+"""Physical removal of masked channels: through torch-pruning, exact, or through NNI's ModelSpeedup."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import torch
+from nni.compression.speedup import ModelSpeedup
+from torch import Tensor, nn
+
+from wgates_plugin import surgery
+from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.dependencies import DependencyTrace
+from wgates_plugin.errors import ConfigError, SurgeryError
+from wgates_plugin.integrations.nni.masks import (
+    AnyMasks,
+    closed_units,
+    masked,
+    out_dim,
+    seen_when_closed,
+)
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.verification import TOLERANCE, check_traced, relative_error
+
+
+def remove(
+    model: nn.Module,
+    masks: AnyMasks,
+    example_inputs: ExampleInputs,
+    *,
+    align: bool = False,
+) -> nn.Module:
+    """Remove the channels that masks close, in place; the result computes what the masked network did.
+
+    Works with the masks of any NNI pruner, after `unwrap_model()`. A channel goes when the masks of
+    all layers that make it are zero; whatever else is masked (single weights, a channel that only
+    one of two coupled layers gave up) is kept as zeros.
+
+    Args:
+        align: when channels that masks close come to life again behind them (a BatchNorm turns zero
+            into its shift), remove them all the same. The function then changes by these shifts.
+
+    Raises:
+        ConfigError: the masks do not fit the network, or would empty a layer; all problems at once.
+        SurgeryError: closed channels come to life again, and `align` is False.
+        TraceError: the network cannot be traced.
+    """
+    _check_masks(model, masks)
+    traced = DependencyTrace(model, example_inputs)
+    space = traced.space()
+    if not traced.keeps_channel_order:
+        check_traced(model, space, example_inputs)
+    plan = plan_from_masks(model, space, masks, example_inputs, align=align)
+    expected = None if align else _masked_output(model, masks, example_inputs)
+    found = dict(model.named_modules())
+    for name, targets in masks.items():
+        for key, mask in targets.items():
+            parameter = found[name]._parameters.get(key)
+            if mask is not None and parameter is not None:
+                parameter.data.mul_(mask.to(parameter))
+    surgery.remove(model, plan, traced=traced)
+    if expected is not None:
+        _compare(model, expected, example_inputs, "removal")
+    return model
+
+
+def plan_from_masks(
+    model: nn.Module,
+    space: ChannelSpace,
+    masks: AnyMasks,
+    example_inputs: ExampleInputs,
+    *,
+    align: bool = False,
+) -> PruningPlan:
+    """The plan that masks stand for; the model is unwrapped and left as found.
+
+    Raises:
+        ConfigError: a layer would be empty. SurgeryError: see `remove`.
+    """
+    closed = closed_units(model, space, masks)
+    problems = [
+        f"group `{group.name}`: masks close all {group.channels} channels of "
+        + ", ".join(f"`{slot.module}`" for slot in group.slots_as("producer"))
+        + "; keep at least one"
+        for index, group in enumerate(space.groups)
+        if bool(closed[space.unit_slice(index)].all())
+    ]
+    if problems:
+        raise ConfigError("masks", problems)
+    flags = torch.cat([~closed, torch.ones(1, dtype=torch.bool)])
+    if not align:
+        _refuse_revived(model, space, masks, example_inputs, flags)
+    return PruningPlan.from_masks(space, flags[:-1], strategy="nni-masks")
+
+
+def _refuse_revived(
+    model: nn.Module,
+    space: ChannelSpace,
+    masks: AnyMasks,
+    example_inputs: ExampleInputs,
+    flags: Tensor,
+) -> None:
+    """Refuse masks behind which a closed channel is not zero where it is read."""
+    seen = seen_when_closed(model, space, example_inputs, flags, masks)
+    guilty: dict[str, list[str]] = {}
+    for name, alive in seen.items():
+        module = model.get_submodule(name)
+        mask = masks.get(name, {}).get("weight")
+        if mask is not None:
+            alive = alive & _read_channels(module, mask)
+        index = space.unit_index(name, "in")
+        assert index is not None
+        for unit in torch.from_numpy(index)[alive].unique().tolist():
+            group = next(g for g in range(len(space.groups)) if unit < space.offsets[g + 1])
+            readers = guilty.setdefault(space.groups[group].name, [])
+            if name not in readers:
+                readers.append(name)
+    if not guilty:
+        return
+    lines = []
+    for group_name, readers in guilty.items():
+        followers = [
+            slot.module
+            for slot in space.group(group_name).slots_as("passenger")
+            if slot.module not in masks
+        ]
+        lines.append(
+            f"`{group_name}`: read by {', '.join(f'`{name}`' for name in readers)}"
+            + (f", not masked: {', '.join(f'`{name}`' for name in followers)}" if followers else "")
+        )
+    shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+    raise SurgeryError(
+        f"masks: closed channels come to life again before they are read, in {len(lines)} group"
+        f"{'s' * (len(lines) > 1)} "
+        f"({shown}), so the network without them would compute something else; mask the norms too "
+        "(`make_config` aligns them), or remove all the same with align=True"
+    )
+
+
+def _read_channels(module: nn.Module, mask: Tensor) -> Tensor:
+    """Input channels (C_in,) that a weight mask lets through."""
+    out = out_dim(module)
+    groups = int(getattr(module, "groups", 1))
+    if groups == 1:
+        others = [d for d in range(mask.dim()) if d != 1 - out]
+        return (mask != 0).sum(others).cpu() > 0
+    # (C_out, C_in/groups, ...) -> (groups, C_out/groups, C_in/groups, ...)
+    split = (mask != 0).view(groups, mask.shape[0] // groups, *mask.shape[1:])
+    return split.sum([1, *range(3, split.dim())]).flatten().cpu() > 0
+
+
+def speedup(model: nn.Module, masks: AnyMasks, example_inputs: ExampleInputs) -> nn.Module:
+    """NNI's own `ModelSpeedup` with these masks, in place, on today's torch.
+
+    Its own tracer fails from torch 2.2 on, so the graph comes from `torch.fx.symbolic_trace`. It takes
+    many times as long as `remove`. The result is compared with the masked network.
+
+    Raises:
+        ConfigError: the masks do not fit the network.
+        SurgeryError: torch.fx cannot trace the network, ModelSpeedup fails, or what it leaves
+            computes something else; the model is then not to be used any more.
+    """
+    _check_masks(model, masks)
+    expected = _masked_output(model, masks, example_inputs)
+    copies = {
+        name: {key: mask.clone() for key, mask in targets.items() if mask is not None}
+        for name, targets in masks.items()
+    }
+    inputs = example_inputs
+    if isinstance(inputs, dict):
+        raise ConfigError("speedup", ["example_inputs by name: ModelSpeedup takes positions only"])
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        with left_as_found(model), _silent():
+            model.eval()  # in train mode its dry runs would move the norms' statistics
+            graph = torch.fx.symbolic_trace(model)
+            ModelSpeedup(model, inputs, copies, graph_module=graph).speedup_model()
+        for name, module in model.named_modules():
+            module.training = modes.get(name, model.training)
+    except (ConfigError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise SurgeryError(
+            f"ModelSpeedup fails on {type(model).__name__} ({type(error).__name__}: {error}); use "
+            "`remove`, which goes through torch-pruning"
+        ) from error
+    _compare(model, expected, example_inputs, "ModelSpeedup")
+    return model
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep out NNI's report on every node of the graph."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _check_masks(model: nn.Module, masks: AnyMasks) -> None:
+    """Collect all that does not fit, and refuse it at once."""
+    found = dict(model.named_modules())
+    problems = []
+    if any("_nni_wrapper" in module._modules for module in found.values()):
+        problems.append("the network is still wrapped by NNI; call `pruner.unwrap_model()` first")
+        raise ConfigError("masks", problems)
+    for name, targets in masks.items():
+        module = found.get(name)
+        if module is None:
+            problems.append(f"`{name}` is not in the network; the masks are for another one")
+            continue
+        for key, mask in targets.items():
+            if mask is None:
+                continue
+            if key.startswith("_"):
+                problems.append(f"`{name}`: a mask of `{key}` removes no channel; mask weights")
+                continue
+            parameter = module._parameters.get(key)
+            if parameter is None:
+                problems.append(f"`{name}` has no parameter `{key}`")
+            elif mask.shape != parameter.shape:
+                problems.append(
+                    f"`{name}.{key}` has shape {tuple(parameter.shape)}, its mask "
+                    f"{tuple(mask.shape)}; the network changed since the masks were made"
+                )
+            elif not ((mask == 0) | (mask == 1)).all():
+                problems.append(f"`{name}.{key}`: the mask holds other values than 0 and 1")
+    if problems:
+        raise ConfigError("masks", problems)
+
+
+@torch.no_grad()
+def _masked_output(model: nn.Module, masks: AnyMasks, example_inputs: ExampleInputs) -> Tensor:
+    with left_as_found(model), masked(model, masks):
+        model.eval()
+        output: Tensor = call_with(model, example_inputs)
+    return output
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, expected: Tensor, example_inputs: ExampleInputs, what: str) -> None:
+    with left_as_found(model):
+        model.eval()
+        found = call_with(model, example_inputs)
+    error = relative_error(found, expected) if found.shape == expected.shape else float("inf")
+    if not error <= 100 * TOLERANCE:
+        raise SurgeryError(
+            f"{what}: the smaller network computes something else than the masked one (relative "
+            f"difference {error:.2g}); use a fresh copy of the network"
+            + (" and `remove`" if what == "ModelSpeedup" else "")
+        )

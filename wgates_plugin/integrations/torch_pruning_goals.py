@@ -1,0 +1,146 @@
+"""What a pruner of several steps asks of the network after each: a budget, or channel ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, check_target
+from wgates_plugin.efficiency.counts import MacsModel
+from wgates_plugin.errors import ConfigError
+from wgates_plugin.strategies.budgeting import fit_to_budget
+from wgates_plugin.strategies.ratios import Scope, ratio_budget, ratio_widths
+from wgates_plugin.strategies.wgates import WeightScores, ranks_within
+
+
+class Goal(Protocol):
+    """What is asked of the network after step 1, 2, ...; `now` is its space before that step."""
+
+    def budget(self, now: ChannelSpace, step: int) -> Budget:
+        """The limits that gates learn under."""
+
+    def opening(
+        self,
+        network: nn.Module,
+        now: ChannelSpace,
+        ranking: Tensor | None,
+        step: int,
+        first: bool,
+    ) -> Sequence[int] | None:
+        """Widths (G,) where gates start; None leaves it to them."""
+
+    def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> Sequence[int] | None:
+        """The decided widths (G,) for learned scores; None leaves it to the budget."""
+
+
+class RatioGoal:
+    """Shares of channels, per scope."""
+
+    def __init__(self, space: ChannelSpace, scopes: Sequence[Scope], grid: int) -> None:
+        self.space, self.scopes, self.grid = space, list(scopes), grid
+
+    def budget(self, now: ChannelSpace, step: int) -> Budget:
+        return ratio_budget(now, self.scopes, step, self.grid)
+
+    def opening(
+        self,
+        network: nn.Module,
+        now: ChannelSpace,
+        ranking: Tensor | None,
+        step: int,
+        first: bool,
+    ) -> Sequence[int]:
+        merits = WeightScores(network, now).norms() if ranking is None else ranking
+        if first or ranking is None:
+            # Learned scores compare over groups; norms and importances only within one.
+            merits = ranks_within(now, merits)
+        return ratio_widths(now, merits, self.scopes, step, self.grid)
+
+    def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> Sequence[int]:
+        return ratio_widths(now, scores, self.scopes, step, self.grid)
+
+
+class BudgetGoal:
+    """Limits on cost, approached from the untouched network's cost."""
+
+    def __init__(
+        self, space: ChannelSpace, budget: Budget, grid: int, way: Sequence[float]
+    ) -> None:
+        self.space, self.goal, self.grid, self.way = space, budget, grid, way
+        full = torch.tensor(space.full_widths, dtype=torch.float64)
+        self._full = [float(limit.model(full)) for limit in budget.limits]
+
+    def budget(self, now: ChannelSpace, step: int) -> Budget:
+        limits = []
+        for limit, full in zip(self.goal.limits, self._full, strict=True):
+            left = max(0.0, full - limit.target) * (1.0 - self.way[step])
+            whole = now.names == self.space.names and now.full_widths == self.space.full_widths
+            model = limit.model if whole else _OfSmaller(limit.model, self.space, now)
+            limits.append(Limit(model, limit.target + left))
+        return Budget.of(*limits)
+
+    def opening(
+        self,
+        network: nn.Module,
+        now: ChannelSpace,
+        ranking: Tensor | None,
+        step: int,
+        first: bool,
+    ) -> Sequence[int] | None:
+        if first or ranking is None:
+            return None
+        return fit_to_budget(now, ranking, now.full_widths, self.budget(now, step), self.grid)
+
+    def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> None:
+        return None
+
+
+class _OfSmaller:
+    """A model of the untouched network, for widths of the smaller one.
+
+    Groups that are down to one unit are no longer in the smaller space, and keep that unit.
+    """
+
+    def __init__(self, model: EfficiencyModel, full: ChannelSpace, now: ChannelSpace) -> None:
+        self.model, self.name, self.unit = model, model.name, model.unit
+        self.place = torch.zeros(len(now.groups), len(full.groups), dtype=torch.float64)
+        self.fixed = torch.zeros(len(full.groups), dtype=torch.float64)
+        rows = {name: row for row, name in enumerate(now.names)}
+        for column, group in enumerate(full.groups):
+            if group.name in rows:
+                self.place[rows[group.name], column] = 1.0
+            else:
+                self.fixed[column] = float(group.ties)
+
+    def __call__(self, widths: Tensor) -> Tensor:
+        return self.model(widths.double() @ self.place + self.fixed)
+
+
+def as_budget(
+    space: ChannelSpace,
+    efficiency: EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel] | None,
+    target: float | None,
+) -> Budget:
+    """The budget that `efficiency` and `target` stand for.
+
+    Raises:
+        ConfigError: a target is missing or one too many. TargetError: it is no positive number.
+    """
+    if isinstance(efficiency, Budget):
+        if target is not None:
+            raise ConfigError("WGatesPruner", ["a Budget holds its targets: leave out target"])
+        return efficiency
+    if target is None:
+        raise ConfigError("WGatesPruner", ["efficiency: give its `target` too, or a Budget"])
+    model: EfficiencyModel
+    if efficiency is None:
+        model = MacsModel(space)
+    elif isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
+        model = efficiency(space)
+    else:
+        model = efficiency
+    return Budget.of(Limit(model, check_target(target, model.unit)))

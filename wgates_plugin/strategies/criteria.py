@@ -1,0 +1,333 @@
+"""torch-pruning's importances as strategies here: their scores, our budgets, grid and floors.
+
+Every criterion scores channels of a torch-pruning group; scores are added up by root index and
+averaged over tied conv groups, which gives one score per unit of a `ChannelSpace`. The groups are
+made from the space's records, so that nothing is traced. Some criteria do not compute what their
+papers say in torch-pruning 1.6.1: they are repaired here (see `criteria_repaired.py`) or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_pruning.dependency.dependency import Dependency
+from torch_pruning.dependency.group import Group
+from torch_pruning.dependency.node import Node
+from torch_pruning.pruner.function import PrunerBox
+from torch_pruning.pruner.importance import (
+    GroupHessianImportance,
+    GroupTaylorImportance,
+    OBDCImportance,
+)
+
+from wgates_plugin.channels import ChannelSpace, Slot
+from wgates_plugin.dependencies import DependencyTrace
+from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.errors import ConfigError, PlanError
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies import budgeting
+from wgates_plugin.strategies.criteria_repaired import (
+    FPGMImportance,
+    HessianImportance,
+    LossFunction,
+    TaylorImportance,
+    gradients_of,
+)
+
+Importance = Callable[[Any], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One entry of the table.
+
+    Attributes:
+        make: builds the importance.
+        paper: what it computes.
+        needs_data: gradients have to be taken first.
+    """
+
+    make: Callable[[], Any]
+    paper: str
+    needs_data: bool = False
+
+
+CRITERIA: dict[str, Criterion] = {
+    "l1": Criterion(
+        lambda: tp.importance.GroupMagnitudeImportance(p=1, group_reduction="first"),
+        "L1 norm of the filters of the group's first producer (Li et al., ICLR 2017)",
+    ),
+    "l2": Criterion(
+        lambda: tp.importance.GroupMagnitudeImportance(p=2, group_reduction="first"),
+        "squared L2 norm of the filters of the group's first producer",
+    ),
+    "group-norm": Criterion(
+        lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "squared L2 norm over all coupled layers (DepGraph, Fang et al., CVPR 2023)",
+    ),
+    "fpgm": Criterion(
+        FPGMImportance,
+        "distance from the other filters of the layer (He et al., CVPR 2019), over coupled layers",
+    ),
+    "lamp": Criterion(
+        tp.importance.LAMPImportance, "layer-adaptive magnitude (Lee et al., ICLR 2021)"
+    ),
+    "bn-scale": Criterion(
+        tp.importance.BNScaleImportance,
+        "BatchNorm scales (Network Slimming, Liu et al., ICCV 2017)",
+    ),
+    "random": Criterion(tp.importance.RandomImportance, "chance"),
+    "taylor": Criterion(
+        TaylorImportance, "first-order loss change (Molchanov et al., CVPR 2019)", needs_data=True
+    ),
+    "hessian": Criterion(
+        HessianImportance,
+        "second-order loss change, diagonal Fisher (Optimal Brain Damage)",
+        needs_data=True,
+    ),
+}
+"""Name -> criterion."""
+
+REFUSED: dict[str, str] = {
+    "obdc": (
+        "torch-pruning's OBDCImportance prepares attention groups only and raises a TypeError on "
+        "every other one, so that no convolutional network gets a score; use `hessian`"
+    ),
+    "growing-reg": (
+        "torch-pruning's GrowingRegPruner is a regulariser, not an importance, and its BatchNorm "
+        "step adds to a copy of the gradient and so does nothing; use `group-norm`"
+    ),
+}
+"""Name -> why it is not offered."""
+
+SCOPES = ("global", "local")
+
+_FLAWED: tuple[tuple[type, str], ...] = (
+    (TaylorImportance, ""),  # repaired ones come first: they are subclasses
+    (HessianImportance, ""),
+    (
+        GroupTaylorImportance,
+        "torch-pruning's Taylor importance looks for GroupNorm where it means BatchNorm and leaves "
+        'every BatchNorm out; use the criterion "taylor"',
+    ),
+    (
+        GroupHessianImportance,
+        "torch-pruning's Hessian importance keeps the last gradient only instead of accumulating "
+        'them; use the criterion "hessian"',
+    ),
+    (OBDCImportance, REFUSED["obdc"]),
+)
+
+
+def plan_by_criterion(
+    network: nn.Module,
+    space: ChannelSpace,
+    criterion: str | Importance,
+    budget: Budget,
+    grid: int = 1,
+    data: Iterable[Any] | None = None,
+    *,
+    scope: str = "global",
+    loss: LossFunction = functional.cross_entropy,
+    seed: int = 0,
+) -> PruningPlan:
+    """A plan that keeps `budget`, with the channels that a torch-pruning criterion rates highest.
+
+    Args:
+        criterion: a name from `CRITERIA`, or an importance of torch-pruning or of yours.
+        data: batches (inputs, targets), for criteria that need gradients.
+        scope: "global" ranks all groups together, their scores first brought to mean 1 in each (LAMP
+            is made comparable by its own rule); "local" takes the same share from every group.
+        loss: of logits and targets, a mean over the batch. seed: of `random`.
+
+    Raises:
+        ConfigError: an unknown or refused criterion or scope, or data are missing.
+        PlanError: the criterion says nothing about a group. InfeasibleTargetError: the budget.
+    """
+    if scope not in SCOPES:
+        raise ConfigError("criterion", [f"scope `{scope}`: known: {', '.join(SCOPES)}"])
+    budgeting.check_feasible(space, budget, grid)
+    scores = criterion_scores(network, space, criterion, data, loss=loss, seed=seed)
+    name = criterion if isinstance(criterion, str) else type(criterion).__name__
+    if scope == "local":
+        ranks = _within_groups(space, scores, lambda mine: mine.argsort().argsort() / len(mine))
+        uniform = budgeting.uniform_widths(space, budget, grid)
+        widths = budgeting.fit_to_budget(space, ranks, uniform, budget, grid)
+        return PruningPlan.top(space, scores, widths, strategy=name)
+    if name != "lamp" and not isinstance(criterion, tp.importance.LAMPImportance):
+        scores = _within_groups(space, scores, lambda mine: mine / mine.mean().clamp_min(1e-12))
+    start = threshold_widths(space, scores, budget, grid)
+    return budgeting.plan_for_budget(space, scores, start, budget, grid, strategy=name)
+
+
+def criterion_scores(
+    network: nn.Module,
+    space: ChannelSpace,
+    criterion: str | Importance,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: LossFunction = functional.cross_entropy,
+    seed: int = 0,
+) -> Tensor:
+    """The criterion's scores as torch-pruning gives them, (total_units,). The network is left as found.
+
+    Raises:
+        ConfigError, PlanError: see `plan_by_criterion`.
+    """
+    importance: Any = criterion
+    needs_data = False
+    if isinstance(criterion, str):
+        if criterion in REFUSED:
+            raise ConfigError("criterion", [f"`{criterion}`: {REFUSED[criterion]}"])
+        if criterion not in CRITERIA:
+            raise ConfigError(
+                "criterion", [f"`{criterion}`: unknown; known: {', '.join(CRITERIA)}"]
+            )
+        importance, needs_data = CRITERIA[criterion].make(), CRITERIA[criterion].needs_data
+    needs_data = needs_data or isinstance(importance, (TaylorImportance, HessianImportance))
+    if needs_data and data is None:
+        raise ConfigError(
+            "criterion",
+            [
+                f"{type(importance).__name__}: needs gradients; give `data`, batches of "
+                "inputs and targets"
+            ],
+        )
+    device = next(network.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if not needs_data:
+            return importance_scores(network, space, importance)
+        assert data is not None
+        with gradients_of(network, data, loss, importance):
+            return importance_scores(network, space, importance)
+
+
+def importance_scores(
+    network: nn.Module,
+    space: ChannelSpace,
+    importance: Importance,
+    *,
+    traced: DependencyTrace | None = None,
+) -> Tensor:
+    """What a torch-pruning importance says of every unit, (total_units,).
+
+    With `traced`, the groups are torch-pruning's own, for importances that look at more of them
+    than layers, functions and indices.
+
+    Raises:
+        ConfigError: one that torch-pruning ships flawed.
+        PlanError: it says nothing, or no finite numbers, about a group.
+    """
+    for kind, reason in _FLAWED:
+        if isinstance(importance, kind):
+            if reason:
+                raise ConfigError("importance", [f"{type(importance).__name__}: {reason}"])
+            break
+    scores = torch.zeros(space.total_units)
+    silent = []
+    for index, group in enumerate(space.groups):
+        if traced is None:
+            made = tp_group(network, space, index)
+        else:
+            root = network.get_submodule(group.name)
+            prune = traced.graph.get_pruner_of_module(root).prune_out_channels
+            made = traced.graph.get_pruning_group(root, prune, list(range(group.channels)))
+        try:
+            found = importance(made)
+        except (RuntimeError, AttributeError, TypeError, IndexError, KeyError) as error:
+            raise PlanError(
+                f"{type(importance).__name__}: fails on group `{group.name}` "
+                f"({type(error).__name__}: {error}); leave it out with `ignored_layers`, or choose "
+                "another criterion"
+            ) from error
+        if found is None or found.shape != (group.channels,) or not torch.isfinite(found).all():
+            silent.append(group.name)
+            continue
+        # Channel u + k * units belongs to unit u.
+        scores[space.unit_slice(index)] = found.float().cpu().view(group.ties, -1).mean(0)
+    if silent:
+        raise PlanError(
+            f"{type(importance).__name__}: gives no finite score per channel for "
+            f"{len(silent)} groups (`{silent[0]}`{', ...' if silent[1:] else ''}), such as a "
+            "BatchNorm criterion where there is none; leave them out with `ignored_layers`, or "
+            "choose another"
+        )
+    return scores
+
+
+def tp_group(network: nn.Module, space: ChannelSpace, index: int) -> Group:
+    """Group `index` of the space as a torch-pruning group over all of its channels."""
+    record = space.groups[index]
+    found = dict(network.named_modules())
+    root = Node(found[record.name], None, record.name)
+    group = Group()
+    # The root comes first, as in torch-pruning: reductions like "first" count on it.
+    for slot in sorted(record.slots, key=lambda s: (s.module, s.side) != (record.name, "out")):
+        module = found.get(slot.module)
+        if module is None:
+            raise PlanError(f"module `{slot.module}`: not in the network; trace this network first")
+        pruner = PrunerBox[tp.ops.module2type(module)]
+        handler = pruner.prune_out_channels if slot.side == "out" else pruner.prune_in_channels
+        trigger = PrunerBox[tp.ops.module2type(found[record.name])].prune_out_channels
+        dependency = Dependency(trigger, handler, root, Node(module, None, slot.module))
+        indices, roots = _indices(slot, record.units, record.ties)
+        group.add_dep(dependency, indices)
+        group[len(group.items) - 1].root_idxs = roots
+    return group
+
+
+def _indices(slot: Slot, units: int, ties: int) -> tuple[list[int], list[int]]:
+    """(channels of the slot, root channel of each): runs of one unit are dealt out to its ties."""
+    indices = np.flatnonzero(slot.units >= 0)
+    owners = slot.units[indices]
+    order = np.argsort(owners, kind="stable")
+    per_unit = len(owners) // units
+    turn = np.empty(len(owners), dtype=np.int64)
+    turn[order] = np.tile(np.arange(per_unit), units)
+    roots = owners + units * (turn // max(1, per_unit // ties))
+    return indices.tolist(), roots.tolist()
+
+
+def threshold_widths(
+    space: ChannelSpace, scores: Tensor, budget: Budget, grid: int = 1
+) -> tuple[int, ...]:
+    """Widths (G,) of one threshold over all scores, the lowest that keeps the budget.
+
+    Least widths where no threshold does.
+    """
+    ordered = scores.double().sort().values
+
+    def at(place: int) -> tuple[int, ...]:
+        above = scores.double() >= ordered[place] if place < len(ordered) else scores != scores
+        widths = []
+        for index, group in enumerate(space.groups):
+            width = int(above[space.unit_slice(index)].sum()) * group.ties
+            allowed = group.allowed_widths(grid)
+            widths.append(max((w for w in allowed if w <= width), default=allowed[0]))
+        return tuple(widths)
+
+    low, high = 0, len(ordered)  # a higher threshold keeps fewer channels
+    while low < high:
+        middle = (low + high) // 2
+        if budgeting.holds(budget, at(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    return at(low)
+
+
+def _within_groups(
+    space: ChannelSpace, scores: Tensor, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    parts: Sequence[Tensor] = [
+        change(scores[space.unit_slice(index)]) for index in range(len(space.groups))
+    ]
+    return torch.cat(list(parts))

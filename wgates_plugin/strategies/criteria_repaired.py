@@ -1,0 +1,148 @@
+"""Repaired torch-pruning 1.6.1 importances, and the gradients they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_pruning.dependency.dependency import Dependency
+from torch_pruning.dependency.group import Group
+from torch_pruning.pruner import function
+from torch_pruning.pruner.importance import (
+    FPGMImportance as ShippedFPGM,
+)
+from torch_pruning.pruner.importance import (
+    GroupHessianImportance,
+    GroupTaylorImportance,
+)
+
+from wgates_plugin import modules as kinds
+from wgates_plugin.calling import call_with, device_of, left_as_found
+from wgates_plugin.errors import TrainingError
+from wgates_plugin.training.evaluation import logits_of, map_tensors, unpack
+
+LossFunction = Callable[[Tensor, Any], Tensor]
+
+
+class FPGMImportance(ShippedFPGM):
+    """Distance of a filter from all others of its layer; those near the geometric median go first.
+
+    As shipped, weights are squared before distances are taken, so that a filter and its negative
+    count as one, and grouped convolutions raise an error.
+    """
+
+    @torch.no_grad()
+    def __call__(self, group: Any, **_: Any) -> Tensor | None:
+        distances, roots = [], []
+        for item in group:
+            module = item.dep.target.module
+            if not isinstance(module, kinds.WEIGHTED) or kinds.is_depthwise(module):
+                continue
+            out_dim, in_dim = kinds.channel_dims(module)
+            is_out = item.dep.handler.__name__ == "prune_out_channels"
+            rows = module.weight.transpose(0, out_dim if is_out else in_dim).flatten(1)
+            if not is_out:
+                rows = rows.repeat(kinds.in_channels_of(module) // len(rows), 1)
+            rows = rows[list(item.idxs)]
+            distances.append(torch.cdist(rows[None], rows[None])[0].sum(0))
+            roots.append(item.root_idxs)
+        if not distances:
+            return None
+        found: Tensor = self._normalize(self._reduce(distances, roots), self.normalizer)
+        return found
+
+
+class TaylorImportance(GroupTaylorImportance):
+    """First-order Taylor importance, BatchNorm included.
+
+    As shipped, the branch for BatchNorm asks for GroupNorm's pruning function, so that scales and
+    their gradients never count.
+    """
+
+    def __call__(self, group: Any) -> Tensor | None:
+        seen = Group()
+        for item in group:
+            dep = item.dep
+            if dep.handler == function.prune_batchnorm_out_channels:
+                dep = Dependency(
+                    dep.trigger, function.prune_groupnorm_out_channels, dep.source, dep.target
+                )
+            # Copied, for torch-pruning sorts these in place without their root indices.
+            seen.add_dep(dep, list(item.idxs))
+            seen[len(seen.items) - 1].root_idxs = item.root_idxs
+        found: Tensor | None = super().__call__(seen)
+        return found
+
+
+class HessianImportance(GroupHessianImportance):
+    """Diagonal Fisher importance over all samples.
+
+    As shipped, squared gradients are looked up by name but kept by parameter, so that each sample
+    overwrites the one before.
+    """
+
+    def accumulate_grad(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                squared = parameter.grad.detach().square()
+                if parameter in self._accu_grad:
+                    self._accu_grad[parameter] += squared
+                    self._counter[parameter] += 1
+                else:
+                    self._accu_grad[parameter] = squared
+                    self._counter[parameter] = 1
+
+
+@contextmanager
+def gradients_of(
+    network: nn.Module, data: Iterable[Any], loss: LossFunction, importance: Any
+) -> Iterator[None]:
+    """Gradients of the loss over `data` in eval mode, while within; the network's own come back.
+
+    Taylor takes the gradient of the mean over batches, Hessian the mean square of each sample's.
+
+    Raises:
+        TrainingError: no batch, or the loss is not finite.
+    """
+    parameters = list(network.parameters())
+    own = [parameter.grad for parameter in parameters]
+    with left_as_found(network):
+        try:
+            network.eval().requires_grad_(True)
+            for parameter in parameters:
+                parameter.grad = None
+            batches = 0
+            for batch in data:
+                _accumulate(network, batch, loss, importance)
+                batches += 1
+            if not batches:
+                raise TrainingError("criterion: `data` gave no batch; give (inputs, targets) pairs")
+            for parameter in parameters:
+                # A layer the loss does not reach has no say, rather than no gradient.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            yield
+        finally:
+            for parameter, grad in zip(parameters, own, strict=True):
+                parameter.grad = grad
+
+
+def _accumulate(network: nn.Module, batch: Any, loss: LossFunction, importance: Any) -> None:
+    device = device_of(network)
+    inputs, targets = unpack(map_tensors(lambda tensor: tensor.to(device), batch))
+    with torch.enable_grad():
+        logits = logits_of(call_with(network, inputs), network)
+        value = loss(logits, targets)
+        if not torch.isfinite(value):
+            raise TrainingError(f"criterion: the loss is {float(value.detach())} on a batch of `data`")
+        if not isinstance(importance, GroupHessianImportance):
+            value.backward()
+            return
+        for row in range(len(logits)):
+            network.zero_grad()
+            one = loss(logits[row : row + 1], targets[row : row + 1])
+            one.backward(retain_graph=row + 1 < len(logits))
+            importance.accumulate_grad(network)
