@@ -144,7 +144,7 @@ def transfer(
     prior = fit(space, first, seed)
     there = set(map(tuple, first.widths.tolist()))
     fresh = [row for row, w in enumerate(rest.widths.tolist()) if tuple(w) not in there]
-    unseen = rest[torch.tensor(fresh)]
+    unseen = rest[torch.tensor(fresh, dtype=torch.int64)]
     blind = LatencyData(known.widths, known.latency_ms, torch.full_like(known.layers_ms, torch.nan))
     ways = {
         "adapted": fit(space, known, seed, prior),

@@ -118,10 +118,10 @@ def test_fit_ends_with_an_exactly_smaller_network(tmp_path: Path, name: str, roo
 
 def test_it_learns_what_a_loop_by_hand_learns(tmp_path: Path) -> None:
     module = Module()
-    gates = callback(efficiency=MacsModel, target=9e4, pruning_ratio=None)
+    gates = callback(efficiency=MacsModel, target=4e4, pruning_ratio=None)
     trainer(tmp_path, 2, gates).fit(module, loader())
     by_hand = tiny("residual").train()
-    pruner = WGatesPruner(by_hand, example(), efficiency=MacsModel, target=9e4, settings=SETTINGS)
+    pruner = WGatesPruner(by_hand, example(), efficiency=MacsModel, target=4e4, settings=SETTINGS)
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.02, momentum=0.9)
     for _ in range(2):
         for inputs, labels in loader():
@@ -133,6 +133,7 @@ def test_it_learns_what_a_loop_by_hand_learns(tmp_path: Path) -> None:
     assert gates.plan is not None
     assert pruner.plan is not None
     assert gates.plan.kept == pruner.plan.kept
+    assert gates.plan.widths != gates.plan.space.full_widths
     assert same_tensors(by_hand.state_dict(), module.net.state_dict())
 
 

@@ -37,7 +37,7 @@ def layers_ms(space: ChannelSpace, widths: tuple[int, ...]) -> dict[str, float]:
 def store(folder: Path, space: ChannelSpace, kind: str, count: int, *, runtime: str) -> None:
     plain = folder / "samples.jsonl"
     file = SampleFile.open(plain, space, IDENTITY)
-    rng = np.random.default_rng(len(kind))
+    rng = np.random.default_rng([len(kind), len(runtime)])
     drawn: list[tuple[int, ...]] = []
     while len(drawn) < count:
         widths = draw_widths(space, 4 if kind == "grid" else 1, rng)
@@ -68,8 +68,9 @@ def test_stored_samples_are_read_wherever_they_came_from(
 
 
 def test_predictors_are_judged_on_what_they_did_not_see(
-    space: ChannelSpace, tmp_path: Path
+    space: ChannelSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lpnet_accuracy, "SIZES", (30, 40))
     store(tmp_path, space, "any", 60, runtime="eager")
     data = lpnet_accuracy.data_of(
         space, read_samples(stored(tmp_path, "mobilenet_v2", "eager", "any"))

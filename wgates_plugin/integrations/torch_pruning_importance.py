@@ -64,8 +64,8 @@ class WGatesImportance(tp.importance.Importance):
         gates: fitted gates, or a `WGatesPruner` whose gates learned.
 
     Raises:
-        PlanError: the gates never learned, or were used up; or, when called, the network is another one or was
-            changed by other means than torch-pruning.
+        PlanError: the gates never learned, or were used up; or, when called, the network is another
+            one or was changed by other means than torch-pruning.
 
     Example:
         >>> from wgates_plugin.integrations.torch_pruning import WGatesPruner

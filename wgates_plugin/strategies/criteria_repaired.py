@@ -137,7 +137,9 @@ def _accumulate(network: nn.Module, batch: Any, loss: LossFunction, importance: 
         logits = logits_of(call_with(network, inputs), network)
         value = loss(logits, targets)
         if not torch.isfinite(value):
-            raise TrainingError(f"criterion: the loss is {float(value.detach())} on a batch of `data`")
+            raise TrainingError(
+                f"criterion: the loss is {float(value.detach())} on a batch of `data`"
+            )
         if not isinstance(importance, GroupHessianImportance):
             value.backward()
             return
