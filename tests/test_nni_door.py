@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
+pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI import Lightning
 
 import torch
 from helpers import same_tensors, snapshot
@@ -218,9 +219,9 @@ SCRIPT = """
 import json, sys, torch
 sys.path[:0] = {path!r}
 torch.set_num_threads(1)
+from wgates_plugin.integrations.nni import WGatesPruner
 from networks import tiny
 from nni_helpers import evaluator
-from wgates_plugin.integrations.nni import WGatesPruner
 net = tiny("projection")
 pruner = WGatesPruner(net, [{{"op_types": ["Conv2d"], "sparse_ratio": 0.5}}], evaluator(net), 3)
 _, masks = pruner.compress()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
+pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI import Lightning
 
 import nni_node
 import torch

@@ -421,7 +421,8 @@ def test_a_lost_page_is_made_again(uninterrupted: PruningResult) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
 sys.path.insert(0, {tests!r})
 import test_pipeline as t
 from wgates_plugin.targets import LatencyTarget

@@ -115,7 +115,7 @@ def trimmed(
 
 def subset(plan: PruningPlan, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
     """The highest scores among the channels that `plan` keeps, at `widths` (G,)."""
-    return PruningPlan.top(plan.space, _present_first(plan, scores), widths)
+    return PruningPlan.top(plan.space, _present_first(plan, scores), widths, **plan.note)
 
 
 def _present_first(plan: PruningPlan, scores: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import PlanError, SurgeryError
 from wgates_plugin.files import load_tensors
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.transforms import apply_steps
 
 
 def remove(
@@ -258,9 +259,12 @@ def rebuild(
         plan = PruningPlan.load(plan)
     if not isinstance(state, Mapping):
         state = load_tensors(state, kind="weights")
+    if before := plan.note.get("before"):
+        network = apply_steps(copy.deepcopy(network), before)
     check_shapes(network, plan.space)
     with left_as_found(network):
         smaller = resize(network, plan.space, plan)
+    smaller = apply_steps(smaller, plan.note.get("after", ()))
     fitting = smaller.state_dict()
     try:
         if set(fitting) != set(state):

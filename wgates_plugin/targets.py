@@ -9,7 +9,7 @@ from typing import Any
 from wgates_plugin.efficiency.base import check_target
 from wgates_plugin.efficiency.lpnet import STRUCTURES
 from wgates_plugin.errors import ConfigError, TargetError
-from wgates_plugin.strategies.wgates import WGatesSettings
+from wgates_plugin.strategies.table import strategy_problems
 from wgates_plugin.training.settings import TrainingSettings
 
 
@@ -125,8 +125,12 @@ class PruningSettings:
     """Everything about the job but the target. The defaults suit small image networks.
 
     Attributes:
-        gate_epochs: epochs in which gates and weights learn together; 0 decides by filter norms.
-        fine_tune_epochs: epochs after the removal. One learning-rate schedule runs over both.
+        strategy: who decides, one of `strategies.STRATEGIES`. options: its own settings.
+        gate_epochs: epochs in which the strategy learns; W-Gates trains gates and weights together,
+            and decides by filter norms with 0. Strategies that do not learn leave them to the
+            fine-tuning.
+        fine_tune_epochs: epochs after the removal. One learning-rate schedule runs over all epochs
+            in which weights are trained.
         train_weights: False learns the gates with the weights frozen.
         samples: sub-networks measured for LPNet.
         seconds_per_sample: timed inference per sub-network, the reference's share included.
@@ -142,11 +146,12 @@ class PruningSettings:
         recalibration_images: training images for BatchNorm statistics after the removal.
     """
 
+    strategy: str = "wgates"
+    options: dict[str, Any] = field(default_factory=dict)
     gate_epochs: int = 2
     fine_tune_epochs: int = 4
     train_weights: bool = True
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    gates: WGatesSettings = field(default_factory=WGatesSettings)
     samples: int = 100
     seconds_per_sample: float = 0.4
     lpnet: str = "layers"
@@ -165,7 +170,7 @@ class PruningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = strategy_problems(self.strategy, self.options)
         whole: dict[str, tuple[Any, int]] = {
             "gate_epochs": (self.gate_epochs, 0),
             "fine_tune_epochs": (self.fine_tune_epochs, 0),

@@ -37,9 +37,10 @@ def prune_to_target(
 ) -> PruningResult:
     """Prune a trained network until its exported artefact keeps the target.
 
-    Baseline measured, LPNet fitted, feasibility measured, gates and weights trained together,
-    widths settled by measurement, channels removed, fine-tuned, exported, measured again; when that
-    is over the target, trimmed and measured again. The given network is only read.
+    Baseline measured, LPNet fitted, feasibility measured; the strategy decides (W-Gates trains gates
+    and weights together); widths settled by measurement, channels removed, fine-tuned, exported,
+    measured again; when that is over the target, trimmed and measured again. The given network is
+    only read.
 
     Args:
         network: a trained classifier whose output is one tensor of logits (N, classes).
@@ -86,13 +87,12 @@ def _run(job: Job) -> None:
     preparation.find_grid(job)
     preparation.fit_lpnet(job)
     preparation.check_target_is_feasible(job)
-    network, gates = learning.learn_gates(job)
-    scores = gates.unit_scores().cpu()
-    plan = delivery.settle(job, scores, gates.widths())
-    network = delivery.remove_channels(job, network, plan)
+    decision = learning.decide(job)
+    plan = delivery.settle(job, decision.scores, decision.widths)
+    plan, network = delivery.remove_channels(job, decision.network, plan)
     network = learning.fine_tune(job, network)
-    plan, network = delivery.deliver(job, plan, network, scores)
-    record.write(job, plan, network)
+    plan, network = delivery.deliver(job, plan, network, decision.scores)
+    record.write(job, plan, network, decision)
 
 
 def _warn_when_slower(job: Job, report: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ def _result(job: Job) -> PruningResult:
     _warn_when_slower(job, report)
     plan = PruningPlan.load(job.folder.file("plan.json"), space=job.space)
     return PruningResult(
-        job.rebuilt(plan).eval(),
+        job.stored(plan).eval(),
         plan,
         report,
         job.folder.path,

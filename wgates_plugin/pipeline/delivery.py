@@ -18,7 +18,8 @@ from wgates_plugin.latency.base import Measurement
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.budgeting import plan_for_budget
-from wgates_plugin.surgery import rebuild, remove
+from wgates_plugin.surgery import remove
+from wgates_plugin.transforms import Step, apply_steps
 from wgates_plugin.verification import removal_error
 
 REMOVAL_TOLERANCE = 1e-4
@@ -49,7 +50,13 @@ def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
         return {"widths": list(settled.widths), "attempts": settled.attempts}
 
     found = job.folder.once("plan", compute)
-    plan = PruningPlan.top(job.space, scores, found["widths"], strategy="wgates")
+    plan = PruningPlan.top(
+        job.space,
+        scores,
+        found["widths"],
+        strategy=job.settings.strategy,
+        **_steps(before=job.before),
+    )
     kept = sum(plan.widths) / sum(job.space.full_widths)
     words = f"settling the widths: {kept:.0%} of all channels stay"
     if found["attempts"]:
@@ -59,8 +66,17 @@ def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
     return plan
 
 
-def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Module:
+def _steps(**steps: list[Step]) -> dict[str, Any]:
+    """What of the steps a plan's note has to tell."""
+    return {when: [dict(step) for step in mine] for when, mine in steps.items() if mine}
+
+
+def remove_channels(
+    job: Job, network: nn.Module, plan: PruningPlan
+) -> tuple[PruningPlan, nn.Module]:
     """Cut the plan's channels, check that this changed nothing, bring BatchNorm up to date.
+
+    Returns the plan, with what the strategy did after the cut in its note, and the network.
 
     Raises:
         SurgeryError: gated and removed network differ.
@@ -75,6 +91,8 @@ def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Modul
                 f"network {job.name}: gated and removed network differ by {error:.1e} relative; "
                 "the plan was not carried out, please report the network"
             )
+        after_steps = job.strategy.finish(smaller, plan, job.example_inputs)
+        smaller = apply_steps(smaller, after_steps)
         before = job.accuracy(smaller)
         job.recalibrate(smaller)
         after = job.accuracy(smaller)
@@ -83,6 +101,7 @@ def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Modul
             "masked_equals_removed": error,
             "accuracy": before,
             "accuracy_recalibrated": after,
+            "steps": _steps(after=after_steps),
         }
 
     facts = job.folder.once("removal", compute)
@@ -93,7 +112,8 @@ def remove_channels(job: Job, network: nn.Module, plan: PruningPlan) -> nn.Modul
     )
     state = job.folder.load_state("removed.pt")
     assert state is not None
-    return rebuild(job.dense, plan, state["network"])
+    plan = dataclasses.replace(plan, note={**plan.note, **facts.get("steps", {})})
+    return plan, job.rebuilt(plan, state["network"])
 
 
 def deliver(
@@ -156,7 +176,7 @@ def _trim(
     name = f"trim-{attempt}.pt"
     state = job.folder.load_state(name)
     if state is not None:
-        return rebuild(job.dense, narrower, state["network"])
+        return job.rebuilt(narrower, state["network"])
     _cut_further(job, network, plan, narrower)
     job.folder.save_state(name, {"network": network.state_dict()})
     return network

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs, refuse_other_device, to_cpu
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
@@ -23,6 +23,8 @@ from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.run_folder import RunFolder, first_batch_digest, weights_digest
+from wgates_plugin.strategies.base import Task
+from wgates_plugin.strategies.table import make_strategy
 from wgates_plugin.surgery import rebuild
 from wgates_plugin.targets import (
     LatencyTarget,
@@ -42,6 +44,7 @@ from wgates_plugin.training import (
 from wgates_plugin.training.as_found import rng_kept
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.progress import Bar
+from wgates_plugin.transforms import apply_steps
 
 logger = logging.getLogger("wgates_plugin")
 
@@ -75,7 +78,8 @@ class Job:
     """One run of the pipeline. The given network is copied, never touched.
 
     Attributes:
-        dense: the untouched network, on the CPU. study: everything measured on it.
+        dense: the untouched network on the CPU, changed only by the steps in `before`.
+        study: everything measured on it. strategy: who decides.
         baseline: facts of the dense network, once measured. grid: the channel multiple, once found.
         lpnet: the latency predictor, once fitted; None without a latency target.
         bound: what of its predictions the budget holds, see `LatencyTarget`.
@@ -104,7 +108,10 @@ class Job:
         self.latency_target, self.count_targets = _sort_targets(targets)
         self.fabric = default_fabric(settings.training)
         self.folder = RunFolder(run_folder, self.fabric)
+        self.strategy = make_strategy(settings.strategy, settings.options)
         self.dense = copy.deepcopy(network).cpu()
+        self.before = self.strategy.prepare(self.dense, self.example_inputs)
+        self.dense = apply_steps(self.dense, self.before)
         self.space = trace(
             self.dense,
             self.example_inputs,
@@ -124,9 +131,20 @@ class Job:
         self.bound = self.latency_target.bound if self.latency_target else "expected"
 
     @property
+    def phase_epochs(self) -> int:
+        """Epochs in which the strategy learns."""
+        return self.settings.gate_epochs if self.strategy.has_phase else 0
+
+    @property
+    def first_fine_tune_epoch(self) -> int:
+        """Where fine-tuning starts on the one schedule of all epochs that train weights."""
+        return self.phase_epochs if self.strategy.trains_weights else 0
+
+    @property
     def total_epochs(self) -> int:
-        """Length of the one learning-rate schedule over gate phase and fine-tuning."""
-        return self.settings.gate_epochs + self.settings.fine_tune_epochs
+        """Length of that schedule. Epochs that a strategy has no use for go to the fine-tuning."""
+        unused = self.settings.gate_epochs - self.phase_epochs
+        return self.first_fine_tune_epoch + unused + self.settings.fine_tune_epochs
 
     @property
     def artefact(self) -> Path:
@@ -194,6 +212,36 @@ class Job:
 
     # Tools of several stages
 
+    def task(self) -> Task:
+        """What the strategy is given: a copy of the network on the device of the training."""
+        settings = self.settings
+        return Task(
+            copy.deepcopy(self.dense).to(self.fabric.device),
+            self.space,
+            self.budget(self.lpnet),
+            self.example_inputs,
+            self.train_loader,
+            grid=self.grid,
+            epochs=self.phase_epochs,
+            total_epochs=self.total_epochs,
+            training=settings.training,
+            train_weights=settings.train_weights,
+            loss=self.loss,
+            teacher=self.teacher(settings.training),
+            fabric=self.fabric,
+            seed=settings.seed,
+            checkpoints=self.folder,
+            average=self._average,
+            progress=self.progress,
+        )
+
+    def _average(self, value: Tensor) -> Tensor:
+        mean: Tensor = self.fabric.all_reduce(value, reduce_op="mean")  # type: ignore[assignment]
+        return mean
+
+    def teacher(self, training: TrainingSettings) -> nn.Module | None:
+        return copy.deepcopy(self.dense) if training.distillation_weight > 0 else None
+
     def done(self, words: str, *phases: str) -> None:
         """One line of the log: a stage is behind us. `phases` are those of its wall time."""
         if not self.folder.is_writer:
@@ -224,14 +272,13 @@ class Job:
     def trainer(
         self, network: nn.Module, label: str, total_epochs: int, training: TrainingSettings
     ) -> Trainer:
-        teacher = copy.deepcopy(self.dense) if training.distillation_weight > 0 else None
         return Trainer(
             network.to(self.fabric.device),
             self.train_loader,
             training,
             fabric=self.fabric,
             loss=self.loss,
-            teacher=teacher,
+            teacher=self.teacher(training),
             total_epochs=total_epochs,
             seed=self.settings.seed,
             label=label,
@@ -253,10 +300,16 @@ class Job:
             save_tensors(self.folder.file("pruned.safetensors"), network.state_dict())
             plan.save(self.folder.file("plan.json"))
 
-    def rebuilt(self, plan: PruningPlan) -> nn.Module:
+    def stored(self, plan: PruningPlan) -> nn.Module:
         """The network that was stored last."""
         state = load_tensors(self.folder.file("pruned.safetensors"), kind="pruned weights")
-        return rebuild(self.dense, plan, state)
+        return self.rebuilt(plan, state)
+
+    def rebuilt(self, plan: PruningPlan, state: Mapping[str, Tensor]) -> nn.Module:
+        """The plan's network with these weights."""
+        # `dense` is prepared already.
+        note = {key: value for key, value in plan.note.items() if key != "before"}
+        return rebuild(self.dense, dataclasses.replace(plan, note=note), state)
 
     def bar(self, label: str, total: int) -> Bar:
         return Bar(label, total, wanted=self.progress if self.folder.is_writer else False)

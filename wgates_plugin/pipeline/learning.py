@@ -1,95 +1,58 @@
-"""The two training phases: gates with weights, and what is left alone."""
+"""The strategy's decision, and the training of what is left."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 from torch import nn
 
-from wgates_plugin.errors import TrainingError
 from wgates_plugin.pipeline.job import Job
-from wgates_plugin.strategies.wgates import WGates
-from wgates_plugin.training import StepContext
+from wgates_plugin.strategies.base import Decision
 
-GATES_STATE = "gates.pt"
+DECISION_STATE = "decision.pt"
 FINE_TUNE_STATE = "fine-tune.pt"
 
 
-def learn_gates(job: Job) -> tuple[nn.Module, WGates]:
-    """Train gates and weights together; returns the network, gates off, and what they learned."""
-    settings = job.settings
-    network = copy.deepcopy(job.dense).to(job.fabric.device)
-    gates = WGates(
-        network,
-        job.space,
-        job.budget(job.lpnet),
-        dataclasses.replace(settings.gates, grid=job.grid),
-        steps=max(1, settings.gate_epochs * len(job.train_loader)),  # type: ignore[arg-type]
-        average=lambda gradient: job.fabric.all_reduce(gradient, reduce_op="mean"),  # type: ignore[arg-type, return-value]
-    )
-    if settings.gate_epochs == 0:
-        return network, gates
-    trainer = job.trainer(network, "gates", job.total_epochs, settings.training)
-    monitor: list[dict[str, float]] = []
-    state = job.folder.load_state(GATES_STATE)
+def decide(job: Job) -> Decision:
+    """Let the strategy decide; its trained network, scores and wanted widths."""
+    task = job.task()
+    state = job.folder.load_state(DECISION_STATE)
     if state is not None:
-        network.load_state_dict(state["network"])
-        gates.load_state_dict(state["gates"])
-        trainer.load_state_dict(state["trainer"])
-        trainer.history, monitor = state["history"], state["monitor"]
+        network = task.network.cpu()
+        network.load_state_dict(state.pop("network"))
+        return Decision(network, **{**state, "widths": tuple(state["widths"])})
+    with job.folder.clock("gates"):
+        decision = job.strategy.decide(task)
+    decision = dataclasses.replace(decision, network=decision.network.cpu())
+    fields = {f.name: getattr(decision, f.name) for f in dataclasses.fields(decision)}
+    job.folder.save_state(
+        DECISION_STATE,
+        {**fields, "network": decision.network.state_dict(), "widths": list(decision.widths)},
+    )
+    job.done(_words(job, decision), "gates")
+    return decision
 
-    def step(context: StepContext) -> None:
-        record = gates.regularize()
-        if not settings.train_weights:
-            for parameter in network.parameters():
-                parameter.grad = None
-        monitor.append({"loss": float(context.loss or 0.0), **record})
 
-    def save(name: str) -> None:
-        job.folder.save_state(
-            name,
-            {
-                "network": network.state_dict(),
-                "gates": gates.state_dict(),
-                "trainer": trainer.state_dict(),
-                "history": trainer.history,
-                "monitor": monitor,
-            },
-        )
-
-    gates.attach()
-    try:
-        if trainer.epoch < settings.gate_epochs:
-            with job.folder.clock("gates"):
-                trainer.run(
-                    epochs=settings.gate_epochs - trainer.epoch,
-                    after_backward=step,
-                    on_epoch_end=lambda *_: save(GATES_STATE),
-                    progress=job.progress,
-                )
-    except TrainingError:
-        # The trainer stops before the bad step is made: what is here now is the last good state.
-        save("gates-last-good.pt")
-        raise
-    finally:
-        gates.detach()
-    words = f"learning the gates, {settings.gate_epochs} epochs"
-    if monitor:
-        last = monitor[-1]
-        words += f": {last['open_share']:.0%} open, cost {last['violation']:+.1%} off the target"
-    job.done(words, "gates")
-    return network, gates
+def _words(job: Job, decision: Decision) -> str:
+    words = f"{job.settings.strategy}: deciding"
+    if job.phase_epochs:
+        words += f", {job.phase_epochs} epochs"
+    last = decision.monitor[-1] if decision.monitor else {}
+    if "open_share" in last:
+        words += f": {last['open_share']:.0%} open"
+    if "violation" in last:
+        words += f", cost {last['violation']:+.1%} off the target"
+    return words
 
 
 def fine_tune(job: Job, network: nn.Module) -> nn.Module:
     """Train the smaller network on, along the rest of the learning-rate schedule."""
-    settings = job.settings
-    if settings.fine_tune_epochs == 0:
+    epochs = job.total_epochs - job.first_fine_tune_epoch
+    if epochs == 0:
         return network
-    trainer = job.trainer(network, "fine-tune", job.total_epochs, settings.training)
-    trainer.epoch = settings.gate_epochs
+    trainer = job.trainer(network, "fine-tune", job.total_epochs, job.settings.training)
+    trainer.epoch = job.first_fine_tune_epoch
     state = job.folder.load_state(FINE_TUNE_STATE)
     if state is not None:
         network.load_state_dict(state["network"])
@@ -110,7 +73,7 @@ def fine_tune(job: Job, network: nn.Module) -> nn.Module:
         with job.folder.clock("fine_tune"):
             trainer.run(on_epoch_end=save, progress=job.progress)
     job.done(
-        f"fine-tuning, {settings.fine_tune_epochs} epochs: accuracy on training images "
+        f"fine-tuning, {epochs} epochs: accuracy on training images "
         f"{_last_accuracy(trainer.history)}",
         "fine_tune",
     )
@@ -122,17 +85,14 @@ def _last_accuracy(history: list[dict[str, Any]]) -> str:
     return "not known" if found is None else f"{found:.2%}"
 
 
-def training_log(job: Job) -> list[dict[str, Any]]:
+def training_log(job: Job, decision: Decision | None) -> list[dict[str, Any]]:
     """Records of all epochs, of both phases."""
-    rows: list[dict[str, Any]] = []
-    for name in (GATES_STATE, FINE_TUNE_STATE):
-        state = job.folder.load_state(name)
-        rows += state["history"] if state else []
-    return rows
+    rows = list(decision.history) if decision else []
+    state = job.folder.load_state(FINE_TUNE_STATE)
+    return rows + (state["history"] if state else [])
 
 
-def gate_log(job: Job, *, points: int) -> list[dict[str, float]]:
-    """The monitor of the gate phase, thinned to about so many steps."""
-    state = job.folder.load_state(GATES_STATE)
-    monitor: list[dict[str, float]] = state["monitor"] if state else []
+def gate_log(decision: Decision | None, *, points: int) -> list[dict[str, float]]:
+    """The monitor of the strategy's phase, thinned to about so many steps."""
+    monitor = decision.monitor if decision else []
     return monitor[:: max(1, len(monitor) // points)]

@@ -15,19 +15,22 @@ from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.pipeline import learning
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.base import Decision
 
 GATE_POINTS = 500
 
 
-def write(job: Job, plan: PruningPlan, network: nn.Module) -> None:
-    """Write plan, weights and report.json."""
+def write(
+    job: Job, plan: PruningPlan, network: nn.Module, decision: Decision | None = None
+) -> None:
+    """Write plan, weights and report.json; no decision when the network needed no pruning."""
 
     def compute() -> bool:
         smaller = network.cpu().eval()
         job.store(plan, smaller)
         deliveries = _deliveries(job)
         final = job.facts(smaller, plan.widths, Measurement.from_json(deliveries[-1]))
-        write_json(job.folder.file("report.json"), _report(job, plan, final, deliveries))
+        write_json(job.folder.file("report.json"), _report(job, plan, final, deliveries, decision))
         return True
 
     job.folder.once("finished", compute)
@@ -45,7 +48,11 @@ def read(job: Job) -> dict[str, Any]:
 
 
 def _report(
-    job: Job, plan: PruningPlan, final: dict[str, Any], deliveries: list[dict[str, Any]]
+    job: Job,
+    plan: PruningPlan,
+    final: dict[str, Any],
+    deliveries: list[dict[str, Any]],
+    decision: Decision | None,
 ) -> dict[str, Any]:
     removal = job.folder.stage("removal")
     runtime = job.study.runtime
@@ -53,7 +60,7 @@ def _report(
         "kind": "wgates-report",
         "version": 1,
         "name": job.name,
-        "strategy": "wgates",
+        "strategy": job.settings.strategy,
         "runtime": runtime.name,
         "device": runtime.settings.device,
         "identity": job.study.identity,
@@ -72,8 +79,9 @@ def _report(
             {"group": group.name, "dense": group.channels, "kept": width}
             for group, width in zip(job.space.groups, plan.widths, strict=True)
         ],
-        "gates": learning.gate_log(job, points=GATE_POINTS),
-        "training": learning.training_log(job),
+        "gates": learning.gate_log(decision, points=GATE_POINTS),
+        "training": learning.training_log(job, decision),
+        "decision": decision.facts if decision else {},
         "attempts": _attempts(job, deliveries),
         "masked_equals_removed": removal and removal["masked_equals_removed"],
         "settings": json.loads(json.dumps(dataclasses.asdict(job.settings))),

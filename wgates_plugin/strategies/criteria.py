@@ -151,20 +151,43 @@ def plan_by_criterion(
         ConfigError: an unknown or refused criterion or scope, or data are missing.
         PlanError: the criterion says nothing about a group. InfeasibleTargetError: the budget.
     """
+    plan, _ = decide_by_criterion(
+        network, space, criterion, budget, grid, data, scope=scope, loss=loss, seed=seed
+    )
+    return plan
+
+
+def decide_by_criterion(
+    network: nn.Module,
+    space: ChannelSpace,
+    criterion: str | Importance,
+    budget: Budget,
+    grid: int = 1,
+    data: Iterable[Any] | None = None,
+    *,
+    scope: str = "global",
+    loss: LossFunction = functional.cross_entropy,
+    seed: int = 0,
+) -> tuple[PruningPlan, Tensor]:
+    """`plan_by_criterion`, and the scores (total_units,) it ranked by; arguments as there.
+
+    Scores are comparable between groups as the scope compares them: a channel may be exchanged
+    for one of another group by them.
+    """
     if scope not in SCOPES:
         raise ConfigError("criterion", [f"scope `{scope}`: known: {', '.join(SCOPES)}"])
     budgeting.check_feasible(space, budget, grid)
     scores = criterion_scores(network, space, criterion, data, loss=loss, seed=seed)
     name = criterion if isinstance(criterion, str) else type(criterion).__name__
     if scope == "local":
-        ranks = _within_groups(space, scores, lambda mine: mine.argsort().argsort() / len(mine))
+        ranks = _within_groups(space, scores, _ranks)
         uniform = budgeting.uniform_widths(space, budget, grid)
         widths = budgeting.fit_to_budget(space, ranks, uniform, budget, grid)
-        return PruningPlan.top(space, scores, widths, strategy=name)
+        return PruningPlan.top(space, ranks, widths, strategy=name), ranks
     if name != "lamp" and not isinstance(criterion, tp.importance.LAMPImportance):
         scores = _within_groups(space, scores, lambda mine: mine / mine.mean().clamp_min(1e-12))
     start = threshold_widths(space, scores, budget, grid)
-    return budgeting.plan_for_budget(space, scores, start, budget, grid, strategy=name)
+    return budgeting.plan_for_budget(space, scores, start, budget, grid, strategy=name), scores
 
 
 def criterion_scores(
@@ -331,3 +354,11 @@ def _within_groups(
         change(scores[space.unit_slice(index)]) for index in range(len(space.groups))
     ]
     return torch.cat(list(parts))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """1 for the best of (n,) down to 1/n; equal scores are decided by the lower number."""
+    ranks = torch.empty_like(scores)
+    order = scores.argsort(descending=True, stable=True)
+    ranks[order] = 1.0 - torch.arange(len(scores), dtype=scores.dtype) / len(scores)
+    return ranks

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+from wgates_plugin.catalogue.torchvision_import import import_torchvision
 from wgates_plugin.errors import LibraryVersionError
 from wgates_plugin.latency.base import require
 
@@ -23,3 +26,7 @@ def require_nni() -> None:
             "config lists and evaluators differ from all earlier ones; install it with: "
             'pip install "wgates-plugin[nni]"'
         )
+    if all(importlib.util.find_spec(name) for name in ("pytorch_lightning", "torchvision")):
+        # `nni.compression` imports Lightning where it finds it, Lightning's metrics import torchvision,
+        # and a torchvision that does not fit this torch would take the whole door along.
+        import_torchvision()

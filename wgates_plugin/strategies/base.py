@@ -1,0 +1,177 @@
+"""What every strategy is given, what it answers, and how one is called by name.
+
+A strategy turns a network, data and a budget into merits of channels and the widths it wants. It does
+not remove anything and does not measure: doors and pipeline settle the widths and cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.training.engine import LossFunction, Trainer
+from wgates_plugin.training.settings import TrainingSettings
+from wgates_plugin.transforms import Step
+
+
+class Checkpoints(Protocol):
+    """Where a strategy keeps what an interrupted phase goes on from: plain values and tensors."""
+
+    def load_state(self, name: str) -> dict[str, Any] | None: ...
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None: ...
+
+
+class InMemory:
+    """Checkpoints that live as long as the process, for doors without a run folder."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, dict[str, Any]] = {}
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        return self._states.get(name)
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None:
+        self._states[name] = state
+
+
+@dataclass
+class Task:
+    """What a strategy is given to decide on.
+
+    Attributes:
+        network: a copy that may be trained, on the device of the training; its structure stays.
+        budget: limits on differentiable models of the widths. grid: multiple that widths lie on.
+        train_loader: batches (inputs, targets), with a length.
+        epochs: length of the strategy's own phase; 0 decides without learning.
+        training: settings of that phase. total_epochs: length of the schedule it is a part of.
+        train_weights: False learns with the network's weights frozen.
+        average: mean over processes; the identity in one process.
+        seed: of everything random. checkpoints: what an interrupted phase goes on from.
+    """
+
+    network: nn.Module
+    space: ChannelSpace
+    budget: Budget
+    example_inputs: ExampleInputs
+    train_loader: Iterable[Any]
+    grid: int = 1
+    epochs: int = 2
+    total_epochs: int = 2
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    train_weights: bool = True
+    loss: LossFunction | None = None
+    teacher: nn.Module | None = None
+    fabric: Any = None
+    seed: int = 0
+    checkpoints: Checkpoints = field(default_factory=InMemory)
+    average: Callable[[Tensor], Tensor] = lambda value: value
+    progress: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the strategy's phase."""
+        return self.epochs * len(self.train_loader)  # type: ignore[arg-type]
+
+    def trainer(
+        self,
+        network: nn.Module,
+        label: str,
+        *,
+        total_epochs: int | None = None,
+        training: TrainingSettings | None = None,
+    ) -> Trainer:
+        """A training loop over the task's data; by default along the job's one schedule."""
+        training = training or self.training
+        return Trainer(
+            network,
+            self.train_loader,
+            training,
+            fabric=self.fabric,
+            loss=self.loss,
+            teacher=self.teacher if training.distillation_weight > 0 else None,
+            total_epochs=self.total_epochs if total_epochs is None else total_epochs,
+            seed=self.seed,
+            label=label,
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a strategy answers.
+
+    Attributes:
+        network: the task's network with the weights that are to be cut, nothing attached to it.
+        scores: merit of each unit (total_units,), on the CPU; the highest of each group stay.
+        widths: wanted widths (G,); the budget and measurements have the last word.
+        monitor: numbers of each step of the phase. history: records of its epochs.
+        facts: what the report should show, as JSON.
+        pictures: name -> image (H, W, 3) uint8, for the report.
+    """
+
+    network: nn.Module
+    scores: Tensor
+    widths: tuple[int, ...]
+    monitor: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Strategy(ABC):
+    """Turns a `Task` into a `Decision`.
+
+    Laws: the same seed and data give the same decision; the widths keep the task's budget as its
+    models predict it, lie on the grid and above every floor; an interrupted phase goes on from its
+    checkpoints and ends in the same place; the network it returns computes, with the channels
+    outside its best `widths` gated off, what the strategy trained or judged.
+
+    Attributes:
+        settings_type: frozen dataclass of options, its defaults the recommended ones.
+        has_phase: it learns for `Task.epochs`. Otherwise these epochs go to fine-tuning.
+        trains_weights: the phase trains the network's weights, along the fine-tuning's schedule.
+        summary: one line of what it does, with its paper.
+    """
+
+    settings_type: ClassVar[type]
+    has_phase: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = True
+    summary: ClassVar[str] = ""
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = self.settings_type() if settings is None else settings
+
+    @abstractmethod
+    def decide(self, task: Task) -> Decision: ...
+
+    def prepare(self, network: nn.Module, example_inputs: ExampleInputs) -> list[Step]:
+        """Steps (see `transforms`) to change the network by before it is traced; none by default."""
+        return []
+
+    def finish(
+        self, network: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs
+    ) -> list[Step]:
+        """Steps to change the smaller network by, none of which changes what it computes."""
+        return []
+
+
+def option_names(strategy: type[Strategy]) -> list[str]:
+    """Options of a strategy by name; the grid is the job's, not an option."""
+    return [f.name for f in dataclasses.fields(strategy.settings_type) if f.name != "grid"]
+
+
+Strategies = Mapping[str, type[Strategy]]

@@ -1,0 +1,65 @@
+"""torch-pruning's importances as strategies: no phase of their own, all epochs are fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn import functional
+
+from wgates_plugin.errors import ConfigError
+from wgates_plugin.strategies import criteria
+from wgates_plugin.strategies.base import Decision, Strategy, Task
+
+
+@dataclass(frozen=True)
+class CriterionSettings:
+    """How a criterion's scores become widths.
+
+    Attributes:
+        scope: "global" ranks all groups together; "local" takes the same share of each, which are
+            uniform widths.
+    """
+
+    scope: str = "global"
+
+    def __post_init__(self) -> None:
+        if self.scope not in criteria.SCOPES:
+            known = ", ".join(criteria.SCOPES)
+            raise ConfigError("criterion", [f"scope `{self.scope}`: unknown; known: {known}"])
+
+
+class CriterionStrategy(Strategy):
+    """Channels that one of `CRITERIA` rates highest, at widths that keep the budget."""
+
+    settings_type = CriterionSettings
+    has_phase = False
+    trains_weights = False
+    criterion: ClassVar[str]
+    settings: CriterionSettings
+
+    def decide(self, task: Task) -> Decision:
+        plan, scores = criteria.decide_by_criterion(
+            task.network,
+            task.space,
+            self.criterion,
+            task.budget,
+            task.grid,
+            task.train_loader,
+            scope=self.settings.scope,
+            loss=task.loss or functional.cross_entropy,
+            seed=task.seed,
+        )
+        return Decision(task.network, scores.cpu(), plan.widths)
+
+
+def criterion_strategies() -> dict[str, type[CriterionStrategy]]:
+    """One strategy per criterion, by the criterion's name."""
+    return {
+        name: type(
+            f"{name.title().replace('-', '')}Strategy",
+            (CriterionStrategy,),
+            {"criterion": name, "summary": found.paper},
+        )
+        for name, found in criteria.CRITERIA.items()
+    }

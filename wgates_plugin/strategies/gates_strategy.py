@@ -1,0 +1,48 @@
+"""W-Gates as a strategy: gates and weights learn together in a phase of training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from wgates_plugin.strategies.base import Decision, Strategy, Task
+from wgates_plugin.strategies.phase import run_phase
+from wgates_plugin.strategies.wgates import WGates, WGatesSettings
+from wgates_plugin.training import StepContext
+
+
+class WGatesStrategy(Strategy):
+    """Gates of `strategies.wgates`, driven by the task's training loop."""
+
+    settings_type = WGatesSettings
+    summary = "each filter's own weights decide, through a learned binary gate (Li et al., 2020)"
+    settings: WGatesSettings
+
+    def decide(self, task: Task) -> Decision:
+        network = task.network
+        gates = WGates(
+            network,
+            task.space,
+            task.budget,
+            dataclasses.replace(self.settings, grid=task.grid),
+            steps=max(1, task.steps),
+            average=task.average,
+        )
+        if task.epochs == 0:
+            return Decision(network, gates.unit_scores().cpu(), gates.widths())
+        trainer = task.trainer(network, "gates")
+
+        def step(_: StepContext) -> dict[str, float]:
+            record = gates.regularize()
+            if not task.train_weights:
+                for parameter in network.parameters():
+                    parameter.grad = None
+            return record
+
+        gates.attach()
+        try:
+            monitor = run_phase(task, trainer, {"network": network, "gates": gates}, step)
+        finally:
+            gates.detach()
+        return Decision(
+            network, gates.unit_scores().cpu(), gates.widths(), monitor, trainer.history
+        )

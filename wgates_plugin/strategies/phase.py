@@ -1,0 +1,75 @@
+"""A strategy's own phase of training: checked in every epoch, resumed where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from wgates_plugin.errors import TrainingError
+from wgates_plugin.strategies.base import Task
+from wgates_plugin.training import StepContext, Trainer
+
+PHASE_STATE = "phase.pt"
+LAST_GOOD = "phase-last-good.pt"
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+def run_phase(
+    task: Task,
+    trainer: Trainer,
+    parts: Mapping[str, Stateful],
+    step: Callable[[StepContext], dict[str, float]],
+    *,
+    before: Callable[[StepContext], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train for `task.epochs`, saving after each; returns the numbers of each step.
+
+    Args:
+        parts: what has state besides the trainer, by name; the network among them.
+        step: called after each backward pass, before the optimizer's step; returns what to log.
+        before: called before each forward pass.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite; the last good state is kept.
+    """
+    monitor: list[dict[str, float]] = []
+    state = task.checkpoints.load_state(PHASE_STATE)
+    if state is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        trainer.load_state_dict(state["trainer"])
+        trainer.history, monitor = list(state["history"]), list(state["monitor"])
+
+    def after(context: StepContext) -> None:
+        monitor.append({"loss": float(context.loss or 0.0), **step(context)})
+
+    def save(name: str) -> None:
+        task.checkpoints.save_state(
+            name,
+            {
+                **{name: part.state_dict() for name, part in parts.items()},
+                "trainer": trainer.state_dict(),
+                "history": trainer.history,
+                "monitor": monitor,
+            },
+        )
+
+    try:
+        if trainer.epoch < task.epochs:
+            trainer.run(
+                epochs=task.epochs - trainer.epoch,
+                before_forward=before,
+                after_backward=after,
+                on_epoch_end=lambda *_: save(PHASE_STATE),
+                progress=task.progress,
+            )
+    except TrainingError:
+        # The trainer stops before the bad step is made: what is here now is the last good state.
+        save(LAST_GOOD)
+        raise
+    return monitor
