@@ -346,3 +346,37 @@ def test_missing_torchvision_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"wgates-plugin\[vision\]"):
         catalogue.import_torchvision()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mobilenet_v2", "is a torchvision model by its name"),
+        ("mobilenet_smal", "close to it: mobilenet_small"),
+    ],
+)
+def test_without_torchvision_the_extra_is_named(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise MissingExtraError("torchvision", "vision", "models by name")
+
+    monkeypatch.setattr("wgates_plugin.catalogue.models.import_torchvision", missing)
+    with pytest.raises(ConfigError) as caught:
+        load_model(name, classes=10)
+    assert words in str(caught.value)
+    assert "wgates-plugin[vision]" in str(caught.value)
+    assert ("close to it" in str(caught.value)) == ("close to it" in words)
+
+
+def test_every_torchvision_name_is_known_without_it() -> None:
+    from wgates_plugin.catalogue.models import _TORCHVISION
+    from wgates_plugin.catalogue.torchvision_import import import_torchvision
+
+    models = import_torchvision().models
+    assert [n for n in models.list_models(module=models) if not _TORCHVISION.match(n)] == []
+
+
+def test_a_path_is_no_name() -> None:
+    with pytest.raises(ConfigError, match="looks like a file, needs a name"):
+        load_model("runs/model.onnx", classes=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import random_plan
 from networks import TINY, Head, conv, conv_bn, example, randomised, tiny, torchvision_network
 from torch import Tensor, nn
 
-from wgates_plugin import ChannelGroup, ChannelSpace, trace
+from wgates_plugin import ChannelGroup, ChannelSpace, PruningPlan, trace
 from wgates_plugin.channels import _from_runs, _to_runs
 from wgates_plugin.errors import FileFormatError, PlanError, TraceError
 from wgates_plugin.gating import Gating
-from wgates_plugin.verification import removal_error
+from wgates_plugin.surgery import remove, resize
+from wgates_plugin.verification import carried_out, removal_error
 
 
 class Wired(nn.Module):
@@ -370,12 +373,25 @@ def test_damaged_spaces_are_refused(damage: Callable[[Any], Any]) -> None:
 
 
 def test_removal_error_sees_a_wrong_removal() -> None:
-    from helpers import random_plan
-
-    from wgates_plugin.surgery import resize
-
     network = tiny("residual")
     space = trace(network, example())
     plan = random_plan(space, 0)
     other = resize(network, space, plan.widths)  # the same widths, but the leading channels
     assert removal_error(network, other, plan, example()) > 1e-2
+
+
+def test_rounding_is_told_from_a_wrong_removal_in_float64() -> None:
+    """Whatever float32 found: the right channels agree in float64, others do not."""
+    network = tiny("residual")
+    space = trace(network, example())
+    plan, wrong = random_plan(space, 0), random_plan(space, 1)
+    smaller = remove(copy.deepcopy(network), plan, example())
+    assert carried_out(network, smaller, plan, example(), 0.05)
+    shifted = [
+        tuple((unit + 1) % g.units for unit in kept)
+        for g, kept in zip(space.groups, plan.kept, strict=True)
+    ]
+    other = PruningPlan(space, tuple(tuple(sorted(kept)) for kept in shifted))
+    assert not carried_out(network, smaller, other, example(), 0.05)
+    assert not carried_out(network, smaller, wrong, example(), float("inf"))
+    assert next(network.parameters()).dtype == torch.float32

@@ -78,7 +78,7 @@ def test_identity_names_the_device_and_the_command() -> None:
     assert other == {**first, "device_name": "a phone"}
     assert first["device_name"] == "a board"
     assert first["options"]["command"][-1] == "{model}"
-    assert first["library"] == "torch"
+    assert first["library"] is None  # only the program knows
 
 
 def test_without_a_placeholder_candidate_and_reference_run_in_turn(tmp_path: Path) -> None:
@@ -362,3 +362,18 @@ def test_options_are_checked() -> None:
         CommandRuntime(command=[], device_name="")
     with pytest.raises(RuntimeUnavailableError, match="no program `/no/such`"):
         runtime("/no/such", "{model}")
+
+
+def test_what_the_program_ran_the_file_with_is_its_own_word() -> None:
+    line = 'time.sleep(0.01); print(\'{"samples_ms": [1.0], "library": "tflite 2.19"}\')'
+    with saying(line).load(nn.ReLU(), example()) as session:
+        assert session.reported_library is None
+        session.elapsed_ms()
+        assert session.reported_library == "tflite 2.19"
+
+
+def test_a_wrong_command_is_shown_the_form() -> None:
+    with pytest.raises(ConfigError) as caught:
+        get_runtime("command", command="python on_phone.py {model}")
+    for piece in ('command=["python", "on_phone.py", "{model}", "{rounds}"]', "device_name=phone"):
+        assert piece in str(caught.value)

@@ -28,17 +28,17 @@ import os
 rank = os.environ["RANK"]
 images, targets = (torch.cat(part) for part in zip(*t.make_data()))
 loader = TensorLoader(images, targets, batch_size=16, shuffle=True)
-learn = learning.learn_gates
+decide = learning.decide
 
 
-def learn_and_keep(job):
-    network, gates = learn(job)
-    learned = {{"scores": gates.unit_scores(), **dict(network.named_parameters())}}
+def decide_and_keep(job):
+    decision = decide(job)
+    learned = {{"scores": decision.scores, **dict(decision.network.named_parameters())}}
     save_tensors(Path({out!r}) / f"learned-{{rank}}.safetensors", learned)
-    return network, gates
+    return decision
 
 
-learning.learn_gates = learn_and_keep
+learning.decide = decide_and_keep
 result = prune_to_target(t.make_network(), t.EXAMPLE, loader, loader, target=MacsTarget(fraction=0.5),
                          settings=t.SETTINGS, run_folder=Path({out!r}) / "run", progress=False)
 write_json(Path({out!r}) / f"plan-{{rank}}.json", result.plan.to_json())

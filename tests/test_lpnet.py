@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from torch import nn
 
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import Budget, EfficiencyModel, Limit, LPNet
+from wgates_plugin.efficiency.belonging import check_inputs
 from wgates_plugin.efficiency.counts import LayerShapes
 from wgates_plugin.efficiency.lpnet import weighted_names
-from wgates_plugin.efficiency.lpnet.data import folds
+from wgates_plugin.efficiency.lpnet.data import LatencyData, folds
+from wgates_plugin.efficiency.lpnet.layers import LayersStructure
 from wgates_plugin.efficiency.sampling import draw_widths
 from wgates_plugin.errors import ConfigError, FileFormatError, MeasurementError
+from wgates_plugin.integrations.torch_pruning import WGatesPruner
+from wgates_plugin.strategies import plan_by_criterion
+from wgates_plugin.strategies.base import Task
+from wgates_plugin.strategies.budgeting import fit_to_budget
 
 RISING = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
 
@@ -379,3 +386,104 @@ def test_the_mlp_predicts_no_single_layers(space: ChannelSpace) -> None:
     model = LPNet.fit(space, [[k, 12] for k in range(1, 9)], RISING, structure="mlp")
     with pytest.raises(ConfigError, match="predicts no single layers"):
         model.layer_ms(torch.tensor([4.0, 12.0]))
+
+
+def test_a_prior_that_misleads_few_measurements_is_left_out(wide: ChannelSpace) -> None:
+    other = Staircase(wide, noise=0.02)
+    widths, latencies, layers = other.data(12, 3)
+    wrong = Staircase(wide, slowness=[0.01, 40.0, 0.01, 60.0], noise=0.5).data(40, 1)
+    prior = LPNet.fit(wide, wrong[0], wrong[1], layers_ms=wrong[2])
+    adapted = LPNet.fit(wide, widths, latencies, layers_ms=layers, prior=prior)
+    alone = LPNet.fit(wide, widths, latencies, layers_ms=layers)
+    assert adapted.report is not None
+    assert alone.report is not None
+    assert adapted.report.mape <= alone.report.mape
+
+
+def test_a_scale_that_all_samples_have_in_common_is_left_alone(
+    wide: ChannelSpace, lpnet: LPNet
+) -> None:
+    other = Staircase(wide, slowness=[3.0, 1.5, 2.0, 1.0], noise=0.02)
+    widths, latencies, layers = other.data(12, 3)
+    slower = [0.8 * ms for ms in latencies]
+    first = LPNet.fit(wide, widths, latencies, layers_ms=layers, prior=lpnet).report
+    second = LPNet.fit(wide, widths, slower, layers_ms=layers, prior=lpnet).report
+    assert first is not None
+    assert second is not None
+    assert second.mape == pytest.approx(first.mape, rel=0.2)
+
+
+def test_held_out_widths_are_held_out_of_the_prior_too(wide: ChannelSpace) -> None:
+    """A prior of the same noisy measurements would know those that it is to be judged on."""
+    noisy = Staircase(wide, noise=0.3)
+    widths, latencies, _ = noisy.data(40, 0)
+    prior = LPNet.fit(wide, widths, latencies)
+    few = LPNet.fit(wide, widths[:12], latencies[:12], prior=prior)
+    structure = few._structure
+    prior_part = LayersStructure.fit(
+        wide, LatencyData.of(wide, widths[:12], latencies[:12]), seed=0, prior=prior._structure
+    )
+    blind = prior_part._unaware_of(torch.tensor(widths[:3], dtype=torch.float64)).prior
+    assert blind is not None
+    assert len(blind.data) == 37
+    rows = {tuple(row) for row in blind.data.widths.tolist()}
+    assert not rows & {tuple(map(float, row)) for row in widths[:3]}
+    assert structure.name == "layers"
+
+
+def test_an_interval_of_ninety_per_cent_needs_nine_measurements(wide: ChannelSpace) -> None:
+    runtime = Staircase(wide, noise=0.03)
+    for count, promised in ((8, False), (9, True)):
+        widths, latencies, layers = runtime.data(count, 0)
+        report = LPNet.fit(wide, widths, latencies, layers_ms=layers).report
+        assert report is not None
+        assert (report.half_width_90 is not None) == promised
+        assert (report.widest_90 is not None) == promised
+
+
+def test_the_runtime_s_identity_is_kept_and_is_no_prior_of_itself(
+    wide: ChannelSpace, tmp_path: Path
+) -> None:
+    identity = {"runtime": "staircase", "inputs": {"input_0": [1, 3, 8, 8]}}
+    widths, latencies, _ = Staircase(wide).data(12, 0)
+    model = LPNet.fit(wide, widths, latencies, identity=identity)
+    model.save(tmp_path / "lpnet")
+    loaded = LPNet.load(tmp_path / "lpnet")
+    assert (loaded.identity, loaded.upper().identity) == (identity, identity)
+    with pytest.raises(ConfigError, match="fitted on this very runtime"):
+        LPNet.fit(wide, widths, latencies, identity=identity, prior=loaded)
+    LPNet.fit(wide, widths, latencies, identity={**identity, "threads": 2}, prior=loaded)
+
+
+def test_a_budget_knows_the_shape_it_was_measured_on(wide: ChannelSpace) -> None:
+    identity = {"runtime": "staircase", "inputs": {"input_0": [1, 3, 8, 8]}}
+    widths, latencies, _ = Staircase(wide).data(12, 0)
+    budget = Budget.of(Limit(LPNet.fit(wide, widths, latencies, identity=identity), 5.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_inputs(budget, torch.zeros(1, 3, 8, 8))
+        check_inputs(budget, {"image": torch.zeros(1, 3, 8, 8)})
+    with pytest.warns(
+        UserWarning, match=r"shape 1,3,8,8, the example inputs are 8,3,8,8: .* batch of 1"
+    ):
+        check_inputs(budget, torch.zeros(8, 3, 8, 8))
+    with pytest.raises(ConfigError, match="fit one for this shape"):
+        check_inputs(budget, torch.zeros(1, 3, 16, 16))
+
+
+def test_a_budget_of_another_network_is_refused_before_it_predicts(
+    space: ChannelSpace, lpnet: LPNet
+) -> None:
+    budget = Budget.of(Limit(lpnet, 5.0))
+    doors = {
+        "criterion": lambda: plan_by_criterion(tiny("plain"), space, "l1", budget),
+        "fit": lambda: fit_to_budget(
+            space, torch.zeros(space.total_units), space.full_widths, budget
+        ),
+        "pruner": lambda: WGatesPruner(tiny("plain"), example(), efficiency=lpnet, target=5.0),
+        "budget": lambda: WGatesPruner(tiny("plain"), example(), efficiency=budget),
+        "task": lambda: Task(tiny("plain"), space, budget, example(), []),
+    }
+    for enter in doors.values():
+        with pytest.raises(ConfigError, match="its model was made for another network"):
+            enter()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,13 +34,15 @@ from wgates_plugin.errors import (
 )
 from wgates_plugin.integrations import torch_pruning as sibling
 from wgates_plugin.integrations.nni import (
+    ModelSpeedup,
     WGatesPruner,
     make_config,
     remove,
     speedup,
     torch_evaluator,
 )
-from wgates_plugin.strategies import WGatesSettings
+from wgates_plugin.strategies import Task, WGatesSettings, plan_for_budget
+from wgates_plugin.strategies.gates_strategy import WGatesStrategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
 from wgates_plugin.verification import TOLERANCE, masked_output, relative_error
 
@@ -165,12 +168,70 @@ def test_masks_have_nnis_form_in_the_networks_order() -> None:
     assert torch.equal(norm, masks["0.1"]["bias"])
 
 
-def quick_start(pruner_class: Any, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """NNI's own example `taylor_pruning.py`, on a small network.
+class Digits(nn.Module):
+    """The network of NNI's quick-start: two convolutions, flattened into three linear layers."""
 
-    Its tracer fails on today's torch, so `speedup` stands for ModelSpeedup, and couplings are not
-    set beforehand.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(256, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
+        x = nn.functional.max_pool2d(self.conv2(x).relu(), 2).flatten(1)
+        scores: Tensor = self.fc3(self.fc2(self.fc1(x).relu()).relu())
+        return scores
+
+
+def train_digits(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        images = torch.randn(8, 1, 28, 28, generator=generator)
+        labels = torch.randint(10, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:WGatesPruner. no evaluator")
+@pytest.mark.parametrize("pruner_class", [L1NormPruner, WGatesPruner])
+def test_nnis_quick_start_with_our_class_in_place_of_theirs(pruner_class: Any) -> None:
+    """The steps of NNI's tutorial `pruning_quick_start.py`; only the names imported are ours."""
+    torch.manual_seed(0)
+    model = Digits()
+    train_digits(model)
+    config_list = [
+        {"op_types": ["Linear", "Conv2d"], "exclude_op_names": ["fc3"], "sparse_ratio": 0.5}
+    ]
+    pruner = pruner_class(model, config_list)
+    _, masks = pruner.compress()
+    for mask in masks.values():
+        assert float(mask["weight"].sum() / mask["weight"].numel()) == 0.5
+    images = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        masked = model(images)
+        pruner.unwrap_model()
+        ModelSpeedup(model, torch.rand(3, 1, 28, 28), masks).speedup_model()
+        assert relative_error(model(images), masked) <= TOLERANCE
+    assert [width(model, name) for name in ("conv1", "conv2")] == [3, 8]
+    assert [model.get_submodule(f"fc{k}").out_features for k in (1, 2, 3)] == [60, 42, 10]
+    train_digits(model)
+
+
+def test_without_an_evaluator_norms_decide_and_it_is_told() -> None:
+    network = Digits()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.warns(UserWarning, match="no evaluator, so filter norms decide"):
+        pruner = WGatesPruner(network, HALF)
+    pruner.unwrap_model()
+    assert same_tensors(network.state_dict(), before)
+    with pytest.raises(ConfigError, match="give `example_inputs=`"):  # MACs depend on the images
+        WGatesPruner(Digits(), FREE, target=MacsTarget(fraction=0.5))
+
+
+def trained_quick_start(pruner_class: Any, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The steps of NNI's example `taylor_pruning.py`, on a small network."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
     training_func()(network, optimizer, training_step, None, None, 1)
     config_list: Any = [{"op_types": ["Conv2d"], "op_names_re": [".*"], "sparse_ratio": 0.5}]
@@ -185,13 +246,59 @@ def quick_start(pruner_class: Any, network: nn.Module) -> tuple[nn.Module, dict[
     return network, masks
 
 
-def test_nnis_quick_start_with_our_class_in_place_of_theirs() -> None:
-    network, masks = quick_start(WGatesPruner, tiny("projection"))
+def test_nnis_training_example_with_our_class_in_place_of_theirs() -> None:
+    network, masks = trained_quick_start(WGatesPruner, tiny("projection"))
     assert width(network, "0.0") == 4
     assert width(network, "1.shortcut.0") == width(network, "1.main.1") == 6
     with pytest.raises(SurgeryError, match="computes something else"):
-        quick_start(TaylorPruner, tiny("projection"))  # its masks leave the norms' shifts alive
+        trained_quick_start(TaylorPruner, tiny("projection"))  # its masks leave norms' shifts alive
     assert float(masks["0.0"]["weight"].mean()) == 0.5
+
+
+class PlainLoop:
+    """The pipeline's training loop, in the steps of `nni_helpers.training_func`."""
+
+    epoch = 0
+    history: tuple[Any, ...] = ()
+
+    def __init__(self, network: nn.Module, steps: int) -> None:
+        self.network, self.steps = network, steps
+
+    def run(self, *, after_backward: Any, **_: Any) -> None:
+        optimizer = torch.optim.SGD(self.network.parameters(), lr=0.02)
+        self.network.train()
+        for seed in range(self.steps):
+            optimizer.zero_grad()
+            loss = training_step(batch(seed), self.network)
+            loss.backward()
+            after_backward(SimpleNamespace(loss=loss.detach()))
+            optimizer.step()
+
+
+class PlainTask(Task):
+    """A strategy's task whose training loop is the one that NNI's evaluator runs."""
+
+    def trainer(self, network: nn.Module, label: str, **_: Any) -> Any:
+        return PlainLoop(network, self.steps)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "concat"])
+def test_the_same_plan_as_through_the_pipelines_strategy(name: str) -> None:
+    ours, theirs = tiny(name), tiny(name)
+    space = trace(theirs, example())
+    target = MacsTarget(fraction=0.5)
+    pruner = pruner_of(ours, FREE, steps=4, target=target)
+    pruner.compress()
+    macs = MacsModel(space)
+    full = float(macs(torch.tensor(space.full_widths, dtype=torch.float64)))
+    budget = Budget.of(Limit(macs, target.resolve(full)))
+    task = PlainTask(theirs, space, budget, example(), [None] * 4, epochs=1, total_epochs=1, seed=0)
+    decision = WGatesStrategy(SETTINGS).decide(task)
+    plan = plan_for_budget(space, decision.scores, decision.widths, budget, 1, strategy="wgates")
+    assert pruner.plan is not None
+    assert pruner.plan.kept == plan.kept
+    pruner.unwrap_model()
+    assert same_tensors(ours.state_dict(), decision.network.state_dict())
 
 
 def test_the_same_plan_as_through_the_torch_pruning_door() -> None:
@@ -445,6 +552,71 @@ def test_a_second_compress_is_refused() -> None:
         pruner.compress()
 
 
+def other_layer(network: Any) -> None:
+    network[1].main[0][0] = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+
+
+def other_block(network: Any) -> None:
+    network[1].main = nn.Identity()
+
+
+def other_shape(network: Any) -> None:
+    head = network[2].fc
+    head.weight = nn.Parameter(head.weight.detach()[:, :4].clone())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_layer, "`1.main.0.0` is another layer now"),
+        (other_block, "`1.main.0.0` is gone"),
+        (other_shape, r"`2.fc.weight` was \(5, 8\) and is \(5, 4\)"),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_network_that_changed_since_tracing_is_refused(
+    change: Any, words: str, steps: int
+) -> None:
+    network = tiny("residual")
+    pruner = pruner_of(network, steps=steps)
+    change(network)
+    with pytest.raises(PlanError, match=f"changed since it was traced: .*{words}"):
+        pruner.compress()
+
+
+FORMS: list[tuple[Any, list[int]]] = [
+    # widths of 0.0, 1.main.0.0, 1.main.1; the first and the last are coupled
+    ([{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], [4, 3, 4]),
+    ([{"op_names_re": [r".*main\.0"], "op_types": ["Conv2d"], "sparse_ratio": 0.5}], [8, 3, 8]),
+    ([{"op_names": ["0.0", "1.main.1"], "sparse_ratio": 0.5}], [4, 6, 4]),
+    (
+        [{"op_types": ["Conv2d"], "exclude_op_names_re": [r".*main\.0"], "sparse_ratio": 0.5}],
+        [4, 6, 4],
+    ),
+    (
+        [{"op_types": ["Conv2d"], "exclude_op_names": ["1.main.0.0"], "sparse_ratio": 0.5}],
+        [4, 6, 4],
+    ),
+    ([{"op_types": ["Conv2d"], "sparsity": 0.5}], [4, 3, 4]),  # NNI 2's word
+    ([{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "max_sparse_ratio": 0.25}], [6, 5, 6]),
+    ([{"op_types": ["Conv2d"], "sparse_ratio": 0.1, "min_sparse_ratio": 0.5}], [4, 3, 4]),
+    ([{**HALF[0], "granularity": "out_channel"}], [4, 3, 4]),
+    ([{**HALF[0], "granularity": [1, -1, -1, -1]}], [4, 3, 4]),
+    ([{**HALF[0], "dependency_group_id": "all"}], [4, 3, 4]),
+    ([{"op_types": ["Conv2d"], "target_settings": {"weight": {"sparse_ratio": 0.5}}}], [4, 3, 4]),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*legacy")
+@pytest.mark.parametrize(("config", "widths"), FORMS)
+def test_every_form_of_config(config: Any, widths: list[int]) -> None:
+    network = tiny("residual")
+    pruner = pruner_of(network, config, steps=2)
+    _, masks = pruner.compress()
+    smaller = check_exact(pruner, masks, network)
+    assert [width(smaller, name) for name in ("0.0", "1.main.0.0", "1.main.1")] == widths
+
+
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([], {}, "at least one"),
     ("conv", {}, "needs a list of dicts"),
@@ -461,6 +633,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([{**HALF[0], "target_names": ["_output_"]}], {}, "inputs and outputs"),
     ([{**HALF[0], "pruner": "l1"}], {}, "pruner"),
     (HALF, {"target": 1e4}, "together with a target"),
+    (HALF, {"target": LatencyTarget(milliseconds=2.0)}, "together with a target"),
     (FREE, {}, "neither `target` nor any sparse_ratio"),
     (HALF, {"efficiency": MacsModel}, "efficiency without a target"),
     (FREE, {"target": LatencyTarget(milliseconds=2.0)}, "needs an `LPNet`"),
@@ -645,7 +818,7 @@ def test_what_cannot_be_removed_stays_as_zeros() -> None:
         (lambda m: m["0.0"].update(weight=torch.full((8, 3, 3, 3), 0.5)), "other values"),
     ],
 )
-@pytest.mark.parametrize("way", [remove])
+@pytest.mark.parametrize("way", [remove, speedup])
 def test_wrong_masks_are_refused_and_the_network_left_as_found(
     change: Any, words: str, way: Any
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from wgates_plugin import trace
 from wgates_plugin.efficiency import MacsModel, ParametersModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError
 from wgates_plugin.integrations.nni import PRUNERS, build_pruner, make_config, remove
+from wgates_plugin.latency.measurement import Measurement
 from wgates_plugin.verification import TOLERANCE, relative_error
 
 
@@ -134,6 +137,14 @@ def test_the_dashboard_listens_on_loopback_alone() -> None:
     assert done.stdout.strip() == "127.0.0.1"
 
 
+def test_a_dashboard_that_others_can_reach_is_refused() -> None:
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        with pytest.raises(RuntimeError, match=r"listens on .*0\.0\.0\.0.*, must on"):
+            nni_experiment.check_loopback(os.getpid())
+
+
 @pytest.mark.slow
 def test_three_trials_succeed(tmp_path: Path) -> None:
     small = {"dense-epochs": 2, "epochs": 1, "steps": 5, "samples": 24, "images": 512}
@@ -151,6 +162,6 @@ def test_three_trials_succeed(tmp_path: Path) -> None:
     assert len(rows) == 3
     for row in rows:
         assert row["parameters"]["pruner"] in PRUNERS
-        assert row["metrics"]["latency_ms"] > 0
-        assert 0 <= row["metrics"]["default"] <= 1
+        assert row["latency_ms"] == Measurement.from_json(row["measurement"]).latency_ms
+        assert 0 <= row["accuracy"] <= 1
     assert (tmp_path / "work" / "config").is_dir()

@@ -167,7 +167,7 @@ def test_nothing_to_do_is_a_success(tmp_path: Path) -> None:
     assert result.held
     assert result.plan.widths == result.plan.space.full_widths
     assert result.artefact.is_file()
-    assert not (tmp_path / "run" / "stages" / "gates.pt").exists()
+    assert not (tmp_path / "run" / "stages" / "phase.pt").exists()
 
 
 def test_several_targets_hold_together(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_target_below_the_least_is_refused_before_training(tmp_path: Path) -> 
     with pytest.raises(InfeasibleTargetError, match="least allowed widths") as error:
         run(tmp_path / "run", target=LatencyTarget(milliseconds=1e-4, runtime="eager"))
     assert "ask for more" in str(error.value)
-    assert not (tmp_path / "run" / "stages" / "gates.pt").exists()
+    assert not (tmp_path / "run" / "stages" / "phase.pt").exists()
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "8", None, True])
@@ -303,9 +303,9 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(delivery, "settle", stop)
         with pytest.raises(Interrupted):
             run(tmp_path / "run")
-    checkpoint = tmp_path / "run" / "stages" / "gates.pt"
+    checkpoint = tmp_path / "run" / "stages" / "decision.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    with pytest.raises(FileFormatError, match=r"gates\.pt"):
+    with pytest.raises(FileFormatError, match=r"decision\.pt"):
         run(tmp_path / "run", resume=True)
 
 
@@ -321,10 +321,10 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_state(tmp_path: Path) -> None
     with pytest.raises(TrainingError, match="epoch 2, step 4"):
         run(tmp_path / "run", loss=spoilt)
     assert (
-        torch.load(tmp_path / "run" / "stages" / "gates.pt", weights_only=True)["gates"]["step"]
+        torch.load(tmp_path / "run" / "stages" / "phase.pt", weights_only=True)["gates"]["step"]
         == 3
     )
-    state = torch.load(tmp_path / "run" / "stages" / "gates-last-good.pt", weights_only=True)
+    state = torch.load(tmp_path / "run" / "stages" / "phase-last-good.pt", weights_only=True)
     assert state["gates"]["step"] == 4
     assert all(torch.isfinite(v).all() for v in state["network"].values() if v.is_floating_point())
     assert run(tmp_path / "run", resume=True).held

@@ -14,20 +14,21 @@ import torch
 from fake_bench import IDENTITY, steady_bench
 from networks import example, tiny
 
-from tests.test_pipeline import SETTINGS, run, with_latency_ratios
+from tests.test_pipeline import EXAMPLE, SETTINGS, make_network, run, with_latency_ratios
 from wgates_plugin import trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, collect
-from wgates_plugin.errors import TargetError
+from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline import preparation
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.targets import LatencyTarget
 
 STAGES = (
     "measuring the untouched network: ",
-    "learning the gates, 2 epochs: ",
+    "wgates: deciding, 2 epochs: ",
     "settling the widths: ",
     "removing channels: ",
     "fine-tuning, 2 epochs: ",
@@ -121,3 +122,21 @@ def test_active_sampling_may_go_where_the_optimiser_goes() -> None:
     assert (costs <= 0.5 * full).all()
     assert (costs > 0.3 * full).all()
     assert preparation.destinations(job(1.0), cast(Any, None)) == [space.least_widths(1)]
+
+
+def test_samples_of_an_earlier_run_are_taken_over_in_todays_clock(tmp_path: Path) -> None:
+    target = LatencyTarget(fraction=0.8, runtime="eager")
+    first = run(tmp_path / "first", target=target)
+    samples = first.run_folder / "samples.jsonl"
+    settings = dataclasses.replace(SETTINGS, samples_file=str(samples))
+    second = run(tmp_path / "second", target=target, settings=settings)
+    assert (second.run_folder / "samples.jsonl").read_text() == samples.read_text()
+    network = make_network()
+    study = LatencyStudy(network, trace(network, EXAMPLE), EXAMPLE, target)
+    study.reference_ms = 2.0 * first.report["baseline"]["latency_ms"]
+    found = study.open_samples(samples)
+    _, latencies, _ = study._seen()
+    stored = [sample.latency_ms for sample in found.usable]
+    torch.testing.assert_close(torch.tensor(latencies), 2.0 * torch.tensor(stored))
+    with pytest.raises(ConfigError, match="no such file"):
+        dataclasses.replace(SETTINGS, samples_file=str(tmp_path / "none.jsonl"))

@@ -17,6 +17,8 @@ from wgates_plugin.latency.options import options_of
 from wgates_plugin.recipe import Recipe
 from wgates_plugin.recipe_checks import NO_EFFECT
 from wgates_plugin.recipe_schema import all_places, fields_of, inner_type, type_at
+from wgates_plugin.strategies import CRITERIA, STRATEGIES
+from wgates_plugin.strategies.base import option_names
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -63,6 +65,37 @@ def test_every_option_is_explained(command: str) -> None:
     found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     options = {name for option in found.params for name in option.opts if name.startswith("--")}
     assert {name for name in options - {"--debug"} if name not in table} == set()
+
+
+def strategy_rows() -> tuple[dict[str, list[str]], dict[tuple[str, str], str]]:
+    """Strategies of the table; (strategy or "criteria", option) -> default."""
+    text = README.read_text(encoding="utf-8").split("### Strategies\n", 1)[1].split("\n### ", 1)[0]
+    lines = [line.replace("`", "").strip("| ").split("|") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines if len(line) > 2]
+    heads = [number for number, row in enumerate(cells) if set(row[0]) == {"-"}]
+    names = {
+        name: row[1:] for row in cells[heads[0] + 1 : heads[1] - 1] for name in row[0].split(", ")
+    }
+    options = {
+        (owner, row[0]): row[2] for row in cells[heads[1] + 1 :] for owner in row[1].split(", ")
+    }
+    return names, options
+
+
+def test_every_strategy_and_option_is_in_the_tables() -> None:
+    names, shown = strategy_rows()
+    assert set(names) == set(STRATEGIES)
+    wanted = {}
+    for name, kind in STRATEGIES.items():
+        owner = "criteria" if name in CRITERIA else name
+        for field in dataclasses.fields(kind.settings_type):
+            if field.name in option_names(kind):
+                wanted[owner, field.name] = str(field.default)
+        assert bool(names[name][0]) == kind.has_phase, name
+    assert set(shown) == set(wanted)
+    for key, default in wanted.items():
+        if default not in ("None", "True", "False"):
+            assert shown[key] == default, key
 
 
 def test_every_runtime_is_in_the_table() -> None:

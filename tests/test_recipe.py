@@ -14,6 +14,7 @@ from wgates_plugin import dense_training
 from wgates_plugin.catalogue import Data
 from wgates_plugin.errors import ConfigError, FileFormatError, RunFolderError
 from wgates_plugin.recipe import Recipe, load_recipe, prepare
+from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
 
 DEMO = Path(dense_training.__file__).parent / "recipes" / "demo.yaml"
@@ -59,8 +60,9 @@ def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
 
 
 def test_numbers_in_exponent_form_are_numbers(tmp_path: Path) -> None:
-    recipe = loaded(sound(pruning={"gates": {"learning_rate": "3e-4"}}), tmp_path)
-    assert recipe.pruning.gates.learning_rate == 3e-4
+    recipe = loaded(sound(pruning={"options": {"learning_rate": "3e-4"}}), tmp_path)
+    strategy = make_strategy(recipe.pruning.strategy, recipe.pruning.options)
+    assert strategy.settings.learning_rate == 3e-4
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
                 "samples": 3,
                 "gate_epochs": "many",
                 "ignored_layers": "fc",
-                "gates": {"gridd": 1, "grid": "a", "spread": 3},
+                "options": {"spreed": 1, "alpha": "a", "spread": 3},
                 "training": {"epochs": -1, "optimizer": "lion"},
             },
         },
@@ -105,9 +107,9 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "pruning.samples": "whole number from 8",
         "pruning.gate_epochs": "valid integer",
         "pruning.ignored_layers": "not allowed",
-        "pruning.gates.gridd": "did you mean `pruning.gates.grid`",
-        "pruning.gates.grid": "valid integer",
-        "pruning.gates.spread": "between 0 and 0.5",
+        "pruning.options.spreed": "did you mean `spread`",
+        "pruning.options.alpha": "valid number",
+        "pruning.options.spread": "between 0 and 0.5",
         "pruning.training.epochs": "needs a whole number",
         "pruning.training.optimizer": "sgd, adamw",
     }
@@ -117,14 +119,29 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     assert set(found) == set(expected)
 
 
+@pytest.mark.parametrize(
+    ("pruning", "path", "words"),
+    [
+        ({"strategy": "wgate"}, "pruning.strategy", "known: wgates"),
+        ({"strategy": "obdc"}, "pruning.strategy", "use `hessian`"),
+        ({"strategy": "l1", "options": {"spread": 0.2}}, "pruning.options.spread", "known: scope"),
+        ({"strategy": "l1", "options": {"scope": "all"}}, "pruning.options.scope", "global, local"),
+    ],
+)
+def test_a_strategy_is_checked_with_its_own_options(
+    pruning: dict[str, Any], path: str, words: str, tmp_path: Path
+) -> None:
+    assert words in problems(sound(pruning=pruning), tmp_path)[path]
+
+
 def test_an_empty_recipe_names_what_is_missing(tmp_path: Path) -> None:
     assert set(problems({}, tmp_path)) == {"model", "data", "target"}
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
-    pruning = {"gates": {"grid": 8}, "training": {"epochs": 3}}
+    pruning = {"seed": 8, "training": {"epochs": 3}}
     found = problems(sound(pruning=pruning), tmp_path)
-    assert "`pruning.grid`" in found["pruning.gates.grid"]
+    assert "top level" in found["pruning.seed"]
     assert "fine_tune_epochs" in found["pruning.training.epochs"]
 
 
@@ -221,7 +238,7 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         "seed=3",
         "target.fraction=0.3",
         "targets.0.macs=1e6",
-        "pruning.gates.learning_rate=1e-2",
+        "pruning.options.learning_rate=1e-2",
         "pruning.floors.layer1.0.conv1=8",
         "name=other",
     )
@@ -230,7 +247,7 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         LatencyTarget(fraction=0.3, runtime="eager"),
         MacsTarget(macs=1e6),
     ]
-    assert recipe.pruning.gates.learning_rate == 0.01
+    assert recipe.pruning.options == {"learning_rate": 0.01}
     assert recipe.pruning.floors == {"layer1.0.conv1": 8}
 
 

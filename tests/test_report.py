@@ -12,12 +12,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from wgates_plugin.errors import FileFormatError, MissingExtraError
 from wgates_plugin.report import headline, load_report, summary_table, write_report
 from wgates_plugin.report.curves import smooth
+from wgates_plugin.report.page import render
+from wgates_plugin.report.plots import save_images
 from wgates_plugin.report.tables import comparison_rows
 
 VOID = {"meta", "img", "source", "br", "link", "hr"}
@@ -81,7 +84,7 @@ def made_up(**changes: Any) -> dict[str, Any]:
             {"stage": "delivery", "predicted_ms": None, "measured_ms": 1.18, "verdict": "held"},
         ],
         "masked_equals_removed": 3.1e-07,
-        "settings": {"samples": 9, "gates": {"grid": 16}},
+        "settings": {"samples": 9, "options": {"spread": 0.3}},
     }
     report.update(changes)
     return report
@@ -235,7 +238,7 @@ def test_page_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
         "learning the gates",
         "torch 2.13.0",
         "input_0 1x3x32x32",
-        "gates.grid",
+        "options.spread",
         "layer1.conv1",
     ):
         assert piece in page.text
@@ -312,3 +315,23 @@ def test_writing_a_report_changes_neither_report_nor_matplotlib(tmp_path: Path) 
 def test_moving_average_starts_at_the_first_value() -> None:
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert smooth([0.0, 1.0], weight=0.5)[1] == pytest.approx(2 / 3)
+
+
+def test_what_the_strategy_saw_is_shown(tmp_path: Path) -> None:
+    """Its pictures from their files, inside the page; a file that is gone leaves the rest."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "pictures"
+    image = np.zeros((4, 6, 3), dtype=np.uint8)
+    files = save_images({"conv1: patterns": image, "gone": image}, folder)
+    (folder / files[1]).unlink()
+    pictures = [{"name": "conv1: patterns", "file": files[0]}, {"name": "gone", "file": files[1]}]
+    report = made_up(
+        decision={"facts": {"clusters": {"conv1": 7}}, "pictures": pictures},
+        strategy="functionality",
+    )
+    page = render(report, [], folder=folder)
+    assert "What functionality saw" in page
+    assert base64.b64encode((folder / files[0]).read_bytes()).decode() in page
+    assert "<figcaption>conv1: patterns" in page
+    assert "<figcaption>gone" not in page
+    assert "clusters.conv1" in page

@@ -28,11 +28,17 @@ from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
 from wgates_plugin.efficiency.bench import Bench, Trust, half_widths, light_bench
 from wgates_plugin.efficiency.sample_file import SampleFile
-from wgates_plugin.efficiency.sampling import Active, collect, draw_widths
+from wgates_plugin.efficiency.sampling import (
+    Active,
+    collect,
+    draw_widths,
+    grid_of,
+    mixed_grids,
+)
 from wgates_plugin.errors import FileFormatError, MeasurementError
 from wgates_plugin.files import append_line
 from wgates_plugin.latency.environment import describe_environment
-from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.latency_study import LatencyStudy, common_drift
 from wgates_plugin.targets import LatencyTarget
 
 
@@ -305,7 +311,7 @@ def test_sampling_more_than_there_is_stops(tmp_path: Path) -> None:
     file = open_file(tmp_path / "samples", few)
     with pytest.raises(MeasurementError, match="only 3 different widths on a grid of 1"):
         collect(file, few, steady_bench(few), count=4, **OPTIONS)
-    assert len(file) == 3
+    assert len(file) == 0  # seen before anything was measured
 
 
 @pytest.mark.parametrize("sampled_before", [False, True])
@@ -492,3 +498,40 @@ def test_a_study_samples_lightly_and_judges_against_the_untouched(tmp_path: Path
     assert second.samples is not None
     assert second.samples.distinct == 5
     assert list(second.samples.sources.values()) == [light]
+
+
+def test_common_drift_is_of_all_or_none() -> None:
+    assert common_drift([0.96, 0.97, 0.95]) == 0.96
+    assert common_drift([0.9, 1.02, 0.95]) == 1.0
+    assert common_drift([]) == 1.0
+
+
+@pytest.mark.parametrize("retime", [False, True])
+def test_a_baseline_of_another_speed_is_timed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, retime: bool
+) -> None:
+    """The untouched network takes 2.0 ms, but took 2.2 ms when it was timed alone."""
+    network = tiny("plain")
+    space = trace(network, example())
+    study = LatencyStudy(network, space, example(), LatencyTarget(fraction=1.0, runtime="eager"))
+    study._family, study._reference = SteadyFamily(space), SteadySession(REFERENCE_MS)
+    study.reference_ms = 1.1 * REFERENCE_MS
+    file = study.open_samples(tmp_path / "samples")
+    study.sample(count=12, retime=retime, profile=False, **OPTIONS)
+    assert len(file) == 12
+    assert ("timed again" in caplog.text) == retime
+    scale = 1.0 if retime else 1.1
+    assert study.reference_ms == pytest.approx(scale * REFERENCE_MS)
+    for row, latency in zip(file.widths, file.latencies_ms, strict=True):
+        assert latency == pytest.approx(scale * staircase_ms(space, row), rel=1e-4)
+    assert len({source.dense_ms for source in file.sources.values()}) == (2 if retime else 1)
+    assert study._seen()[1] == pytest.approx(file.latencies_ms)
+
+
+def test_the_grid_of_widths(space: ChannelSpace) -> None:
+    full = space.full_widths
+    assert grid_of(space, [full]) is None
+    assert grid_of(space, [(4, full[1]), (8, full[1])]) == 4
+    assert mixed_grids(space, [(4, full[1])] * 3, 4) == []
+    (words,) = mixed_grids(space, [(4, 8)] * 3, 1)
+    assert "the 3 kept samples are on multiples of 4 channels, new ones on multiples of 1" in words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -184,6 +185,8 @@ def test_detaching_gives_the_network_back() -> None:
         ({"target": 1e4, "isomorphic": True}, ConfigError, "isomorphic: the budget decides"),
         ({"pruning_ratio": 1.5}, ConfigError, "needs a number from 0 to 1"),
         ({"pruning_ratio": "half"}, ConfigError, "needs a number from 0 to 1"),
+        ({"pruning_ratio": float("nan")}, ConfigError, "pruning_ratio nan: needs a number"),
+        ({"pruning_ratio_dict": {nn.ReLU(): 1.2}}, ConfigError, "pruning_ratio_dict value 1.2"),
         ({"max_pruning_ratio": -0.1}, ConfigError, "max_pruning_ratio -0.1"),
         ({"iterative_steps": 0}, ConfigError, "whole number from 1"),
         ({"pruning_ratio_dict": {nn.ReLU(): 0.5}}, ConfigError, "no module of the network"),
@@ -232,7 +235,7 @@ def test_every_form_of_efficiency() -> None:
         widths = torch.tensor(pruner.plan.widths)
         for limit in pruner.budget.limits:
             assert float(limit.model(widths)) <= limit.target
-    with pytest.raises(ConfigError, match="a Budget holds its targets"):
+    with pytest.raises(ConfigError, match="target: a Budget holds its targets"):
         WGatesPruner(tiny("plain"), example(), efficiency=forms[-1][0], target=2e4)
 
 
@@ -292,7 +295,7 @@ def test_a_resumed_pruner_removes_the_same() -> None:
 
 
 def sparse_training(pruner_class: Any, network: nn.Module) -> Any:
-    """torch-pruning's sparse-training example, word for word but for data and size."""
+    """torch-pruning's sparse-training example; the class is the only thing that differs."""
     example_inputs = example()
     imp = tp.importance.GroupMagnitudeImportance(p=2)
     ignored_layers = []
@@ -405,6 +408,67 @@ def test_every_option_that_cannot_be_honoured_is_named_at_once() -> None:
         "reg",
     ]
     assert snapshot(network) == before
+
+
+def test_contradictory_options_are_named_at_once() -> None:
+    network = tiny("residual").train()
+    before = snapshot(network)
+    with pytest.raises(ConfigError) as error:
+        WGatesPruner(
+            network,
+            example(),
+            tp.importance.MagnitudeImportance(),
+            settings=WGatesSettings(start="open"),
+            efficiency=MacsModel,
+            pruning_ratio=0.5,
+            pruning_ratio_dict={network[0]: 0.2},
+            isomorphic=True,
+            max_pruning_ratio=2,
+            iterative_steps=0,
+            ignored_layers=[nn.LSTM],
+            root_module_types=[nn.LSTM],
+            unwrapped_parameters=[(nn.Parameter(torch.ones(2)), 0)],
+            round_to=0,
+        )
+    named = [problem.split(":")[0].split(" ")[0] for problem in error.value.problems]
+    assert sorted(named) == [
+        "efficiency",
+        "grid",
+        "ignored_layers",
+        "importance",
+        "isomorphic",
+        "iterative_steps",
+        "max_pruning_ratio",
+        "pruning_ratio",
+        "pruning_ratio_dict",
+        "root_module_types",
+        "unwrapped_parameters",
+    ]
+    assert snapshot(network) == before
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped", "concat", "flattened"])
+@pytest.mark.parametrize("options", [{}, {"global_pruning": True}, {"floors": 3}])
+def test_asking_for_everything_empties_no_layer(name: str, options: dict[str, Any]) -> None:
+    network = tiny(name)
+    if "floors" in options:
+        options = {"floors": dict.fromkeys(trace(network, example()).names[:1], options["floors"])}
+    pruner = WGatesPruner(network, example(), pruning_ratio=1.0, settings=SETTINGS, **options)
+    learn(pruner, network, steps=1)
+    before = copy.deepcopy(network.state_dict())
+    pruner.step()
+    assert pruner.plan is not None
+    assert pruner.plan.widths == pruner.space.least_widths()
+    assert min(pruner.plan.widths) >= 1
+    assert law_1(pruner, tiny(name), before, example()) <= TOLERANCE
+
+
+def test_masks_that_would_empty_a_layer_are_refused() -> None:
+    network = tiny("residual")
+    pruner = WGatesPruner(network, example(), pruning_ratio=0.5)
+    nothing = torch.zeros(pruner.space.total_units, dtype=torch.bool)
+    with pytest.raises(PlanError, match=r"keeps 0 of 8 channels, its floor is 1"):
+        PruningPlan.from_masks(pruner.space, nothing)
 
 
 def test_options_at_torch_prunings_defaults_ask_for_nothing() -> None:
@@ -801,7 +865,7 @@ def test_the_pipeline_and_this_door_find_the_same_plan(tmp_path: Any) -> None:
         gate_epochs=2,
         fine_tune_epochs=0,
         training=training,
-        gates=SETTINGS,
+        options={key: value for key, value in asdict(SETTINGS).items() if key != "grid"},
         min_fraction=0.1,
         measure_seconds=0.01,
         seed=3,

@@ -592,3 +592,13 @@ def test_two_processes_share_data_and_agree(tmp_path: Path) -> None:
         both = torch.cat([one[part], two[part]]).flatten(1)
         assert len(both.unique(dim=0)) == 32
     assert not torch.equal(one["first"], one["second"])
+
+
+def test_a_part_of_the_schedule_counts_its_own_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Trainer(
+        small_network(), loader(), TrainingSettings(**CPU), total_epochs=3, label="gates"
+    )
+    with caplog.at_level(logging.INFO, logger="wgates_plugin"):
+        trainer.run(first_epoch=1, epochs=2, progress=False)
+    words = "gates: epoch 1 of 2 (epoch 2 of 3 on the learning-rate schedule), loss"
+    assert any(record.message.startswith(words) for record in caplog.records)

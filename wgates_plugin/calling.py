@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,9 +26,11 @@ def left_as_found(network: nn.Module) -> Iterator[None]:
     finally:
         torch.set_rng_state(state)
         for module, training in modes.items():
-            module.training = training
+            if module.training is not training:
+                module.training = training
         for parameter, flag in grads.items():
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
 
 
 def call_with(network: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -41,7 +44,7 @@ def call_with(network: nn.Module, example_inputs: ExampleInputs) -> Any:
 
 def device_of(network: nn.Module) -> torch.device:
     """The device of the first parameter or buffer; the CPU for a network without either."""
-    for tensor in (*network.parameters(), *network.buffers()):
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
         return tensor.device
     return torch.device("cpu")
 

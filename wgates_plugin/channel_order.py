@@ -44,7 +44,7 @@ def is_certain(graph: tp.DependencyGraph) -> bool:
 
 
 def _keeps_order(node: Any) -> bool:
-    if isinstance(node.module, (*kinds.WEIGHTED, *kinds.BATCH_NORMS, nn.PReLU)):
+    if isinstance(node.module, (*kinds.READERS, *kinds.BATCH_NORMS, nn.PReLU)):
         return True
     name = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
     if node.type == tp_ops.OPTYPE.OUTPUT:

@@ -136,7 +136,8 @@ def relative_plan(inner: PruningPlan, outer: PruningPlan, space: ChannelSpace) -
     """`inner`, in the numbering of the network that `outer` left behind (its `space`).
 
     A group that `outer` cut to one unit may be missing from `space`, or have become a depthwise
-    convolution with units of another kind there: it has nothing left to choose and stays as it is.
+    convolution with units of another kind there: it has nothing left to choose and stays as it is. So
+    may one whose branch a step after the cut has taken out: nothing of it is left to cut.
 
     Raises:
         PlanError: `inner` keeps a channel that `outer` removed, or the networks do not match.
@@ -148,7 +149,8 @@ def relative_plan(inner: PruningPlan, outer: PruningPlan, space: ChannelSpace) -
         missing = [unit for unit in second if unit not in place]
         if missing:
             raise PlanError(f"group `{name}`: unit {missing[0]} is gone already")
-        if second == first:
+        gone_with_its_branch = name not in units and outer.note.get("after")
+        if second == first or gone_with_its_branch:
             continue
         if units.get(name) != len(first):
             raise PlanError(

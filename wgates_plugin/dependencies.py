@@ -25,6 +25,7 @@ from wgates_plugin.channel_order import is_certain
 from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
 from wgates_plugin.errors import TraceError
 from wgates_plugin.gating import Gating
+from wgates_plugin.transforms.scatter import ScatterPruner
 
 _ATTENTION = (
     "`{}` is an attention: only whole heads could go, and its own head count would not follow"
@@ -56,19 +57,19 @@ class DependencyTrace:
             self.layers, self.graph = self._describe_and_trace()
 
     def _refuse_untraceable(self) -> None:
-        parameters = list(self.network.parameters())
-        if not any(isinstance(module, kinds.WEIGHTED) for module in self.network.modules()):
+        if not any(isinstance(module, kinds.WEIGHTED) for module in self.names):
             raise TraceError(
                 f"network {type(self.network).__name__}: no convolution or linear layer to prune"
             )
-        if not any(parameter.requires_grad for parameter in parameters):
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+            count = len(list(self.network.parameters()))
             raise TraceError(
-                f"network {type(self.network).__name__}: all {len(parameters)} parameters are "
+                f"network {type(self.network).__name__}: all {count} parameters are "
                 "frozen, so nothing could recover from pruning; call "
                 "`network.requires_grad_(True)` on what may be trained"
             )
-        for name, module in self.network.named_modules():
-            if hasattr(module, "parametrizations"):
+        for module, name in self.names.items():
+            if "parametrizations" in module._modules:
                 raise TraceError(
                     f"module `{name}`: has a parametrization on its weight; remove it with "
                     "torch.nn.utils.parametrize.remove_parametrizations first"
@@ -92,8 +93,10 @@ class DependencyTrace:
 
     def _refuse_tied_weights(self) -> None:
         owners: dict[nn.Parameter, str] = {}
-        for name, module in self.network.named_modules():
-            for key, parameter in module.named_parameters(recurse=False):
+        for module, name in self.names.items():
+            for key, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
                 first = owners.setdefault(parameter, f"{name}.{key}")
                 if first != f"{name}.{key}":
                     raise TraceError(
@@ -113,8 +116,14 @@ class DependencyTrace:
                 per_image = met.numel() // max(1, met.shape[0] * channels)
                 positions[module] = positions.get(module, 0) + per_image
 
-        leaves = [m for m in self.network.modules() if list(m.parameters(recurse=False))]
+        leaves = [m for m in self.names if any(p is not None for p in m._parameters.values())]
         handles = [module.register_forward_hook(count) for module in leaves]
+        # A scatter with nothing to do returns its input, which would hide it from the graph.
+        handles += [
+            module.register_forward_hook(lambda _, __, output: output.clone())
+            for module in self.names
+            if isinstance(module, kinds.Scatter)
+        ]
         try:
             graph = self._build_graph()
         finally:
@@ -178,6 +187,7 @@ class DependencyTrace:
                     example_inputs=self.example_inputs,
                     forward_fn=lambda *_: self._run(),
                     unwrapped_parameters=list(self._parameter_dims),
+                    customized_pruners={kinds.Scatter: ScatterPruner()},
                     verbose=False,
                 )
         except TraceError:
@@ -215,9 +225,9 @@ class DependencyTrace:
         with left_as_found(self.network):
             # In whatever order the graph met them; sorted by name below.
             for raw in self._raw_groups():
-                name, raw = self._rooted(raw, order)
+                name, numbers = self._root_of(raw, order)
                 reason = self._reason_to_exclude(raw, ignored)
-                group = None if reason else self._record(name, raw)
+                group = None if reason else self._record(name, raw, numbers)
                 if group is None or isinstance(group, str):
                     excluded[name] = reason or self._attention_of(name) or str(group)
                 else:
@@ -259,24 +269,32 @@ class DependencyTrace:
             )
         return resolved
 
-    def _rooted(self, raw: Any, order: Mapping[str, int]) -> tuple[str, Any]:
-        """Root the group at its first producer (in module order) that covers all its channels."""
+    def _root_of(self, raw: Any, order: Mapping[str, int]) -> tuple[str, np.ndarray]:
+        """The group's first producer (in module order) that covers all its channels, and its numbers.
+
+        torch-pruning numbers channels by the layer where it met the group first; the array (C,)
+        turns these numbers into those of the producer returned.
+        """
         graph = self.graph
-        covering = []
-        for item in raw:
-            module = item.dep.target.module
-            if isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module):
-                is_out = graph.is_out_channel_pruning_fn(item.dep.handler)
-                roots = {root for root in item.root_idxs if root is not None}
-                if is_out and len(roots) == len(raw[0].idxs) == kinds.out_channels_of(module):
-                    covering.append(module)
-        current = raw[0].dep.target.module
-        root = min(covering or [current], key=lambda module: order[self.names[module]])
-        if root is not current:
-            pruner = graph.get_pruner_of_module(root)
-            count = kinds.out_channels_of(root)
-            raw = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(count)))
-        return self.names[root], raw
+        current, channels = raw[0].dep.target.module, len(raw[0].idxs)
+        wide_enough = [
+            item
+            for item in raw
+            if isinstance(item.dep.target.module, kinds.WEIGHTED)
+            and kinds.out_channels_of(item.dep.target.module) == channels
+            and graph.is_out_channel_pruning_fn(item.dep.handler)
+            and not kinds.is_depthwise(item.dep.target.module)
+        ]
+        wide_enough.sort(key=lambda item: order[self.names[item.dep.target.module]])
+        numbers = np.arange(channels)
+        for item in wide_enough:
+            root = item.dep.target.module
+            if root is current:
+                break
+            if len(set(item.root_idxs) - {None}) == channels:
+                numbers[np.asarray(item.root_idxs)] = np.asarray(item.idxs)
+                return self.names[root], numbers
+        return self.names[current], numbers
 
     def _reason_to_exclude(self, raw: Any, ignored: set[nn.Module]) -> str | None:
         consumers = 0
@@ -292,6 +310,11 @@ class DependencyTrace:
                 if not is_out:
                     consumers += 1
                     continue
+            elif isinstance(module, kinds.Scatter):
+                if is_out:
+                    return f"`{name}` gives its stream all of its channels"
+                consumers += 1
+                continue
             elif isinstance(module, kinds.INSTANCE_NORMS) and module.track_running_stats:
                 return f"torch-pruning does not cut the running statistics of `{name}`"
             elif isinstance(module, nn.Module) and name and not _acts_per_channel(module):
@@ -310,10 +333,12 @@ class DependencyTrace:
             return None
         return _ATTENTION.format(parent)
 
-    def _record(self, name: str, raw: Any) -> ChannelGroup | str:
-        """The group as a record, or the reason why it cannot be one."""
-        root = raw[0].dep.target.module
-        channels = kinds.out_channels_of(root)
+    def _record(self, name: str, raw: Any, numbers: np.ndarray) -> ChannelGroup | str:
+        """The group as a record, or the reason why it cannot be one.
+
+        `numbers` (C,) turns the group's root indices into channels of the layer called `name`.
+        """
+        channels = len(numbers)
         ties = 1
         for item in raw:
             module = item.dep.target.module
@@ -323,33 +348,44 @@ class DependencyTrace:
             return f"{channels} channels tied over {ties} conv groups leave nothing to choose"
         units = channels // ties
         slots = []
+        known: list[tuple[Any, np.ndarray]] = []
         for item in raw:
             module = item.dep.target.module
             if module not in self.names:
                 continue
-            weighted = isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module)
+            weighted = isinstance(module, kinds.READERS) and not kinds.is_depthwise(module)
             is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
             side = "out" if is_out or not weighted else "in"
             role = ("producer" if is_out else "consumer") if weighted else "passenger"
             size = _side_size(module, side)
             if size is None:  # a single-parameter PReLU has no channels of its own
                 continue
-            if any(index is None for index in item.root_idxs):
-                return f"the channel order into `{self.names[module]}` is not known"
-            if max(item.idxs) >= size:
-                return f"the channel order into `{self.names[module]}` is not known"
-            owner = np.full(size, -1, dtype=np.int64)
-            owner[np.asarray(item.idxs)] = np.asarray(item.root_idxs) % units
-            owned = owner[owner >= 0]
-            if len(np.unique(np.bincount(owned, minlength=units))) != 1:
-                return f"its channels do not reach `{self.names[module]}` evenly"
-            parts = module.groups if weighted and not isinstance(module, nn.Linear) else 1
+            owner = _met_before(known, item, size)
+            if owner is None:
+                if None in item.root_idxs or max(item.idxs) >= size:
+                    return f"the channel order into `{self.names[module]}` is not known"
+                owner = np.full(size, -1, dtype=np.int64)
+                owner[np.asarray(item.idxs)] = numbers[np.asarray(item.root_idxs)] % units
+                reached = np.bincount(owner[owner >= 0], minlength=units)
+                if (reached != reached[0]).any():
+                    return f"its channels do not reach `{self.names[module]}` evenly"
+                known.append((item, owner))
+            parts = int(getattr(module, "groups", 1)) if weighted else 1
             if (owner.reshape(parts, -1) != owner[: size // parts]).any():
                 return f"the conv groups of `{self.names[module]}` would keep different channels"
             slots.append(Slot(self.names[module], side, role, owner))  # type: ignore[arg-type]
         order = {module_name: index for index, module_name in enumerate(self.names.values())}
         slots.sort(key=lambda slot: (order[slot.module], slot.side != "out"))
         return ChannelGroup(name, channels, ties, ties, channels, tuple(slots))
+
+
+def _met_before(known: Sequence[tuple[Any, np.ndarray]], item: Any, size: int) -> np.ndarray | None:
+    """The owners of an earlier item with the same indices: most layers of a group have them."""
+    for other, owner in known:
+        same = item.idxs == other.idxs and item.root_idxs == other.root_idxs
+        if same and len(owner) == size:
+            return owner
+    return None
 
 
 def _acts_per_channel(module: nn.Module) -> bool:

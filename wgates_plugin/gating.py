@@ -65,6 +65,10 @@ class Gating:
                 continue
             index = self.space.unit_index(name, "in")
             assert index is not None
+            if isinstance(module, kinds.Scatter):
+                self._indices[module] = torch.from_numpy(index).to(module.index.device)
+                self._handles.append(module.register_forward_pre_hook(self._gate_input))
+                continue
             weight = module.weight
             assert isinstance(weight, Tensor)
             self._indices[module] = torch.from_numpy(index).to(weight.device)
@@ -102,16 +106,23 @@ class Gating:
         self._extended = None
 
     def _shadow(self, module: nn.Module, _: Any) -> None:
+        parameter = module._parameters["weight"]
+        assert parameter is not None
+        module.__dict__["weight"] = gated_weight(module, parameter, self._gates_of(module))
+
+    def _gates_of(self, module: nn.Module) -> Tensor:
+        """Gates (C_in,) of the channels that `module` reads."""
         if self._extended is None:
             raise PlanError(
                 "gates: a gated layer ran outside its network's forward; call the whole network, "
                 "without activation checkpointing"
             )
-        parameter = module._parameters["weight"]
-        assert parameter is not None
-        module.__dict__["weight"] = gated_weight(
-            module, parameter, self._extended[self._indices[module]]
-        )
+        return self._extended[self._indices[module]]
+
+    def _gate_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A reader without weights: its feature map (N, C, ...) takes the gates (C,) itself."""
+        gates = self._gates_of(module).to(inputs[0].dtype)
+        return (inputs[0] * gates.view(-1, *[1] * (inputs[0].dim() - 2)), *inputs[1:])
 
     @staticmethod
     def _unshadow(module: nn.Module, *_: Any) -> None:

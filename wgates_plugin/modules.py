@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from wgates_plugin.transforms.scatter import Scatter
+
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -14,6 +16,9 @@ WEIGHTED = (*CONVS, *TRANSPOSED, nn.Linear)
 
 PER_CHANNEL = (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU)
 """Modules that treat each channel on its own: a closed channel changes no other one."""
+
+READERS = (*WEIGHTED, Scatter)
+"""Modules that consume channels: what they give out does not tell how many they read."""
 
 
 def is_depthwise(module: nn.Module) -> bool:

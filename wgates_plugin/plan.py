@@ -113,8 +113,9 @@ class PruningPlan:
     def removed_channels(self, index: int) -> list[int]:
         """Channel numbers of group `index` that go, in the numbering of its named producer."""
         group = self.space.groups[index]
-        gone = sorted(set(range(group.units)) - set(self.kept[index]))
-        return [unit + tie * group.units for tie in range(group.ties) for unit in gone]
+        units = group.units
+        gone = sorted(set(range(units)) - set(self.kept[index]))
+        return [unit + tie * units for tie in range(group.ties) for unit in gone]
 
     def compose(self, inner: PruningPlan) -> PruningPlan:
         """The one plan that equals this plan followed by `inner`, made for the smaller network.

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 NO_EFFECT: dict[Place, str] = {
     ("pruning", "seed"): "give `seed` at the top level instead; it seeds everything",
-    ("pruning", "gates", "grid"): "give `pruning.grid` instead; the gates take it from there",
     ("pruning", "training", "epochs"): (
         "give `pruning.gate_epochs` and `pruning.fine_tune_epochs` instead"
     ),
@@ -161,9 +160,11 @@ def _lines(place: Place, error: Any) -> Iterator[tuple[Place, str]]:
         known = keys_of(place) or []
         for problem in cause.problems:
             first = problem.split()[0]
-            if first in known:
+            key, _, inner = first.partition(".")
+            if key in known:
                 words = problem[len(first) :].strip()
-                yield (*place, first), words if words.startswith("is ") else f"is {words}"
+                where = (*place, key, inner) if inner else (*place, key)
+                yield where, words if words.startswith("is ") else f"is {words}"
             else:
                 yield place, problem
         return

@@ -97,7 +97,8 @@ def _flags_kept(members: Sequence[Any]) -> Iterator[None]:
         (module, name, parameter.requires_grad)
         for module in members
         if isinstance(module, nn.Module)
-        for name, parameter in module.named_parameters(recurse=False)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     ]
     yield
     for module, name, flag in flags:
@@ -131,7 +132,7 @@ def check_shapes(network: nn.Module, space: ChannelSpace) -> None:
 
 
 def _side_size(module: nn.Module, side: str) -> int | None:
-    if isinstance(module, kinds.WEIGHTED):
+    if isinstance(module, kinds.READERS):
         return kinds.out_channels_of(module) if side == "out" else kinds.in_channels_of(module)
     size = getattr(module, "num_features", None) or getattr(module, "num_parameters", None)
     return int(size) if size else None
@@ -182,7 +183,9 @@ def _resize_module(
 ) -> None:
     changed = attributes.setdefault(name, {})
     count = int(indices.size)
-    if kinds.is_depthwise(module):
+    if isinstance(module, kinds.Scatter):
+        tensors[f"{name}.index"] = {0: indices}
+    elif kinds.is_depthwise(module):
         tensors[f"{name}.weight"] = {0: indices}
         changed.update(in_channels=count, out_channels=count, groups=count)
     elif isinstance(module, kinds.WEIGHTED):

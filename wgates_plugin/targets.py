@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from wgates_plugin.efficiency.base import check_target
@@ -11,6 +12,7 @@ from wgates_plugin.efficiency.lpnet import STRUCTURES
 from wgates_plugin.errors import ConfigError, TargetError
 from wgates_plugin.strategies.table import strategy_problems
 from wgates_plugin.training.settings import TrainingSettings
+from wgates_plugin.transforms.unification.settings import UnificationSettings
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class PruningSettings:
             in which weights are trained.
         train_weights: False learns the gates with the weights frozen.
         samples: sub-networks measured for LPNet.
+        samples_file: measurements of this network on this runtime and machine to start from, as
+            `wgates fit-lpnet` keeps them; the rest of `samples` is measured.
         seconds_per_sample: timed inference per sub-network, the reference's share included.
         lpnet: structure of LPNet: "layers", or "mlp" for the paper's plain form.
         active: after a covering part, measure where LPNet is least sure. Without effect for "mlp",
@@ -144,6 +148,7 @@ class PruningSettings:
         margin: aim this far under the target, so that noise does not break the contract.
         attempts: how often the closed loop may correct a network that is over the target.
         recalibration_images: training images for BatchNorm statistics after the removal.
+        unification: also give the delivered weights few bits (`transforms.unification`); None does not.
     """
 
     strategy: str = "wgates"
@@ -153,6 +158,7 @@ class PruningSettings:
     train_weights: bool = True
     training: TrainingSettings = field(default_factory=TrainingSettings)
     samples: int = 100
+    samples_file: str | None = None
     seconds_per_sample: float = 0.4
     lpnet: str = "layers"
     active: bool = True
@@ -167,6 +173,7 @@ class PruningSettings:
     margin: float = 0.02
     attempts: int = 4
     recalibration_images: int = 1024
+    unification: UnificationSettings | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -198,6 +205,8 @@ class PruningSettings:
                 problems.append(f"{name} is {number!r}, needs a number from {low:g} to {high:g}")
         if self.lpnet not in STRUCTURES:
             problems.append(f"lpnet is {self.lpnet!r}, choose from {', '.join(STRUCTURES)}")
+        if self.samples_file is not None and not Path(self.samples_file).is_file():
+            problems.append(f"samples_file is `{self.samples_file}`, no such file; check the path")
         if not isinstance(self.active, bool):
             problems.append(f"active is {self.active!r}, needs true or false")
         if problems:

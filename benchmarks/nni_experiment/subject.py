@@ -113,6 +113,7 @@ def prepare(
     facts = {
         "accuracy": evaluate(network, data.val_loader).accuracy,
         "latency_ms": baseline.latency_ms,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "lpnet_error": lpnet.report.mape if lpnet.report else None,
         "limit": limit,
     }

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nni
 import torch
-from nni.compression import TorchEvaluator
 
+from benchmarks.nni_experiment import timings_file
 from benchmarks.nni_experiment.subject import (
     LEARNING_RATE,
     data_of,
@@ -22,7 +22,8 @@ from benchmarks.nni_experiment.subject import (
     training_func,
     training_step,
 )
-from wgates_plugin.integrations.nni import build_pruner, remove
+from wgates_plugin.files import write_json
+from wgates_plugin.integrations.nni import build_pruner, remove, torch_evaluator
 from wgates_plugin.training import evaluate, recalibrate_batchnorm
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     pruner = build_pruner(
         parameters,
         model=network,
-        evaluator=TorchEvaluator(training_func(data), optimizer, training_step),
+        evaluator=torch_evaluator(training_func(data), optimizer, training_step),
         example_inputs=example,
         efficiency=lpnet_of(arguments.work, untouched, example),
     )
@@ -61,6 +62,7 @@ def main() -> None:
     found = latency_of(
         network, untouched, example, dense_ms=dense["latency_ms"], seconds=arguments.seconds
     )
+    write_json(timings_file(arguments.work, nni.get_trial_id()), found.to_json())
     nni.report_final_result(
         {
             "default": evaluate(network, data.val_loader).accuracy,

@@ -30,7 +30,10 @@ def load_factory(name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"factory `{name}`",
-            [f"module `{error.name}` cannot be found; install it or put its folder on PYTHONPATH"],
+            [
+                f"module `{error.name}` cannot be found; install it, put its folder on PYTHONPATH, "
+                "or run `wgates` from the folder it is in"
+            ],
         ) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)

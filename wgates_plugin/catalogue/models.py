@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,20 @@ from wgates_plugin.catalogue.networks import DigitsResNet, MobileNetSmall, ResNe
 from wgates_plugin.catalogue.torchvision_import import import_torchvision
 from wgates_plugin.errors import ConfigError, FileFormatError, MissingExtraError
 from wgates_plugin.files import load_tensors
+from wgates_plugin.latency.artefacts import looks_like_path
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet_small": ResNetSmall,
     "mobilenet_small": MobileNetSmall,
     "digits_resnet": DigitsResNet,
 }
+
+_TORCHVISION = re.compile(
+    r"(alexnet|convnext_|densenet\d|efficientnet_|googlenet|inception_v3|maxvit_t|mnasnet\d"
+    r"|mobilenet_v[23]|regnet_|resnet\d|resnext\d|shufflenet_v2|squeezenet\d|swin_|vgg\d|vit_"
+    r"|wide_resnet\d)"
+)
+"""Beginnings of torchvision's names, for where it is not installed and cannot be asked."""
 
 
 def load_model(
@@ -51,6 +60,14 @@ def load_model(
     229482
     """
     given = dict(options or {})
+    if looks_like_path(name):
+        raise ConfigError(
+            f"model `{name}`",
+            [
+                "looks like a file, needs a name: built in, torchvision, timm:NAME or "
+                "package.module:factory; weights go into `weights`"
+            ],
+        )
     if is_factory_name(name) and not name.startswith("timm:"):
         factory = load_factory(name)
         offered = {"in_channels": in_channels}
@@ -99,11 +116,7 @@ def _torchvision(name: str, classes: int, in_channels: int, options: dict[str, A
     try:
         models = import_torchvision().models
     except MissingExtraError as error:
-        close = difflib.get_close_matches(name, list(MODELS), n=3)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise ConfigError(
-            f"model `{name}`", [f"no built-in name ({', '.join(MODELS)}){hint}; {error}"]
-        ) from error
+        raise ConfigError(f"model `{name}`", [_without_torchvision(name, error)]) from error
     known = models.list_models(module=models)
     if name not in known:
         raise _unknown(name, [*MODELS, *known])
@@ -112,6 +125,14 @@ def _torchvision(name: str, classes: int, in_channels: int, options: dict[str, A
     if in_channels != 3:
         _replace_stem(network, in_channels)
     return network
+
+
+def _without_torchvision(name: str, error: MissingExtraError) -> str:
+    if _TORCHVISION.match(name):
+        return f"is a torchvision model by its name; {error}"
+    close = difflib.get_close_matches(name, list(MODELS), n=3)
+    hint = f"; close to it: {', '.join(close)}" if close else ""
+    return f"no built-in name ({', '.join(MODELS)}){hint}. Other names need torchvision: {error}"
 
 
 def _replace_stem(network: nn.Module, in_channels: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +42,18 @@ def show_error(error: BaseException) -> None:
 
 @contextmanager
 def guarded(*, debug: bool, again: list[str]) -> Iterator[None]:
-    """Errors of this package become one message and exit code 2; Ctrl-C says how to go on.
+    """Errors become a message and exit code 2, a traceback too where they are not of this package;
+    Ctrl-C says how to go on.
 
     `again` is the command that goes on with the work; it may be completed within the block.
+    Factories and modules of the current folder can be imported within.
     """
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
     except WGatesError as error:
         if debug:
             traceback.print_exc()
@@ -58,6 +66,10 @@ def guarded(*, debug: bool, again: list[str]) -> Iterator[None]:
             message += f" What is finished is kept; go on with:\n  wgates {shlex.join(again)}"
         progress_console().print(message, markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:  # exit code 1 would say that a target was missed
+        traceback.print_exc()
+        show_error(RuntimeError(f"not foreseen ({type(error).__name__}: {error})"))
+        raise typer.Exit(BAD_INPUT) from error
 
 
 @contextmanager

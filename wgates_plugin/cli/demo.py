@@ -9,6 +9,7 @@ import typer
 
 from wgates_plugin.cli.app import MISSED, app, guarded
 from wgates_plugin.cli.options import Debug, Resume
+from wgates_plugin.cli.paths import check_out_folders
 from wgates_plugin.cli.running import carry_out
 
 
@@ -26,6 +27,7 @@ def demo(
 
         from wgates_plugin.recipe import load_recipe
 
+        check_out_folders(out=out)
         source = importlib.resources.files("wgates_plugin") / "recipes" / "demo.yaml"
         with importlib.resources.as_file(source) as path:
             recipe = load_recipe(path)

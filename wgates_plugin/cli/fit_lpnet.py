@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wgates_plugin.cli.app import app, guarded, log_shown, progress_console
+from wgates_plugin.cli.fit_warnings import fit_warnings
 from wgates_plugin.cli.options import (
+    RUNTIME_HELP,
     Classes,
     Debug,
     Device,
@@ -19,13 +21,17 @@ from wgates_plugin.cli.options import (
     Threads,
     Weights,
 )
-from wgates_plugin.cli.subject import Subject, parsed_options
+from wgates_plugin.cli.paths import check_out_files, check_out_folders
+from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
+from wgates_plugin.cli.subject import Subject
 from wgates_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from wgates_plugin.channels import ChannelSpace
     from wgates_plugin.efficiency.lpnet import LPNet
+    from wgates_plugin.efficiency.sample_file import SampleFile
     from wgates_plugin.efficiency.sampling import SamplingCost
     from wgates_plugin.latency_study import LatencyStudy
 
@@ -37,10 +43,12 @@ def fit_lpnet(
     model: Model,
     out: Annotated[Path, typer.Option(help="Where LPNet is written.")] = Path("lpnet.safetensors"),
     samples: Annotated[
-        int | None, typer.Option(min=8, help="Sub-networks to measure. [100; with --prior 30]")
+        int | None,
+        typer.Option(min=8, help="Sub-networks to measure.", show_default="100; with --prior 30"),
     ] = None,
     samples_file: Annotated[
-        Path | None, typer.Option(help="Kept measurements; by default beside the output.")
+        Path | None,
+        typer.Option(help="Kept measurements.", show_default="beside the output"),
     ] = None,
     structure: Annotated[
         str, typer.Option(help="layers, or mlp for the paper's plain form.")
@@ -51,7 +59,9 @@ def fit_lpnet(
     ] = None,
     active: Annotated[
         bool | None,
-        typer.Option("--active/--no-active", help="Measure where LPNet is least sure. [active]"),
+        typer.Option(
+            "--active/--no-active", help="Measure where LPNet is least sure.", show_default="active"
+        ),
     ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that measure; more than one needs Ray.")
@@ -60,16 +70,19 @@ def fit_lpnet(
         bool, typer.Option("--profile/--no-profile", help="Take the layers' own times too.")
     ] = True,
     report: Annotated[Path | None, typer.Option(help="Folder for a page about the fit.")] = None,
-    runtime: Annotated[str, typer.Option(help="What executes the network.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help=f"{RUNTIME_HELP}.")] = DEFAULT,
     threads: Threads = 1,
     device: Device = "cpu",
     precision: Precision = "float32",
     runtime_options: RuntimeOptions = None,
-    input_shape: Shape = "1,3,224,224",
+    input_shape: Shape = None,
     classes: Classes = 1000,
     weights: Weights = None,
     grid: Annotated[
-        int | None, typer.Option(min=1, help="Channel multiple; probed if left out.")
+        int | None,
+        typer.Option(
+            min=1, help="Channel multiple.", show_default="that of kept samples, else probed"
+        ),
     ] = None,
     min_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Least share of a group's channels.")
@@ -109,12 +122,16 @@ def fit_lpnet(
     again += [word for item in runtime_options or [] for word in ("--runtime-option", item)]
     with guarded(debug=debug, again=again):
         _check_structure(structure, active)
+        check_out_files(out=out, samples_file=kept)
+        check_out_folders(report=report)
+        options = asked_runtimes([runtime], runtime_options)[runtime]
         from rich.console import Console
 
         from wgates_plugin.cli.live_samples import LiveSamples
         from wgates_plugin.efficiency.farm import Farm
         from wgates_plugin.efficiency.learner import Learner
-        from wgates_plugin.efficiency.lpnet import LPNet, check_choice
+        from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES, LPNet, check_choice
+        from wgates_plugin.efficiency.sampling import check_space, grid_of, mixed_grids
         from wgates_plugin.latency_study import LatencyStudy
         from wgates_plugin.targets import LatencyTarget
         from wgates_plugin.tracing import trace
@@ -127,16 +144,20 @@ def fit_lpnet(
             threads=threads,
             device=device,
             precision=precision,
-            options=parsed_options(runtime_options),
+            options=options,
         )
         with console.status(f"tracing {model}"):
             network, example = subject.network, subject.example
             space = trace(network, example, min_fraction=min_fraction)
             before = LPNet.load(prior, space=space) if prior else None
-            check_choice(space, structure, before)
             study = LatencyStudy(network, space, example, target)
+            check_choice(space, structure, before, study.identity)
+            if grid is not None:
+                check_space(space, count, grid)
         with log_shown():
             file = study.open_samples(kept)
+        if grid is None and file.distinct >= LEAST_SAMPLES:
+            grid = grid_of(space, file.widths)
         if study.reference_ms is None:
             console.print(f"measuring the untouched {model}", markup=False)
             study.baseline(max(2.0, 4 * seconds))
@@ -144,10 +165,13 @@ def fit_lpnet(
             console.print("probing the channel grid")
             grid = int(study.probe()["grid"])
             again += ["--grid", str(grid)]
+            check_space(space, count, grid)
         start = len(file)
+        mixed = mixed_grids(space, file.widths, grid) if file.distinct < count else []
         wanted = structure == "layers" and active is not False
         learner = Learner(space, seed=seed, prior=before) if wanted else None
-        with LiveSamples(file, space, count, console=console, learner=learner) as shown:
+        live = LiveSamples(file, space, count, console=console, learner=learner)
+        with live as shown, log_shown():  # so that log lines go above the live table
             cost = study.sample(
                 count=count,
                 grid=grid,
@@ -157,13 +181,14 @@ def fit_lpnet(
                 profile=profile,
                 farm=Farm(workers=workers),
                 on_sample=shown,
+                retime=True,
             )
-        with console.status("fitting LPNet"):
+        with log_shown(), console.status("fitting LPNet"):
             lpnet = study.fit(seed=seed, structure=structure, prior=before)
             lpnet.save(out)
         Console().print(_table(model, study, lpnet, cost if len(file) > start else None))
         typer.echo(
-            f"{len(file)} sub-networks on a grid of {grid} ({len(file) - start} measured now); "
+            f"{len(file)} sub-networks{_on_grid(space, file)} ({len(file) - start} measured now); "
             f"untouched network {study.reference_ms:.4g} ms\nLPNet:   {out}\nsamples: {kept}"
         )
         if report is not None:
@@ -174,6 +199,8 @@ def fit_lpnet(
                     report, lpnet, file, name=model, identity=study.identity, cost=cost
                 )
             typer.echo(f"page:    {page}")
+        for warning in [*mixed, *shown.warnings(), *fit_warnings(lpnet)]:
+            console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _check_structure(structure: str, active: bool | None) -> None:
@@ -182,6 +209,18 @@ def _check_structure(structure: str, active: bool | None) -> None:
             "--active",
             ["structure `mlp` does not know how sure it is; leave one of the two out"],
         )
+
+
+def _share(value: float | None) -> str:
+    return "none: needs 9 samples" if value is None else f"{value:.1%}"
+
+
+def _on_grid(space: ChannelSpace, file: SampleFile) -> str:
+    """The grid that the samples are on, whatever was asked for now."""
+    from wgates_plugin.efficiency.sampling import grid_of
+
+    multiple = grid_of(space, file.widths)
+    return "" if multiple is None else f" on multiples of {multiple} channels"
 
 
 def _table(model: str, study: LatencyStudy, lpnet: LPNet, cost: SamplingCost | None) -> Table:
@@ -196,13 +235,15 @@ def _table(model: str, study: LatencyStudy, lpnet: LPNet, cost: SamplingCost | N
         f"held-out error, mean of {found.held_out}": f"{found.mape:.1%}",
         "within 10 %": f"{found.within_10_percent:.0%}",
         "worst": f"{found.worst:.1%}",
-        "90 % interval, half width": f"{found.half_width_90:.1%}",
+        "90 % interval, half width, median": _share(found.half_width_90),
+        "the widest": _share(found.widest_90),
         "samples set aside (another environment)": aside,
         "measured again (not trusted)": len(study.samples.rejected),
         "time inside timed inference": "-" if cost is None else f"{cost.share_in_inference:.0%}",
     }
     identity = study.identity
-    title = f"LPNet of {model} on {identity['runtime']} {identity['library_version']}"
+    where = identity["library_version"] or f"({identity['device_name']})"
+    title = f"LPNet of {model} on {identity['runtime']} {where}"
     table = Table(title=Text(title, style="bold"), show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,23 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from wgates_plugin.efficiency.bench import disturbed_share
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sample_record import Sample
+from wgates_plugin.latency_study import MOST_COMMON_DRIFT, common_drift
 
 if TYPE_CHECKING:
     from wgates_plugin.channels import ChannelSpace
     from wgates_plugin.latency.base import Measurement
 
 SHOWN = 8
-HEADS = ("no.", "MACs", "measured, ms", "predicted, ms", "spread", "drift", "disturbed", "again")
+LATEST = 5
+MUCH_DISTURBED = 0.1
+HEADS = ("no.", "MACs", "measured, ms", "predicted, ms", "spread", "drift", "disturbed", "repeats")
+WORDS = ("", "MACs {}", "measured {} ms", "predicted {} ms", "spread {}", "drift {}",
+         "{} inferences disturbed", "doubted and measured again: {}")  # fmt: skip
 
 
 class LiveSamples:
@@ -53,6 +60,8 @@ class LiveSamples:
         self._latest: deque[tuple[str, ...]] = deque(maxlen=SHOWN)
         self._rejected, self._disturbed = len(file.rejected), 0
         self._again = 0
+        self._shares: list[float] = []
+        self._drifts: list[float] = []
         self._live: Live | None = None
         self._bar = Progress(
             TextColumn("measuring sub-networks"),
@@ -84,14 +93,19 @@ class LiveSamples:
         self._rejected = len(self.file.rejected)
         self._again += again
         self._disturbed += sample.disturbed
+        self._shares.append(disturbed_share(found))
+        self._drifts.append(sample.drift)
         cells = self._cells(done, sample, again)
         self._latest.append(cells)
         self._bar.update(self._task, completed=done)
         if self._live is not None:
             self._live.update(self._view(), refresh=True)
         else:
-            words = zip(HEADS[1:], cells[1:], strict=True)
-            told = ", ".join(f"{head.removesuffix(', ms')} {cell}" for head, cell in words if cell)
+            told = ", ".join(
+                words.format(cell)
+                for words, cell in zip(WORDS[1:], cells[1:], strict=True)
+                if cell not in ("", "0")
+            )
             self.console.print(f"{done}/{self.total}: {told}", markup=False, soft_wrap=True)
 
     def _cells(self, done: int, sample: Sample, again: int) -> tuple[str, ...]:
@@ -100,7 +114,7 @@ class LiveSamples:
         return (
             str(done),
             f"{float(self._macs(widths)) / self._dense:.0%}",
-            f"{sample.latency_ms:.4g}",
+            f"{self.file.latency_of(sample):.4g}",
             "" if lpnet is None else f"{float(lpnet(widths)):.4g}",
             f"{sample.ratio_spread / sample.ratio:.1%}",
             f"{sample.drift - 1.0:+.1%}",
@@ -108,9 +122,30 @@ class LiveSamples:
             str(again),
         )
 
+    def warnings(self) -> list[str]:
+        """What disturbed the samples taken here, if much did."""
+        if not self._shares:
+            return []
+        found = []
+        if statistics.median(self._shares) > MUCH_DISTURBED:
+            found.append(
+                f"{statistics.median(self._shares):.0%} of the inferences were disturbed by other "
+                "work on this machine; times are the less sure, measure when it is left alone"
+            )
+        drift = common_drift(self._drifts[-LATEST:])
+        if len(self._drifts) >= LATEST and abs(drift - 1.0) > MOST_COMMON_DRIFT:
+            found.append(
+                f"the reference took {drift - 1.0:+.1%} in the last {LATEST} samples against when it "
+                "was timed alone: the machine changed its speed. Ratios between networks hold, "
+                "milliseconds are off by as much; run again into another --samples-file when the "
+                "machine is quiet"
+            )
+        return found
+
     def _view(self) -> Any:
         table = Table(
-            caption=f"disturbed inferences: {self._disturbed}; measured again: {self._again}"
+            caption=f"disturbed inferences: {self._disturbed}; measured again: {self._again}; "
+            "drift: of the reference, which the figures leave out"
         )
         for head in HEADS:
             table.add_column(head, justify="right")

@@ -12,6 +12,7 @@ import typer
 
 from wgates_plugin.cli.app import BAD_INPUT, app, guarded, progress_console, show_error
 from wgates_plugin.cli.options import (
+    RUNTIME_HELP,
     Classes,
     Debug,
     Device,
@@ -21,7 +22,9 @@ from wgates_plugin.cli.options import (
     Threads,
     Weights,
 )
-from wgates_plugin.cli.subject import Subject, options_for, parsed_options
+from wgates_plugin.cli.paths import check_out_files
+from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
+from wgates_plugin.cli.subject import Subject
 from wgates_plugin.errors import WGatesError
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
     from wgates_plugin.latency import GridProbe, Measurement
     from wgates_plugin.latency.base import BaseRuntime
+
+
+MUCH_DISTURBED = 0.1
+"""Share of inferences; from here on a table marks the figure."""
 
 
 @dataclass
@@ -43,6 +50,7 @@ class Row:
     compile_seconds: float | None = None
     grid: GridProbe | None = None
     error: WGatesError | None = None
+    reported_library: str | None = None
 
     @property
     def drift(self) -> float:
@@ -58,20 +66,43 @@ class Row:
         assert self.found is not None
         return 1e3 * float(self.found.identity["batch"]) / self.found.latency_ms
 
+    @property
+    def disturbed(self) -> float:
+        """Share of the inferences from which the processor was taken away."""
+        from wgates_plugin.efficiency.bench import disturbed_share
+
+        assert self.found is not None
+        return min(1.0, disturbed_share(self.found))
+
+    @property
+    def library(self) -> str:
+        """What ran the network, with its version; "-" where only a device knows."""
+        assert self.found is not None
+        identity = self.found.identity
+        if identity["library"] is None:
+            return self.reported_library or "-"
+        return f"{identity['library']} {identity['library_version']}"
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Name of the device where it is another machine's."""
+        if self.found is None or self.found.identity["library"] is not None:
+            return None
+        return str(self.found.identity["device_name"])
+
     def cells(self) -> list[str]:
         if self.found is None:
-            return [self.runtime, self.state, *[""] * 6]
-        identity = self.found.identity
+            return [self.runtime, self.state, *[""] * 5]
         compiled = self.compile_seconds
+        mark = "!" if self.disturbed > MUCH_DISTURBED else ""
         return [
             self.runtime,
             f"{self.found.latency_ms:.4g}",
-            f"{self.found.minimum_ms:.4g}",
             f"{100 * self.found.ratio_spread:.1f} %",
             f"{100 * self.drift:+.1f} %",
+            "-" if self.elsewhere else f"{mark}{self.disturbed:.0%}",
             f"{self.per_second:.4g}",
             "-" if compiled is None else f"{compiled:.1f}",
-            f"{identity['library']} {identity['library_version']}",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +113,7 @@ class Row:
             "runtime": self.runtime,
             "measurement": self.found.to_json(),
             "drift_within": self.drift,
+            "disturbed_share": self.disturbed,
             "per_second": self.per_second,
             "load_seconds": self.load_seconds,
             "compile_seconds": self.compile_seconds,
@@ -132,11 +164,11 @@ def table(title: str, rows: list[Row]) -> Table:
 
     made = Table(title=Text(title, style="bold"))
     made.add_column("runtime", no_wrap=True)
-    for name in ("ms", "least", "spread", "drift", "per s", "compile s"):
+    compiled = ["compile s"] if any(row.compile_seconds is not None for row in rows) else []
+    for name in ("ms", "spread", "drift", "disturbed", "per s", *compiled):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("library", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row.cells()))
+        made.add_row(*(Text(cell) for cell in row.cells()[: len(made.columns)]))
     return made
 
 
@@ -147,13 +179,13 @@ def measure(
     ],
     runtimes: Annotated[
         list[str] | None,
-        typer.Option("--runtime", help="What executes the network; may be repeated. [onnxruntime]"),
+        typer.Option("--runtime", help=f"{RUNTIME_HELP}; may be repeated.", show_default=DEFAULT),
     ] = None,
     threads: Threads = 1,
     device: Device = "cpu",
     precision: Precision = "float32",
     runtime_options: RuntimeOptions = None,
-    input_shape: Shape = "1,3,224,224",
+    input_shape: Shape = None,
     classes: Classes = 1000,
     weights: Weights = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Timed inference each, s.")] = 3.0,
@@ -162,39 +194,48 @@ def measure(
     debug: Debug = False,
 ) -> None:
     """Latency of a network on one or several runtimes, with its spread."""
-    names = list(dict.fromkeys(runtimes or ["onnxruntime"]))
     with guarded(debug=debug, again=[]):
         from rich.console import Console
 
         from wgates_plugin.files import write_json
-        from wgates_plugin.latency import RUNTIMES, RuntimeSettings, get_runtime
+        from wgates_plugin.latency import RuntimeSettings, get_runtime
 
-        subject = Subject(model, input_shape, classes, weights)
-        options = parsed_options(runtime_options)
+        # What is wrong with these is wrong on every runtime, and known before anything is timed.
+        check_out_files(out=out)
+        options = asked_runtimes(runtimes or [DEFAULT], runtime_options)
         settings = RuntimeSettings(threads=threads, device=device, precision=precision)
-        if not subject.is_file:
-            _ = subject.network  # what is wrong with it is wrong on every runtime
-        rows = [Row(name) for name in names]
+        subject = Subject(model, input_shape, classes, weights)
+        _ = subject.example if subject.is_file else subject.network
+        rows = [Row(name) for name in options]
         with Board(model, rows, progress_console()) as board:
             for row in rows:
                 try:
-                    own = options_for(row.runtime, options, list(RUNTIMES))
-                    runtime = get_runtime(row.runtime, settings, **own)
+                    runtime = get_runtime(row.runtime, settings, **options[row.runtime])
                     _measure(board, row, subject, runtime, seconds=seconds, grid=grid)
                 except WGatesError as error:
                     if len(rows) == 1:
                         raise
                     row.error = error
                     board.says(row, "failed")
-        Console().print(table(model, rows))
-        for row in rows:
-            if row.grid is not None:
-                _print_grid(row.runtime, row.grid)
-        typer.echo(
-            f"one inference of {input_shape} on {device}, threads: {threads}, {precision}; ms: "
-            "median; spread: half the interquartile range; drift: later half of the rounds over "
-            "the earlier"
-        )
+        done = [row for row in rows if row.found is not None]
+        if done:
+            Console().print(table(model, rows))
+            for row in done:
+                if row.grid is not None:
+                    _print_grid(row.runtime, row.grid)
+            where = f"{subject.shape_words} on {', '.join(_devices(done, device))}"
+            typer.echo(f"one inference of {where}, threads: {threads}, {precision}")
+            typer.echo("library: " + ", ".join(f"{row.runtime}: {row.library}" for row in done))
+            typer.echo(
+                "ms: median; spread: half the interquartile range; drift: later half of the rounds "
+                "over the earlier; disturbed: inferences from which the processor was taken away "
+                "(on one thread they count with the time they had it, else they are taken again)"
+            )
+            if much := [row.runtime for row in done if row.disturbed > MUCH_DISTURBED]:
+                typer.echo(
+                    f"!: the machine was busy ({', '.join(much)}): what neighbours do to caches and "
+                    "memory is in these figures; measure again when it is left alone"
+                )
         if out is not None:
             write_json(
                 out,
@@ -202,7 +243,7 @@ def measure(
                     "kind": "wgates-measurements",
                     "version": 1,
                     "model": model,
-                    "input_shape": list(subject.example.shape),
+                    "input_shape": list(next(iter(subject.shapes.values()))),
                     "results": [row.to_json() for row in rows],
                 },
             )
@@ -229,11 +270,17 @@ def _measure(
     with session:
         board.says(row, f"measuring {seconds:g} s")
         found = time_it(session, seconds=seconds, identity=runtime.identity(subject.example))
+        row.reported_library = getattr(session, "reported_library", None)
     if grid:
         board.says(row, "probing the grid")
         row.grid = probe_grid(runtime)
     row.found = found
     board.says(row, f"{found.latency_ms:.4g} ms")
+
+
+def _devices(rows: list[Row], device: str) -> list[str]:
+    """Where the networks ran: the device asked for, or one that a program drove."""
+    return list(dict.fromkeys(row.elsewhere or device for row in rows))
 
 
 def _print_grid(runtime: str, probe: GridProbe) -> None:

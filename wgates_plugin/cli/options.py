@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+from wgates_plugin.cli.runtimes import NAMES
+from wgates_plugin.cli.subject import DEFAULT_SHAPE
+
+RUNTIME_HELP = f"What executes the network: {', '.join(NAMES)}"
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads within one operator.")]
@@ -20,10 +25,19 @@ RuntimeOptions = Annotated[
         help="An option of the runtime, its value as JSON: channels_last=true",
     ),
 ]
-Shape = Annotated[str, typer.Option(help="Shape of one input, batch first.")]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Shape of one input, batch first; an exported file carries its own.",
+        show_default=DEFAULT_SHAPE,
+    ),
+]
 Classes = Annotated[int, typer.Option(min=1, help="Number of classes of the network.")]
 Weights = Annotated[Path | None, typer.Option(help="A .safetensors file or a plain state dict.")]
 Model = Annotated[
     str,
-    typer.Argument(help="A built-in or torchvision name, timm:NAME or package.module:factory."),
+    typer.Argument(
+        help="A built-in or torchvision name, timm:NAME or package.module:factory, the current "
+        "folder included."
+    ),
 ]

@@ -9,6 +9,7 @@ import typer
 
 from wgates_plugin.cli.app import MISSED, app, guarded
 from wgates_plugin.cli.options import Debug, Resume
+from wgates_plugin.cli.paths import check_out_folders
 from wgates_plugin.cli.running import carry_out
 
 
@@ -30,6 +31,7 @@ def prune(
     with guarded(debug=debug, again=[*again, "--resume"]):
         from wgates_plugin.recipe import load_recipe
 
+        check_out_folders(out=out)
         job = load_recipe(recipe, overrides=overrides or [])
         if out is not None:
             job = job.model_copy(update={"run_folder": out})

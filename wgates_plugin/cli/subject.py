@@ -1,55 +1,116 @@
-"""The network that a command is about, and the runtime it is run by."""
+"""The network that a command is about, or an exported file of one."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from wgates_plugin.errors import ConfigError, WGatesError
+from wgates_plugin.errors import ConfigError, FileFormatError, WGatesError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from wgates_plugin.calling import ExampleInputs
     from wgates_plugin.latency.base import BaseRuntime, BaseSession
+
+DEFAULT_SHAPE = "1,3,224,224"
 
 
 @dataclass(frozen=True)
 class Subject:
     """A network by name, or an exported file, with the shape of one input.
 
+    `input_shape` None means the shape that an exported file carries, or `DEFAULT_SHAPE`.
+
     Raises:
         ConfigError: the shape is none, or the network cannot take it.
     """
 
     model: str
-    input_shape: str
+    input_shape: str | None
     classes: int
     weights: Path | None
 
-    @property
+    @cached_property
     def is_file(self) -> bool:
-        return Path(self.model).is_file()
+        """Whether the subject is an exported file.
+
+        Raises:
+            FileFormatError: a file was meant and there is none.
+            ConfigError: a folder, or a file of weights.
+        """
+        from wgates_plugin.latency.artefacts import check_no_weights, looks_like_path
+
+        path = Path(self.model)
+        if path.is_dir() and looks_like_path(self.model):
+            raise ConfigError(
+                f"`{self.model}`", ["is a folder; give the exported file in it, such as model.onnx"]
+            )
+        if not path.is_file():
+            if looks_like_path(self.model):
+                raise FileFormatError(f"`{self.model}`: no such file; check the path")
+            return False
+        check_no_weights(path)
+        return True
 
     @cached_property
-    def example(self) -> Tensor:
-        """One random input, the same every time."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Input name -> shape; a single input of no name is `input_0`."""
+        if self.input_shape is None and self.is_file:
+            from wgates_plugin.latency.artefacts import input_shapes
+
+            found = input_shapes(Path(self.model))
+            if found is None:
+                raise ConfigError(
+                    "--input-shape",
+                    [f"`{self.model}` does not say the whole shape of its inputs; give it"],
+                )
+            return found
+        return {"input_0": parsed_shape(self.input_shape or DEFAULT_SHAPE)}
+
+    @cached_property
+    def example(self) -> ExampleInputs:
+        """One random input, the same every time; by name where a file has names of its own."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(parsed_shape(self.input_shape), generator=generator)
+        values = {
+            name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()
+        }
+        if list(values) == [f"input_{index}" for index in range(len(values))]:
+            return next(iter(values.values())) if len(values) == 1 else tuple(values.values())
+        return values
+
+    @property
+    def shape_words(self) -> str:
+        """ "1,3,224,224"; several inputs with their names."""
+        if self.input_shape is not None:
+            return self.input_shape
+        each = {name: ",".join(map(str, shape)) for name, shape in self.shapes.items()}
+        if len(each) == 1:
+            return next(iter(each.values()))
+        return " ".join(f"{name}={shape}" for name, shape in each.items())
 
     @cached_property
     def network(self) -> nn.Module:
-        """Loaded, and seen to run on the example."""
+        """Loaded, and seen to run on the example.
+
+        Raises:
+            ConfigError: the subject is a file.
+        """
         from wgates_plugin.catalogue import load_model
 
+        if self.is_file:
+            raise ConfigError(
+                f"model `{self.model}`",
+                ["an exported file has fixed widths; give the network's name and --weights"],
+            )
         network = load_model(
             self.model,
             classes=self.classes,
-            in_channels=int(self.example.shape[1]),
+            in_channels=int(self.shapes["input_0"][1]),
             weights=self.weights,
         )
         self._check_that_it_runs(network)
@@ -59,6 +120,9 @@ class Subject:
         """Ready to be timed by `runtime`."""
         if not self.is_file:
             return runtime.load(self.network, self.example)
+        from wgates_plugin.latency.artefacts import check_artefact
+
+        check_artefact(Path(self.model), runtime)
         try:
             session = runtime.load_file(self.model, self.example)
             session.run()
@@ -91,12 +155,12 @@ class Subject:
 
     def _wrong_shape(self, where: str, error: Exception) -> ConfigError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        shape = ",".join(map(str, self.example.shape))
         return ConfigError(
             "--input-shape",
             [
-                f"got {shape}, which {where} cannot take ({reason}); give the shape of one input "
-                "as the network was made for, batch first, such as 1,3,224,224"
+                f"got {self.shape_words.replace('x', ',')}, which {where} cannot take ({reason}); "
+                "give the shape of one input as the network was made for, batch first, such as "
+                f"{DEFAULT_SHAPE}"
             ],
         )
 
@@ -112,39 +176,5 @@ def parsed_shape(text: str) -> tuple[int, ...]:
     except ValueError:
         sides = ()
     if len(sides) < 2 or min(sides) < 1:
-        raise ConfigError("--input-shape", [f"got {text!r}, needs a form like 1,3,224,224"])
+        raise ConfigError("--input-shape", [f"got {text!r}, needs a form like {DEFAULT_SHAPE}"])
     return sides
-
-
-def parsed_options(items: list[str] | None) -> dict[str, Any]:
-    """ "key=value" as a mapping; a value that is no JSON is text.
-
-    Raises:
-        ConfigError: an item has another form; all of them are named.
-    """
-    found: dict[str, Any] = {}
-    problems = []
-    for item in items or []:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            problems.append(f"got {item!r}, needs the form key=value: channels_last=true")
-            continue
-        try:
-            found[key.strip()] = json.loads(text)
-        except ValueError:
-            found[key.strip()] = text
-    if problems:
-        raise ConfigError("--runtime-option", problems)
-    return found
-
-
-def options_for(runtime: str, options: dict[str, Any], runtimes: list[str]) -> dict[str, Any]:
-    """Those meant for `runtime`: "compile.freezing" is for that one alone, "freezing" for all."""
-    own = {}
-    for key, value in options.items():
-        head, dot, rest = key.partition(".")
-        if not dot or head not in runtimes:
-            own[key] = value
-        elif head == runtime:
-            own[rest] = value
-    return own

@@ -27,6 +27,7 @@ from wgates_plugin.efficiency.sampling import (
     Proposals,
     SamplingCost,
     check_enough,
+    check_space,
     check_they_differ,
     collect,
     keep,
@@ -147,6 +148,7 @@ def collect_on_farm(
             bench.close()
     started = time.perf_counter()
     check_they_differ(file)
+    check_space(space, count, grid)
     inside = 0.0
     ours = not ray.is_initialized()
     if ours:

@@ -50,6 +50,8 @@ class SampleFile:
         environment: the present one, as `here` describes it.
         sources: id -> source. samples: all that count, of every source. rejected: those that do not.
         allowed: ids of sources that are used although their environment is another.
+        clock_ms: latency of the untouched network that `latencies_ms` are given by. Sources of
+            another clock are brought to this one by their ratios; None leaves each its own.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class SampleFile:
     samples: list[Sample] = field(default_factory=list)
     rejected: list[Sample] = field(default_factory=list)
     allowed: frozenset[int] = frozenset()
+    clock_ms: float | None = None
     _size: int | None = field(default=None, repr=False, compare=False)
     _claim: Claim | None = field(default=None, repr=False, compare=False)
 
@@ -295,7 +298,14 @@ class SampleFile:
 
     @property
     def latencies_ms(self) -> list[float]:
-        return [sample.latency_ms for sample in self.usable]
+        return [self.latency_of(sample) for sample in self.usable]
+
+    def latency_of(self, sample: Sample) -> float:
+        """Milliseconds of a sample by the file's clock."""
+        dense_ms = self.sources[sample.source].dense_ms
+        if self.clock_ms is None or self.clock_ms == dense_ms:
+            return sample.latency_ms
+        return sample.latency_ms * self.clock_ms / dense_ms
 
     @property
     def layers_ms(self) -> list[dict[str, float] | None]:

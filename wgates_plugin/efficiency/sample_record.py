@@ -62,6 +62,11 @@ class Source:
     reference: dict[str, Any]
     worker: str
 
+    @property
+    def dense_ms(self) -> float:
+        """The clock: latency of the untouched network by which `reference_ms` is given."""
+        return float(self.reference.get("dense_ms", self.reference_ms))
+
     def to_json(self) -> dict[str, Any]:
         return {"type": "source", **vars(self)}
 
@@ -76,6 +81,7 @@ class Source:
         if not isinstance(source.environment.get("libraries") or {}, dict):
             raise ValueError("`libraries` of the environment must be an object")
         _positive("reference_ms", source.reference_ms)
+        _positive("dense_ms", source.reference.get("dense_ms", source.reference_ms))
         return source
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -176,6 +177,7 @@ def collect(
     """
     started, inside = time.perf_counter(), 0.0
     check_they_differ(file)
+    check_space(space, count, grid)
     proposals = Proposals(file, space, count, grid, seed, active)
     source = file.source(bench.reference_ms, reference=bench.about, environment=bench.environment)
     while (widths := proposals.next()) is not None:
@@ -200,13 +202,56 @@ def keep(file: SampleFile, widths: Sequence[int], taken: Taken, source: Source) 
     check_they_differ(file)
 
 
+def check_space(space: ChannelSpace, count: int, grid: int) -> None:
+    """Raises MeasurementError, before anything is measured, where the grid leaves too few widths."""
+    there = math.prod(len(widths) for widths in space.allowed_widths(grid))
+    if there < min(count, LEAST_SAMPLES):
+        raise _too_few(there, grid)
+
+
 def check_enough(file: SampleFile, count: int, grid: int) -> None:
     """Raises MeasurementError where the space has too few different widths for a fit."""
     if file.distinct < min(count, LEAST_SAMPLES):
-        raise MeasurementError(
-            f"sampling: only {file.distinct} different widths on a grid of {grid}, at least "
-            f"{LEAST_SAMPLES} are needed; use a finer grid or lower floors"
-        )
+        raise _too_few(file.distinct, grid)
+
+
+def _too_few(there: int, grid: int) -> MeasurementError:
+    return MeasurementError(
+        f"sampling: only {there} different widths on a grid of {grid}, at least {LEAST_SAMPLES} "
+        "are needed; use a finer grid or lower floors"
+    )
+
+
+def grid_of(space: ChannelSpace, rows: Sequence[Sequence[int]]) -> int | None:
+    """The coarsest grid that these widths (N, G) all lie on, full widths aside; None for no others.
+
+    A group whose channels go in ties is on any grid that divides its ties.
+    """
+    cut = {
+        width
+        for widths in rows
+        for width, group in zip(widths, space.groups, strict=True)
+        if width < group.channels
+    }
+    return math.gcd(*cut) if cut else None
+
+
+def _multiple(space: ChannelSpace, grid: int) -> int | None:
+    """`grid_of` of all widths that this grid allows."""
+    cut = {w for group in space.groups for w in group.allowed_widths(grid) if w < group.channels}
+    return math.gcd(*cut) if cut else None
+
+
+def mixed_grids(space: ChannelSpace, rows: Sequence[Sequence[int]], grid: int | None) -> list[str]:
+    """What to say where kept widths (N, G) lie on another grid than the one asked for now."""
+    there = grid_of(space, rows)
+    here = None if grid is None else _multiple(space, grid)
+    if there is None or here is None or there == here:
+        return []
+    return [
+        f"the {len(rows)} kept samples are on multiples of {there} channels, new ones on multiples "
+        f"of {here}; LPNet learns from both. To keep them apart, use another --samples-file"
+    ]
 
 
 def check_they_differ(file: SampleFile) -> None:

@@ -15,10 +15,18 @@ from wgates_plugin.calling import ExampleInputs, left_as_found
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel
+from wgates_plugin.efficiency.belonging import check_inputs
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
 from wgates_plugin.integrations import torch_pruning_options as options
-from wgates_plugin.integrations.torch_pruning_goals import BudgetGoal, Goal, RatioGoal, as_budget
+from wgates_plugin.integrations.torch_pruning_goals import (
+    BudgetGoal,
+    Goal,
+    RatioGoal,
+    as_budget,
+    goal_problems,
+)
 from wgates_plugin.integrations.torch_pruning_importance import (
+    GDPImportance,
     History,
     WGatesImportance,
     units_left,
@@ -29,7 +37,7 @@ from wgates_plugin.strategies.wgates import WGates, WGatesSettings
 from wgates_plugin.surgery import check_shapes, removals
 from wgates_plugin.verification import check_traced
 
-__all__ = ["WGatesImportance", "WGatesPruner"]
+__all__ = ["GDPImportance", "WGatesImportance", "WGatesPruner"]
 
 Scheduler = Callable[[float, int], Sequence[float]]
 
@@ -129,6 +137,13 @@ class WGatesPruner(tp.pruner.BasePruner):
             iterative_steps,
             isomorphic,
         )
+        problems += goal_problems(efficiency, target)
+        problems += options.problems_of(
+            lambda: options.listed_layers(model, ignored_layers),
+            lambda: options.parameter_dims(model, unwrapped_parameters),
+            lambda: options.check_root_types(root_module_types),
+            lambda: settings if round_to is None else replace(settings, grid=round_to),
+        )
         if importance is not None and settings.start == "open":
             problems.append('importance: ranks where gates start, which start="open" leaves no say')
         if problems:
@@ -163,8 +178,11 @@ class WGatesPruner(tp.pruner.BasePruner):
         if not self._trace.keeps_channel_order:
             check_traced(model, space, example_inputs)
         self.space = self._now = space
+        budget = as_budget(space, efficiency, target) if budgeted else None
+        if budget is not None:
+            check_inputs(budget, example_inputs)
         self._goal = self._make_goal(
-            as_budget(space, efficiency, target) if budgeted else None,
+            budget,
             options.Ratios(
                 self.pruning_ratio, pruning_ratio_dict or {}, global_pruning, isomorphic
             ),

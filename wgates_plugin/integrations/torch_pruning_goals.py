@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, check_target
+from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies.budgeting import fit_to_budget
@@ -120,6 +121,15 @@ class _OfSmaller:
         return self.model(widths.double() @ self.place + self.fixed)
 
 
+def goal_problems(efficiency: object, target: float | None) -> list[str]:
+    """What is wrong with the two together, before the network is looked at."""
+    if isinstance(efficiency, Budget) and target is not None:
+        return ["target: a Budget holds its targets, leave it out"]
+    if efficiency is not None and not isinstance(efficiency, Budget) and target is None:
+        return ["efficiency: give its `target` too, or a Budget"]
+    return []
+
+
 def as_budget(
     space: ChannelSpace,
     efficiency: EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel] | None,
@@ -128,14 +138,15 @@ def as_budget(
     """The budget that `efficiency` and `target` stand for.
 
     Raises:
-        ConfigError: a target is missing or one too many. TargetError: it is no positive number.
+        ConfigError: a target is missing or one too many, or a model is another network's.
+        TargetError: the target is no positive number.
     """
+    if problems := goal_problems(efficiency, target):
+        raise ConfigError("WGatesPruner", problems)
     if isinstance(efficiency, Budget):
-        if target is not None:
-            raise ConfigError("WGatesPruner", ["a Budget holds its targets: leave out target"])
+        check_models(space, efficiency)
         return efficiency
-    if target is None:
-        raise ConfigError("WGatesPruner", ["efficiency: give its `target` too, or a Budget"])
+    assert target is not None
     model: EfficiencyModel
     if efficiency is None:
         model = MacsModel(space)
@@ -143,4 +154,6 @@ def as_budget(
         model = efficiency(space)
     else:
         model = efficiency
-    return Budget.of(Limit(model, check_target(target, model.unit)))
+    budget = Budget.of(Limit(model, check_target(target, model.unit)))
+    check_models(space, budget)
+    return budget

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wgates_plugin.channels import ChannelSpace, Side
 from wgates_plugin.errors import PlanError
+from wgates_plugin.strategies.gdp_gates import PolarisedGates
 from wgates_plugin.strategies.wgates import WGates
 
 History = Sequence[Sequence[Any]]
@@ -157,3 +158,45 @@ class WGatesImportance(tp.importance.Importance):
                 "the network changed since the gates learned, or is another one"
             )
         return np.asarray(present[np.asarray(item.idxs, dtype=np.int64)])
+
+
+class GDPImportance(WGatesImportance):
+    """Polarised gates for any torch-pruning pruner: local, global or isomorphic.
+
+    A score is a gate's value, from 0 (closed) to 1, in every group alike. Absorb the gates first
+    (`gates.absorb()`): the network then computes by itself what it computed with them, and cutting
+    channels of score 0 changes nothing.
+
+    Args:
+        gates: `PolarisedGates` that learned.
+
+    Raises:
+        PlanError: as `WGatesImportance`.
+
+    Example:
+        >>> from wgates_plugin import trace
+        >>> from wgates_plugin.efficiency import Budget, Limit, MacsModel
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
+        >>> space = trace(net, x)
+        >>> half = MacsModel(space)(torch.tensor([4]))
+        >>> gates = PolarisedGates(net, space, Budget.of(Limit(MacsModel(space), float(half))), steps=1)
+        >>> nn.functional.cross_entropy(gates.attach().network(x), y).backward()
+        >>> _ = gates.regularize()
+        >>> net = gates.absorb()
+        >>> pruner = tp.pruner.BasePruner(net, (x,), GDPImportance(gates), pruning_ratio=0.5,
+        ...     ignored_layers=[net[3]], in_channel_groups={}, out_channel_groups={})
+        >>> before = net(x)
+        >>> pruner.step()
+        >>> net[0].out_channels, bool((net(x) - before).abs().max() < 1e-5)
+        (4, True)
+    """
+
+    def __init__(self, gates: PolarisedGates) -> None:
+        if not isinstance(gates, PolarisedGates):
+            raise PlanError(
+                f"GDPImportance: got {type(gates).__name__}; give `PolarisedGates` that learned"
+            )
+        if gates.step == 0:
+            raise PlanError("GDPImportance: the gates never learned; train with `regularize` first")
+        self._set(gates.space, gates.unit_scores() - 0.5, 0)

@@ -67,6 +67,17 @@ def refused_options(options: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def problems_of(*checks: Callable[[], object]) -> list[str]:
+    """The problems of all checks that raise a `ConfigError`."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
 @dataclass(frozen=True)
 class Ratios:
     """The ratio words of torch-pruning's pruners, unchecked."""
@@ -215,6 +226,23 @@ def root_types_left_out(
     """
     if types is None:
         return []
+    wanted = check_root_types(types)
+    found = dict(network.named_modules())
+    return [
+        group.name
+        for group in space.groups
+        if not any(isinstance(found[slot.module], wanted) for slot in group.slots_as("producer"))
+    ]
+
+
+def check_root_types(types: Sequence[type] | None) -> tuple[type, ...]:
+    """The types among `types`; an empty tuple for None.
+
+    Raises:
+        ConfigError: none of them is one whose channels are pruned here.
+    """
+    if types is None:
+        return ()
     # torch-pruning's own words are base classes, such as `_ConvNd`.
     wanted = tuple(t for t in types if isinstance(t, type))
     if not any(
@@ -226,12 +254,7 @@ def root_types_left_out(
         raise ConfigError(
             SUBJECT, [f"root_module_types {list(types)!r}: none is prunable here; known: {known}"]
         )
-    found = dict(network.named_modules())
-    return [
-        group.name
-        for group in space.groups
-        if not any(isinstance(found[slot.module], wanted) for slot in group.slots_as("producer"))
-    ]
+    return wanted
 
 
 def listed_layers(network: nn.Module, ignored_layers: Sequence[Any] | None) -> list[Any]:

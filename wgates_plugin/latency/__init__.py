@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from wgates_plugin.errors import ConfigError, RuntimeUnavailableError
@@ -48,8 +49,11 @@ def get_runtime(name: str, settings: RuntimeSettings | None = None, **options: A
         ConfigError: the settings or options ask for what it does not have.
     """
     if name not in RUNTIMES:
-        known = ", ".join(RUNTIMES)
-        raise RuntimeUnavailableError(f"runtime `{name}`: unknown; choose one of: {known}")
+        close = difflib.get_close_matches(str(name), RUNTIMES, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(f'`{one}`' for one in close)}? " if close else ""
+        raise RuntimeUnavailableError(
+            f"runtime `{name}`: unknown; {hint}choose one of: {', '.join(RUNTIMES)}"
+        )
     problems = option_problems(RUNTIMES[name], options)
     if problems:
         raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
@@ -170,6 +170,8 @@ class BaseRuntime(ABC):
     """Distribution whose version is part of the identity."""
     device_kinds: ClassVar[tuple[str, ...]] = ("cpu",)
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    examples: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Option -> how it may look, for error messages."""
     runs_here: ClassVar[bool] = True
     """Whether networks run on this machine, so that its cores limit the threads."""
 

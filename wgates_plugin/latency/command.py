@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -53,7 +54,8 @@ class CommandRuntime(BaseRuntime):
 
     It prints, alone or as the last line, `{"samples_ms": [...]}`: milliseconds of one inference
     each, with `"reference_samples_ms"` as long beside it where the command has `{reference}`.
-    `latency_ms` serves as another name for `samples_ms`.
+    `latency_ms` serves as another name for `samples_ms`. `"library"`, a text such as "tflite 2.19",
+    says what ran the file, and is shown with the times.
 
     With `{reference}` one run gives candidate and reference side by side, so that a device whose
     speed drifts slows both. Without it the program runs once for each in turn.
@@ -79,9 +81,17 @@ class CommandRuntime(BaseRuntime):
 
     name: ClassVar[str] = "command"
     library: ClassVar[str] = "torch"
+    """Of the export, as far as it can be told here; what runs on the device only the program knows."""
     device_kinds: ClassVar[tuple[str, ...]] = ("cpu", "gpu", "npu", "dsp")
     precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", "int8")
     runs_here: ClassVar[bool] = False
+    examples: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "command": 'command=["python", "on_phone.py", "{model}", "{rounds}"], a program that '
+            'prints {"samples_ms": [...]} as its last line',
+            "device_name": "device_name=phone",
+        }
+    )
 
     def __init__(
         self,
@@ -120,11 +130,10 @@ class CommandRuntime(BaseRuntime):
         return self.exporter.artefact_name
 
     def identity(self, example_inputs: ExampleInputs) -> dict[str, Any]:
-        exporter = self.exporter.identity(example_inputs)
         return {
             **super().identity(example_inputs),
-            "library": exporter["library"],
-            "library_version": exporter["library_version"],
+            "library": None,
+            "library_version": None,
             "device_name": self.device_name,
         }
 
@@ -254,6 +263,11 @@ class CommandSession(BaseSession):
             precision=settings.precision,
             device=settings.device,
         )
+
+    @property
+    def reported_library(self) -> str | None:
+        """What the program said it ran the file with."""
+        return self._runtime.program.library
 
     def run(self) -> None:
         """The program, for a single round."""

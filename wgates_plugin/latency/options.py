@@ -39,11 +39,16 @@ def option_problems(kind: type[BaseRuntime], options: Mapping[str, Any]) -> dict
             continue
         wrong = _type_problem(hints[name], value)
         if wrong:
-            problems[name] = wrong
+            problems[name] = wrong + _example(kind, name)
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
-            problems[name] = f"is missing; runtime `{kind.name}` needs it"
+            problems[name] = f"is missing; runtime `{kind.name}` needs it{_example(kind, name)}"
     return problems
+
+
+def _example(kind: type[BaseRuntime], name: str) -> str:
+    example = kind.examples.get(name)
+    return "" if example is None else f"; such as {example}"
 
 
 def _type_problem(hint: Any, value: Any) -> str | None:

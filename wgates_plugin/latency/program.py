@@ -73,11 +73,13 @@ class Program:
 
     Attributes:
         timeout_s: longest wall time of one run. retries: further tries after a failed one.
+        library: what the program said it ran the file with; None until then, or if it did not.
     """
 
     def __init__(self, command: tuple[str, ...], *, timeout_s: float, retries: int) -> None:
         self.command, self.timeout_s, self.retries = command, timeout_s, retries
         self.shown = shlex.join(command)
+        self.library: str | None = None
         found = {name for word in command for name in _PLACEHOLDER.findall(word)}
         self.placeholders = found & set(PLACEHOLDERS)
 
@@ -120,6 +122,8 @@ class Program:
                 f"it printed times of {total_ms:.4g} ms together, but ran for {wall_ms:.4g} ms only; "
                 "print milliseconds per inference"
             )
+        library = printed.get("library")
+        self.library = library[:80] if isinstance(library, str) and library else None
         return samples, other
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
-from wgates_plugin.pipeline import delivery, learning, preparation, record
+from wgates_plugin.pipeline import delivery, learning, preparation, record, unifying
 from wgates_plugin.pipeline.job import Job, PruningResult
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.targets import PruningSettings, Target
@@ -77,12 +77,13 @@ def prune_to_target(
 
 def _run(job: Job) -> None:
     """The stages in order; each is skipped when an earlier sitting finished it."""
+    unifying.check(job)
     preparation.measure_baseline(job)
     if job.within_limits(job.baseline):
         logger.info("%s: within the target as it is; nothing to prune", job.name)
         whole = PruningPlan.leading(job.space, job.space.full_widths)
         delivery.export(job, job.dense, 0)
-        record.write(job, whole, job.dense)
+        record.write(job, *unifying.unify(job, whole, job.dense))
         return
     preparation.find_grid(job)
     preparation.fit_lpnet(job)
@@ -92,6 +93,7 @@ def _run(job: Job) -> None:
     plan, network = delivery.remove_channels(job, decision.network, plan)
     network = learning.fine_tune(job, network)
     plan, network = delivery.deliver(job, plan, network, decision.scores)
+    plan, network = unifying.unify(job, plan, network)
     record.write(job, plan, network, decision)
 
 

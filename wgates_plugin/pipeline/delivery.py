@@ -20,10 +20,7 @@ from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.surgery import remove
 from wgates_plugin.transforms import Step, apply_steps
-from wgates_plugin.verification import removal_error
-
-REMOVAL_TOLERANCE = 1e-4
-"""Above this, the removed network is not the gated one; float noise stays far below."""
+from wgates_plugin.verification import carried_out, removal_error
 
 
 def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
@@ -86,7 +83,7 @@ def remove_channels(
         gated = network.cpu()
         smaller = remove(copy.deepcopy(gated), plan, job.example_inputs)
         error = removal_error(gated, smaller, plan, job.example_inputs)
-        if not error <= REMOVAL_TOLERANCE:
+        if not carried_out(gated, smaller, plan, job.example_inputs, error):
             raise SurgeryError(
                 f"network {job.name}: gated and removed network differ by {error:.1e} relative; "
                 "the plan was not carried out, please report the network"
@@ -139,7 +136,7 @@ def deliver(
     return plan, network
 
 
-def export(job: Job, network: nn.Module, attempt: int) -> dict[str, Any]:
+def export(job: Job, network: nn.Module, attempt: int | str) -> dict[str, Any]:
     """Write the artefact and time it, run from its file; the measurement as JSON."""
     return job.folder.once(
         f"delivery-{attempt}", functools.partial(_export_and_measure, job, network)

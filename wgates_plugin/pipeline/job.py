@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,8 +167,14 @@ class Job:
                 "val_batches": len(self.val_loader),  # type: ignore[arg-type]
                 "first_val_batch": first_batch_digest(self.val_loader),
             },
-            "settings": dataclasses.asdict(self.settings),
+            "settings": self.settings_as_json(),
         }
+
+    def settings_as_json(self) -> dict[str, Any]:
+        """The settings as plain values; a callable among the options goes by its name."""
+        words = json.dumps(dataclasses.asdict(self.settings), default=_name_of)
+        plain: dict[str, Any] = json.loads(words)
+        return plain
 
     # Limits
 
@@ -313,6 +320,14 @@ class Job:
 
     def bar(self, label: str, total: int) -> Bar:
         return Bar(label, total, wanted=self.progress if self.folder.is_writer else False)
+
+
+def _name_of(value: Any) -> str:
+    """ "package.module:name" of a callable, the type's for an object that can be called."""
+    if not callable(value):
+        raise TypeError(f"{value!r} is no plain value")
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _sort_targets(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.sampling import draw_widths
 from wgates_plugin.errors import InfeasibleTargetError
+from wgates_plugin.files import write_text
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget, uniform_widths
 
@@ -62,9 +64,10 @@ def fit_lpnet(job: Job) -> None:
         return
     path = job.folder.file("lpnet.safetensors")
     if job.folder.is_writer:
-        job.study.open_files(
-            job.folder.file("samples.jsonl"), job.folder.stage_file("visited.jsonl")
-        )
+        samples = job.folder.file("samples.jsonl")
+        if job.settings.samples_file is not None and not samples.exists():
+            write_text(samples, Path(job.settings.samples_file).read_text(encoding="utf-8"))
+        job.study.open_files(samples, job.folder.stage_file("visited.jsonl"))
 
     settings = job.settings
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import logging
 from typing import Any
 
 from torch import nn
 
 from wgates_plugin.efficiency.lpnet import LPNet
+from wgates_plugin.errors import MissingExtraError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency.environment import describe_environment
@@ -16,6 +16,8 @@ from wgates_plugin.pipeline import learning
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision
+
+logger = logging.getLogger("wgates_plugin")
 
 GATE_POINTS = 500
 
@@ -54,7 +56,8 @@ def _report(
     deliveries: list[dict[str, Any]],
     decision: Decision | None,
 ) -> dict[str, Any]:
-    removal = job.folder.stage("removal")
+    removal, unification = job.folder.stage("removal"), job.folder.stage("unification")
+    packed = unification["bytes"] if unification else {"dense": None, "unified": None}
     runtime = job.study.runtime
     return {
         "kind": "wgates-report",
@@ -68,8 +71,16 @@ def _report(
         "target_ms": job.limits["latency_ms"],
         "contract": "held" if _holds(job, plan, final) else "missed",
         "seed": job.settings.seed,
-        "baseline": {**job.baseline, "file_bytes": _dense_bytes(job)},
-        "final": {**final, "file_bytes": job.artefact.stat().st_size},
+        "baseline": {
+            **job.baseline,
+            "file_bytes": _dense_bytes(job),
+            "packed_bytes": packed["dense"],
+        },
+        "final": {
+            **final,
+            "file_bytes": job.artefact.stat().st_size,
+            "packed_bytes": packed["unified"],
+        },
         "after_removal": removal,
         "seconds": _seconds(job),
         "environment": describe_environment(),
@@ -81,11 +92,28 @@ def _report(
         ],
         "gates": learning.gate_log(decision, points=GATE_POINTS),
         "training": learning.training_log(job, decision),
-        "decision": decision.facts if decision else {},
+        "decision": _decision(job, decision),
         "attempts": _attempts(job, deliveries),
+        "unification": unification,
         "masked_equals_removed": removal and removal["masked_equals_removed"],
-        "settings": json.loads(json.dumps(dataclasses.asdict(job.settings))),
+        "settings": job.settings_as_json(),
     }
+
+
+def _decision(job: Job, decision: Decision | None) -> dict[str, Any]:
+    """What the strategy has to show: facts, and pictures as files under `pictures/`."""
+    from wgates_plugin.report.plots import save_images
+
+    if decision is None:
+        return {"facts": {}, "pictures": []}
+    pictures = []
+    try:
+        images = {name: image.numpy() for name, image in decision.pictures.items()}
+        files = save_images(images, job.folder.path / "pictures")
+        pictures = [{"name": name, "file": file} for name, file in zip(images, files, strict=True)]
+    except MissingExtraError as error:
+        logger.info("%s", error)
+    return {"facts": decision.facts, "pictures": pictures}
 
 
 def _holds(job: Job, plan: PruningPlan, final: dict[str, Any]) -> bool:
@@ -95,7 +123,8 @@ def _holds(job: Job, plan: PruningPlan, final: dict[str, Any]) -> bool:
 
 
 def _deliveries(job: Job) -> list[dict[str, Any]]:
-    found = (job.folder.stage(f"delivery-{attempt}") for attempt in range(job.settings.attempts))
+    attempts = (*range(job.settings.attempts), "unified")
+    found = (job.folder.stage(f"delivery-{attempt}") for attempt in attempts)
     return [delivery for delivery in found if delivery is not None]
 
 

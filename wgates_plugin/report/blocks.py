@@ -196,7 +196,12 @@ def words(value: Any) -> str:
 
 
 def settings(report: dict[str, Any]) -> str:
-    return facts(_flat(report["settings"], ""))
+    return nested(report["settings"])
+
+
+def nested(values: dict[str, Any]) -> str:
+    """Nested values as rows of dotted keys; nothing where there are none."""
+    return facts(_flat(values, "")) if values else ""
 
 
 def _flat(values: dict[str, Any], where: str) -> list[tuple[str, str]]:

@@ -44,12 +44,18 @@ def write_report(run_folder: str | Path) -> Path:
     except MissingExtraError as error:
         note = str(error)
     path = folder / "report.html"
-    write_text(path, render(report, pictures, note=note))
+    write_text(path, render(report, pictures, note=note, folder=folder / "pictures"))
     return path
 
 
-def render(report: dict[str, Any], pictures: list[Picture], *, note: str | None = None) -> str:
-    """The page's HTML. `note` says why there are no pictures."""
+def render(
+    report: dict[str, Any],
+    pictures: list[Picture],
+    *,
+    note: str | None = None,
+    folder: Path | None = None,
+) -> str:
+    """The page's HTML. `note` says why there are no pictures; `folder` has the strategy's own."""
     held = report["contract"] == "held"
     drawn = {picture.name: _figure(picture, report) for picture in pictures}
     missing = "" if note is None else blocks.section("Pictures", f"<p>{escape(note)}</p>")
@@ -57,6 +63,7 @@ def render(report: dict[str, Any], pictures: list[Picture], *, note: str | None 
         blocks.section("Figures", blocks.comparison(report) + drawn.pop("summary", "")),
         missing,
         *drawn.values(),
+        _strategy(report, folder),
         blocks.pair(
             blocks.section("How well latency was predicted, in figures", blocks.lpnet(report)),
             blocks.section("Attempts", blocks.attempts(report)),
@@ -77,6 +84,23 @@ def render(report: dict[str, Any], pictures: list[Picture], *, note: str | None 
         footer=f"Strategy {report['strategy']}, seed {report['seed']}. The claimed latency was "
         "measured on the exported file, interleaved with the untouched network.",
     )
+
+
+def _strategy(report: dict[str, Any], folder: Path | None) -> str:
+    """What the strategy has to show of its own."""
+    decision = report.get("decision") or {}
+    parts = []
+    for picture in decision.get("pictures", []):
+        path = None if folder is None else folder / Path(picture["file"]).name
+        if path is not None and path.is_file():
+            name = escape(picture["name"], quote=True)
+            parts.append(
+                f'<figure><img class="pixels" src="{_data_uri(path)}" alt="{name}">'
+                f"<figcaption>{name}</figcaption></figure>"
+            )
+    title = f"What {report['strategy']} saw"
+    shown = blocks.section(title, "".join(parts)) if parts else ""
+    return shown + blocks.folded(f"{title}, in figures", blocks.nested(decision.get("facts", {})))
 
 
 def filled(

@@ -66,6 +66,24 @@ def draw_pictures(
     return pictures
 
 
+def save_images(images: Mapping[str, Any], folder: Path) -> list[str]:
+    """Write images (H, W, 3) uint8 as `folder`/NAME.png; returns the names of the files.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.image
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", "writing the strategy's pictures") from error
+    names = []
+    for name, image in images.items():
+        names.append(f"strategy-{''.join(c if c.isalnum() else '-' for c in name)}.png")
+        with atomic_path(folder / names[-1]) as part:
+            matplotlib.image.imsave(part, image, format="png")
+    return names
+
+
 def draw_summary(report: dict[str, Any], theme: Theme) -> Figure | None:
     """Each targeted cost before and after with its target line; accuracy at every station."""
     before, after, target = report["baseline"], report["final"], targets_of(report)

@@ -90,7 +90,7 @@ class Row:
 
 
 def comparison_rows(report: dict[str, Any]) -> list[Row]:
-    """Latency, accuracy, MACs, parameters and file size; figures that nobody took are left out."""
+    """Latency, accuracy, MACs, parameters and sizes; figures that nobody took are left out."""
     before, after, target = report["baseline"], report["final"], targets_of(report)
     digits = _latency_digits(report)
     rows = []
@@ -100,6 +100,7 @@ def comparison_rows(report: dict[str, Any]) -> list[Row]:
         ("macs", "MACs", count),
         ("parameters", "Parameters", count),
         ("file_bytes", "File size", file_size),
+        ("packed_bytes", "Packed weights", file_size),
     ):
         old, new = before.get(key), after.get(key)
         if old is None and new is None:

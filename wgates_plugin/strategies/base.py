@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.training.engine import LossFunction, Trainer
 from wgates_plugin.training.settings import TrainingSettings
@@ -77,6 +78,9 @@ class Task:
     checkpoints: Checkpoints = field(default_factory=InMemory)
     average: Callable[[Tensor], Tensor] = lambda value: value
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_models(self.space, self.budget)
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.errors import InfeasibleTargetError
 from wgates_plugin.plan import PruningPlan
 
@@ -17,8 +18,10 @@ def check_feasible(space: ChannelSpace, budget: Budget, grid: int = 1) -> None:
     """Refuse a budget that even the least allowed widths break.
 
     Raises:
+        ConfigError: a limit's model was made for another network.
         InfeasibleTargetError: names the limit, the least reachable cost and the target.
     """
+    check_models(space, budget)
     least = torch.tensor(space.least_widths(grid), dtype=torch.float64)
     for limit in budget.limits:
         cost = float(limit.model(least))

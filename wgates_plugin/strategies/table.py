@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +13,27 @@ from wgates_plugin.strategies.base import Strategy, option_names
 from wgates_plugin.strategies.criteria import REFUSED as REFUSED_CRITERIA
 from wgates_plugin.strategies.criteria_strategy import criterion_strategies
 from wgates_plugin.strategies.gates_strategy import WGatesStrategy
+from wgates_plugin.strategies.gdp import GDPStrategy
+from wgates_plugin.strategies.metapruning import MetaPruningStrategy
+from wgates_plugin.strategies.scop import ScopStrategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "wgates": WGatesStrategy,
+    "gdp": GDPStrategy,
+    "metapruning": MetaPruningStrategy,
+    "scop": ScopStrategy,
     **criterion_strategies(),
 }
 """Name -> strategy."""
 
-REFUSED: dict[str, str] = {**REFUSED_CRITERIA}
+REFUSED: dict[str, str] = {
+    **REFUSED_CRITERIA,
+    "unification": (
+        "weight unification saves bytes and leaves all shapes as they are, so it cannot reach a "
+        "target in milliseconds, MACs or parameters; choose a strategy and put `unification` "
+        "(UnificationSettings) beside it in the pruning settings"
+    ),
+}
 """Name -> why it is no strategy."""
 
 
@@ -37,18 +51,21 @@ def make_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strate
 
 
 def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a strategy's name and options, one line each."""
+    """What is wrong with a strategy's name and options, one line each, the key first."""
     if not isinstance(name, str) or name not in STRATEGIES:
         reason = REFUSED.get(name) if isinstance(name, str) else None
-        return [f"strategy `{name}`: {reason or 'unknown; known: ' + ', '.join(STRATEGIES)}"]
+        return [f"strategy is {name!r}; {reason or 'known: ' + ', '.join(STRATEGIES)}"]
     kind = STRATEGIES[name]
     known = option_names(kind)
-    problems = [
-        f"options: strategy `{name}` has no `{key}`; known: {', '.join(known)}"
-        for key in options
-        if key not in known
-    ]
-    rest = {key: value for key, value in options.items() if key in known}
+    problems = []
+    rest = dict(options)
+    for key in [key for key in options if key not in known]:
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean `{close[0]}`? " if close else ""
+        problems.append(
+            f"options.{key} is unknown to `{name}`; {hint}known: {', '.join(known) or 'none'}"
+        )
+        del rest[key]
     while True:
         try:
             TypeAdapter(kind.settings_type).validate_python(rest)
@@ -58,11 +75,11 @@ def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
             for one in error.errors():
                 cause = one.get("ctx", {}).get("error")
                 if isinstance(cause, ConfigError):
-                    problems += [f"options: {problem}" for problem in cause.problems]
+                    problems += [f"options.{problem}" for problem in cause.problems]
                 else:
                     where = ".".join(map(str, one["loc"]))
                     words = one["msg"][0].lower() + one["msg"][1:]
-                    problems.append(f"options: {where} is {one['input']!r}; {words}")
+                    problems.append(f"options.{where} is {one['input']!r}; {words}")
                     rest.pop(str(one["loc"][0]), None)
             # A value of a wrong type says nothing about the ranges of the others until it is gone.
             if len(rest) == before:

@@ -175,17 +175,6 @@ def starting_offsets(
     return offsets
 
 
-def _check_models(space: ChannelSpace, budget: Budget) -> None:
-    foreign = [
-        f"limit on {limit.model.name}: its model was made for another network; make it from this "
-        "network's channel space"
-        for limit in budget.limits
-        if getattr(limit.model, "fingerprint", space.fingerprint) != space.fingerprint
-    ]
-    if foreign:
-        raise ConfigError("budget", foreign)
-
-
 class WGates:
     """Gates of one network under one budget: the object that every door drives.
 
@@ -220,7 +209,6 @@ class WGates:
             raise ConfigError(
                 "W-Gates", ['start="open" slides the target over the phase: give `steps`']
             )
-        _check_models(space, budget)
         budgeting.check_feasible(space, budget, self.settings.grid)
         self.scores = WeightScores(network, space)
         self._set_starting_point(ranking, opening)

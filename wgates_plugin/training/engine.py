@@ -157,10 +157,14 @@ class Trainer:
                 if rank_zero:
                     accuracy = record["accuracy"]
                     logger.info(
-                        "%s: epoch %d of %d, loss %.4f, accuracy %s, %.1f s",
+                        "%s: epoch %d of %d%s, loss %.4f, accuracy %s, %.1f s",
                         self.label,
-                        epoch + 1,
-                        self.total_epochs,
+                        epoch - first + 1,
+                        last - first,
+                        ""
+                        if last - first == self.total_epochs
+                        else f" (epoch {epoch + 1} of {self.total_epochs} on the learning-rate "
+                        "schedule)",
                         record["loss"],
                         "-" if accuracy is None else f"{accuracy:.2%}",
                         record["seconds"],

@@ -14,7 +14,10 @@ from torch import nn
 
 from wgates_plugin.errors import PlanError
 
-STRUCTURAL: dict[str, str] = {}
+STRUCTURAL: dict[str, str] = {
+    "constant_branches": "wgates_plugin.transforms.constant_branches",
+    "scatter": "wgates_plugin.transforms.scatter",
+}
 """Name -> module with `apply(network, **arguments) -> network`, in place."""
 
 Step = Mapping[str, Any]

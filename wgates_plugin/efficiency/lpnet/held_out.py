@@ -49,6 +49,11 @@ class HeldOut:
         """Errors over the deviations that were expected: (N,)."""
         return (self.predicted_ms - self.measured_ms).abs() / self.deviation_ms
 
+    @property
+    def most_coverage(self) -> float:
+        """The largest coverage that so many measurements can promise: n / (n + 1)."""
+        return len(self) / (len(self) + 1)
+
     def quantile(self, coverage: float) -> float:
         """The score that a share `coverage` of new measurements stays under.
 

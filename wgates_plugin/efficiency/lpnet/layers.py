@@ -191,10 +191,22 @@ class LayersStructure:
         every = torch.arange(len(data))
         for part in parts:
             rest = every[~torch.isin(every, part)]
-            partial = self._from(data[rest])
+            partial = self._unaware_of(data.widths[part])._from(data[rest])
             mean[part] = partial.predict(data.widths[part])
             deviation[part] = partial.deviation(data.widths[part])
         return mean, deviation
+
+    def _unaware_of(self, widths: Tensor) -> LayersStructure:
+        """This structure with a prior that has not measured `widths` (N, G) either."""
+        if self.prior is None:
+            return self
+        known = self.prior.data
+        fresh = (known.widths[:, None] != widths[None]).any(-1).all(-1)
+        if fresh.all():
+            return self
+        twin = self._copy()
+        twin.prior = self.prior.conditioned(known[fresh]) if fresh.any() else None
+        return twin
 
     def _from(self, data: LatencyData) -> LayersStructure:
         """What a fit of `data` alone would be; with many rows, the parameters of this one do."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +27,15 @@ from wgates_plugin.efficiency.lpnet.mlp import MlpStructure
 from wgates_plugin.errors import ConfigError, FileFormatError
 from wgates_plugin.files import atomic_path
 
+logger = logging.getLogger("wgates_plugin")
+
 COVERAGE = 0.9
 """Share of measurements that an interval holds, unless another is asked for."""
 
 _VERSION = 2
+
+_FEW = 60
+"""Measurements below which a prior must show that it helps: few cannot outvote a misleading one."""
 
 
 class Structure(Protocol):
@@ -64,8 +70,8 @@ class FitReport:
     Attributes:
         samples: measurements fitted. held_out: how many of them were predicted without being seen.
         mape: mean absolute error. within_10_percent: share of errors up to 10 %. worst: the largest.
-        half_width_90: typical (median) half width of the 90 % interval, relative; with fewer than
-            nine measurements, of the widest interval they can promise.
+        half_width_90: typical (median) half width of the 90 % interval, relative; None where there
+            are too few measurements to promise one. widest_90: the largest of the same.
     """
 
     samples: int
@@ -73,7 +79,8 @@ class FitReport:
     mape: float
     within_10_percent: float
     worst: float
-    half_width_90: float
+    half_width_90: float | None
+    widest_90: float | None = None
 
 
 class LPNet:
@@ -83,6 +90,7 @@ class LPNet:
 
     Attributes:
         held_out: what cross-validation predicted; intervals are as wide as it was wrong.
+        identity: of the runtime that was measured (`Runtime.identity`); None where it is not known.
     """
 
     name, unit = "latency", "ms"
@@ -93,6 +101,7 @@ class LPNet:
         self.held_out = held_out
         self._correction = 1.0
         self.report: FitReport | None = None
+        self.identity: dict[str, Any] | None = None
 
     @property
     def structure(self) -> str:
@@ -176,6 +185,7 @@ class LPNet:
         structure: str = "layers",
         seed: int = 0,
         prior: LPNet | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> LPNet:
         """Learn from measurements; errors and intervals come from cross-validation over five parts.
 
@@ -184,13 +194,15 @@ class LPNet:
                 one (`Family.layer_times_ms`). It lowers the number of measurements needed by far.
             structure: "layers", or "mlp" as in the paper.
             prior: an LPNet of the same network on another runtime, thread count or device; some 30
-                measurements then adapt it.
+                measurements then adapt it. With fewer than 60 it is left out where a fit without it
+                predicts unseen ones better. Its own measurements of held-out widths are held out too.
+            identity: of the runtime that was measured.
 
         Raises:
             MeasurementError: too few or useless measurements.
             ConfigError: unknown structure, or a prior that does not fit.
         """
-        check_choice(space, structure, prior)
+        check_choice(space, structure, prior, identity)
         data = LatencyData.of(space, widths, latencies_ms, layers_ms)
         learned: Structure
         if structure == "mlp":
@@ -199,7 +211,12 @@ class LPNet:
             before = prior._structure if prior else None
             assert before is None or isinstance(before, LayersStructure)
             learned = LayersStructure.fit(space, data, seed=seed, prior=before)
-        return cls._judged(space, learned, data, seed)
+        model = cls._judged(space, learned, data, seed)
+        if prior is not None and len(data) < _FEW:
+            alone = LayersStructure.fit(space, data, seed=seed)
+            model = _better(model, cls._judged(space, alone, data, seed))
+        model.identity = None if identity is None else dict(identity)
+        return model
 
     @classmethod
     def _judged(
@@ -208,16 +225,17 @@ class LPNet:
         held_out = cross_validated(learned, data, seed=seed)
         model = cls(space, learned, held_out)
         errors = held_out.errors
-        # The least fits have too few scores for 90 %; what they can promise stands in for it.
-        most = min(COVERAGE, len(held_out) / (len(held_out) + 1))
-        half = held_out.quantile(most) * held_out.deviation_ms
+        half = None
+        if held_out.most_coverage >= COVERAGE:
+            half = held_out.quantile(COVERAGE) * held_out.deviation_ms / held_out.predicted_ms
         model.report = FitReport(
             samples=len(data),
             held_out=len(data),
             mape=float(errors.mean()),
             within_10_percent=float((errors <= 0.1).double().mean()),
             worst=float(errors.max()),
-            half_width_90=float((half / held_out.predicted_ms).median()),
+            half_width_90=None if half is None else float(half.median()),
+            widest_90=None if half is None else float(half.max()),
         )
         return model
 
@@ -256,6 +274,7 @@ class LPNet:
             "structure": self.structure,
             "correction": self._correction,
             "report": asdict(self.report) if self.report else None,
+            "identity": self.identity,
             "space": self.space.to_json(),
         }
         tensors = {f"structure.{name}": value for name, value in self._structure.tensors().items()}
@@ -284,6 +303,7 @@ class LPNet:
             model = cls(own, structure, held_out)
             model._correction = float(about["correction"])
             model.report = FitReport(**about["report"]) if about["report"] else None
+            model.identity = dict(about["identity"]) if about.get("identity") else None
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"LPNet `{path}`: description and numbers do not fit together ({error}); fit it again"
@@ -304,6 +324,10 @@ class UpperBound:
     def fingerprint(self) -> str:
         return self.lpnet.fingerprint
 
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        return self.lpnet.identity
+
     def __call__(self, widths: Tensor) -> Tensor:
         return self.lpnet.interval(widths, self.coverage)[1]
 
@@ -316,8 +340,13 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def check_choice(space: ChannelSpace, structure: str, prior: LPNet | None) -> None:
-    """Raises ConfigError where structure, prior and network do not go together."""
+def check_choice(
+    space: ChannelSpace,
+    structure: str,
+    prior: LPNet | None,
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ConfigError where structure, prior, network and runtime do not go together."""
     problems = []
     if structure not in STRUCTURES:
         problems.append(f"structure `{structure}`: known: {', '.join(STRUCTURES)}")
@@ -328,8 +357,27 @@ def check_choice(space: ChannelSpace, structure: str, prior: LPNet | None) -> No
             f"prior: fitted for another network (fingerprint {prior.fingerprint}, this one has "
             f"{space.fingerprint})"
         )
+    if prior is not None and prior.identity and identity and prior.identity == dict(identity):
+        problems.append(
+            "prior: fitted on this very runtime, device, thread count and input shape; it is no "
+            "prior but the same thing. Leave it out and go on with the samples it was fitted to "
+            "(`--samples-file`)"
+        )
     if problems:
         raise ConfigError("LPNet", problems)
+
+
+def _better(adapted: LPNet, alone: LPNet) -> LPNet:
+    """The fit with the prior, unless the one without it predicts unseen measurements better."""
+    assert adapted.report is not None
+    assert alone.report is not None
+    if adapted.report.mape <= alone.report.mape:
+        return adapted
+    logger.info(
+        "LPNet: the prior is left out: on unseen widths %.1f %% off with it, %.1f %% without",
+        100 * adapted.report.mape, 100 * alone.report.mape,
+    )  # fmt: skip
+    return alone
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,11 +10,13 @@ require_nni()
 from wgates_plugin.integrations.nni.config import make_config  # noqa: E402
 from wgates_plugin.integrations.nni.evaluators import torch_evaluator  # noqa: E402
 from wgates_plugin.integrations.nni.experiment import PRUNERS, build_pruner  # noqa: E402
+from wgates_plugin.integrations.nni.model_speedup import ModelSpeedup, speedup  # noqa: E402
 from wgates_plugin.integrations.nni.pruner import WGatesPruner  # noqa: E402
-from wgates_plugin.integrations.nni.removal import remove, speedup  # noqa: E402
+from wgates_plugin.integrations.nni.removal import remove  # noqa: E402
 
 __all__ = [
     "PRUNERS",
+    "ModelSpeedup",
     "WGatesPruner",
     "build_pruner",
     "make_config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from nni.common import is_traceable
 from nni.compression import LightningEvaluator, TorchEvaluator
 from nni.compression.utils import Evaluator
@@ -131,6 +132,36 @@ def example_from(evaluator: Evaluator | None, model: nn.Module) -> ExampleInputs
             ["its training function never calls the model; give `example_inputs=`"],
         )
     return caught[0]
+
+
+SIDES = (224, 32, 28, 64, 96, 128, 299, 16, 8)
+
+
+@torch.no_grad()
+def guessed_inputs(model: nn.Module) -> Tensor | None:
+    """Random inputs that the network accepts, by its first layer; None when none of the usual do.
+
+    Which channels belong together depends on the size of the images only where they are flattened,
+    and there one size alone fits.
+    """
+    kinds = (nn.Conv2d, nn.Linear)
+    first = next((module for module in model.modules() if isinstance(module, kinds)), None)
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(first, nn.Conv2d):
+        shapes = [(EXAMPLE_IMAGES, first.in_channels, side, side) for side in SIDES]
+    elif isinstance(first, nn.Linear):
+        shapes = [(EXAMPLE_IMAGES, first.in_features)]
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        assert first is not None
+        images = torch.randn(shape, generator=generator).to(first.weight)
+        try:
+            with left_as_found(model):
+                model.eval()(images)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+        return images
+    return None
 
 
 def _few(inputs: Any) -> Any:

@@ -7,10 +7,11 @@ wrapper's parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wgates_plugin.channels import ChannelSpace
@@ -24,6 +25,37 @@ def wrapper_of(module: nn.Module) -> Any | None:
     if "weight" in module._parameters:
         return None
     return module._modules.get("_nni_wrapper")
+
+
+Layers = dict[str, tuple[nn.Module, torch.Size]]
+"""Layer -> the module itself and the shape of its weight."""
+
+
+def layers_of(network: nn.Module, names: Iterable[str]) -> Layers:
+    """The layers of these names that are there and have weights, wrapped or not."""
+    found = dict(network.named_modules())
+    layers: Layers = {}
+    for name in names:
+        module = found.get(name)
+        holder = module if module is None else wrapper_of(module) or module
+        weight = getattr(holder, "weight", None)
+        if module is not None and isinstance(weight, Tensor):
+            layers[name] = (module, weight.shape)
+    return layers
+
+
+def changes(network: nn.Module, before: Layers) -> list[str]:
+    """How the layers differ from what they were, one line each."""
+    now = layers_of(network, before)
+    problems = []
+    for name, (module, shape) in before.items():
+        if name not in now:
+            problems.append(f"`{name}` is gone")
+        elif now[name][0] is not module:
+            problems.append(f"`{name}` is another layer now")
+        elif now[name][1] != shape:
+            problems.append(f"`{name}.weight` was {tuple(shape)} and is {tuple(now[name][1])}")
+    return problems
 
 
 class WrappedGating(Gating):

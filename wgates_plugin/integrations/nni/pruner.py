@@ -26,8 +26,12 @@ from wgates_plugin.integrations.nni.asked import (
     duration_problems,
 )
 from wgates_plugin.integrations.nni.choices import ConfigList, missing_entries, read_config
-from wgates_plugin.integrations.nni.evaluators import evaluator_problems, example_from
-from wgates_plugin.integrations.nni.gates import wrapped_gates
+from wgates_plugin.integrations.nni.evaluators import (
+    evaluator_problems,
+    example_from,
+    guessed_inputs,
+)
+from wgates_plugin.integrations.nni.gates import changes, layers_of, wrapped_gates
 from wgates_plugin.integrations.nni.masks import (
     Masks,
     closed_units,
@@ -58,12 +62,13 @@ class WGatesPruner(Pruner):
         model: the network; wrapped by NNI until `unwrap_model()`.
         config_list: NNI's, with `op_types`, `op_names`, `op_names_re`, `exclude_*`, `sparse_ratio`
             or `max_sparse_ratio`, `min_sparse_ratio`, `global_group_id`, `granularity`.
-        evaluator: whose training the gates learn in.
+        evaluator: whose training the gates learn in; without one, filter norms decide.
         training_steps: optimizer steps with gates; None takes `compress`'s own duration, 0 decides
-            by filter norms, without training and evaluator.
+            by filter norms, without training.
         existed_wrappers: used by `from_compressor`.
         example_inputs: what to trace the network on; by default the evaluator's dummy input, or
-            the first batch that its training calls the model with.
+            the first batch that its training calls the model with; with neither evaluator nor
+            target, random images of a size that the network accepts.
         efficiency: what `target` limits: `LPNet`, `MacsModel`, `ParametersModel`, a function of the
             channel space that returns one, or a `Budget` of several limits. By default MACs.
         target: the limit in the model's unit, or a `MacsTarget`, `ParametersTarget` or
@@ -94,6 +99,9 @@ class WGatesPruner(Pruner):
         min_channels: int = 1,
     ) -> None:
         settings = settings or WGatesSettings()
+        untrained = evaluator is None and training_steps is None
+        if untrained:
+            training_steps = 0
         by_ratio = target is None and not isinstance(efficiency, Budget)
         read = read_config(model, config_list)
         choices, problems = read.choices, list(read.problems)
@@ -108,6 +116,8 @@ class WGatesPruner(Pruner):
             problems += evaluator_problems(evaluator, model)
         if problems:
             raise ConfigError("WGatesPruner", problems)
+        if example_inputs is None and evaluator is None and by_ratio:
+            example_inputs = guessed_inputs(model)
         if example_inputs is None:
             example_inputs = example_from(evaluator, model)
         traced = DependencyTrace(model, example_inputs)
@@ -126,6 +136,7 @@ class WGatesPruner(Pruner):
         wrapped = {name: set(keys) for name, keys in read.wrapped.items()}
         for name, wrapper in (existed_wrappers or {}).items():
             wrapped.setdefault(name, set()).update(wrapper.pruning_target_spaces)
+        self._layers = layers_of(model, [name for name, _ in space.slots_of])
         super().__init__(
             model=model,
             config_list=read.entries + missing_entries(self._needed, wrapped),
@@ -142,6 +153,12 @@ class WGatesPruner(Pruner):
         self._undo: Callable[[], None] | None = None
         self._last_step: int | None = None
         self._steps_done = 0
+        if untrained:
+            warnings.warn(
+                "WGatesPruner: no evaluator, so filter norms decide which channels go; gates learn "
+                "in the training of an evaluator",
+                stacklevel=2,
+            )
         if self.left_out:
             shown = "; ".join(f"`{name}`: {why}" for name, why in list(self.left_out.items())[:8])
             more = f"; and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
@@ -194,13 +211,15 @@ class WGatesPruner(Pruner):
 
         Raises:
             ConfigError: no duration, or one shorter than `training_steps`.
-            PlanError: compressed already. TrainingError: the training broke down.
+            PlanError: compressed already, or the network changed since it was traced.
+            TrainingError: the training broke down.
         """
         if self.plan is not None:
             raise PlanError(
                 "WGatesPruner.compress: this network is compressed already; chain another pruner "
                 "with `from_compressor`, or unwrap it and remove the channels"
             )
+        self._check_unchanged()
         if max_steps is None and max_epochs is None:
             max_steps = self.training_steps
         elif max_steps is not None and max_steps < (self.training_steps or 1):
@@ -226,6 +245,14 @@ class WGatesPruner(Pruner):
             model, masks = super().compress(max_steps, max_epochs)
         return model, masks
 
+    def _check_unchanged(self) -> None:
+        problems = changes(self.bound_model, self._layers)
+        if problems:
+            raise PlanError(
+                f"WGatesPruner: the network changed since it was traced: {'; '.join(problems[:5])}; "
+                "unwrap it and make the pruner anew"
+            )
+
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         self._fusion_compress(max_steps, max_epochs)
 
@@ -242,6 +269,7 @@ class WGatesPruner(Pruner):
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         if self.plan is not None:  # an earlier link of a chain: its masks work by themselves
             return
+        self._check_unchanged()
         self.gates.attach()
         if self.training_steps == 0:
             self._decide()

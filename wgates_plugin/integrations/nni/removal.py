@@ -1,15 +1,8 @@
-"""Physical removal of masked channels: through torch-pruning, exact, or through NNI's ModelSpeedup."""
+"""Physical removal of the channels that masks close, through torch-pruning, exact."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-
 import torch
-from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
 from wgates_plugin import surgery
@@ -50,13 +43,13 @@ def remove(
         SurgeryError: closed channels come to life again, and `align` is False.
         TraceError: the network cannot be traced.
     """
-    _check_masks(model, masks)
+    check_masks(model, masks)
     traced = DependencyTrace(model, example_inputs)
     space = traced.space()
     if not traced.keeps_channel_order:
         check_traced(model, space, example_inputs)
     plan = plan_from_masks(model, space, masks, example_inputs, align=align)
-    expected = None if align else _masked_output(model, masks, example_inputs)
+    expected = None if align else masked_output(model, masks, example_inputs)
     found = dict(model.named_modules())
     for name, targets in masks.items():
         for key, mask in targets.items():
@@ -65,7 +58,7 @@ def remove(
                 parameter.data.mul_(mask.to(parameter))
     surgery.remove(model, plan, traced=traced)
     if expected is not None:
-        _compare(model, expected, example_inputs, "removal")
+        compare(model, expected, example_inputs, "removal")
     return model
 
 
@@ -154,60 +147,12 @@ def _read_channels(module: nn.Module, mask: Tensor) -> Tensor:
     return split.sum([1, *range(3, split.dim())]).flatten().cpu() > 0
 
 
-def speedup(model: nn.Module, masks: AnyMasks, example_inputs: ExampleInputs) -> nn.Module:
-    """NNI's own `ModelSpeedup` with these masks, in place, on today's torch.
-
-    Its own tracer fails from torch 2.2 on, so the graph comes from `torch.fx.symbolic_trace`. It takes
-    many times as long as `remove`. The result is compared with the masked network.
+def check_masks(model: nn.Module, masks: AnyMasks) -> None:
+    """Collect all that does not fit the network, and refuse it at once.
 
     Raises:
-        ConfigError: the masks do not fit the network.
-        SurgeryError: torch.fx cannot trace the network, ModelSpeedup fails, or what it leaves
-            computes something else; the model is then not to be used any more.
+        ConfigError: the network is wrapped, or a mask has no parameter, another shape or values.
     """
-    _check_masks(model, masks)
-    expected = _masked_output(model, masks, example_inputs)
-    copies = {
-        name: {key: mask.clone() for key, mask in targets.items() if mask is not None}
-        for name, targets in masks.items()
-    }
-    inputs = example_inputs
-    if isinstance(inputs, dict):
-        raise ConfigError("speedup", ["example_inputs by name: ModelSpeedup takes positions only"])
-    modes = {name: module.training for name, module in model.named_modules()}
-    try:
-        with left_as_found(model), _silent():
-            model.eval()  # in train mode its dry runs would move the norms' statistics
-            graph = torch.fx.symbolic_trace(model)
-            ModelSpeedup(model, inputs, copies, graph_module=graph).speedup_model()
-        for name, module in model.named_modules():
-            module.training = modes.get(name, model.training)
-    except (ConfigError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise SurgeryError(
-            f"ModelSpeedup fails on {type(model).__name__} ({type(error).__name__}: {error}); use "
-            "`remove`, which goes through torch-pruning"
-        ) from error
-    _compare(model, expected, example_inputs, "ModelSpeedup")
-    return model
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep out NNI's report on every node of the graph."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _check_masks(model: nn.Module, masks: AnyMasks) -> None:
-    """Collect all that does not fit, and refuse it at once."""
     found = dict(model.named_modules())
     problems = []
     if any("_nni_wrapper" in module._modules for module in found.values()):
@@ -239,7 +184,8 @@ def _check_masks(model: nn.Module, masks: AnyMasks) -> None:
 
 
 @torch.no_grad()
-def _masked_output(model: nn.Module, masks: AnyMasks, example_inputs: ExampleInputs) -> Tensor:
+def masked_output(model: nn.Module, masks: AnyMasks, example_inputs: ExampleInputs) -> Tensor:
+    """What the network computes under the masks, in eval mode."""
     with left_as_found(model), masked(model, masks):
         model.eval()
         output: Tensor = call_with(model, example_inputs)
@@ -247,7 +193,12 @@ def _masked_output(model: nn.Module, masks: AnyMasks, example_inputs: ExampleInp
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, expected: Tensor, example_inputs: ExampleInputs, what: str) -> None:
+def compare(model: nn.Module, expected: Tensor, example_inputs: ExampleInputs, what: str) -> None:
+    """Hold the smaller network to what the masked one computed.
+
+    Raises:
+        SurgeryError: it computes something else.
+    """
     with left_as_found(model):
         model.eval()
         found = call_with(model, example_inputs)

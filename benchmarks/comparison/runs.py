@@ -1,0 +1,250 @@
+"""Doing what is missing: dense networks, latency samples, one run, all final networks timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.comparison.experiment import (
+    Experiment,
+    Run,
+    dense_recipe,
+    recipe_of,
+    runs_of,
+    runtime_name,
+)
+from wgates_plugin.dense_training import WEIGHTS, trained
+from wgates_plugin.efficiency.learner import Learner
+from wgates_plugin.errors import TargetError, WGatesError
+from wgates_plugin.files import load_tensors, write_json
+from wgates_plugin.latency import RuntimeSettings, get_runtime
+from wgates_plugin.latency.environment import describe_environment
+from wgates_plugin.latency.timing import measure
+from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.recipe import prepare, run_recipe
+from wgates_plugin.targets import LatencyTarget
+from wgates_plugin.tracing import trace
+from wgates_plugin.training import Trainer, evaluate
+
+BULK = ("gates",)
+"""Keys of a report that only its own page needs."""
+
+
+class Places:
+    """Where an experiment's raw results are kept, and where it works.
+
+    Attributes:
+        results: committed JSON. scratch: run folders, dense networks, samples.
+    """
+
+    def __init__(self, experiment: Experiment, results: Path, scratch: Path) -> None:
+        self.results = results / "comparison" / experiment.name
+        self.scratch = scratch / experiment.name
+
+    def result(self, run: Run) -> Path:
+        return self.results / "runs" / f"{run.key}.json"
+
+    def run_folder(self, run: Run) -> Path:
+        return self.scratch / "runs" / run.key
+
+    def dense_result(self, seed: int) -> Path:
+        return self.results / f"dense-{seed}.json"
+
+    def dense_folder(self, seed: int) -> Path:
+        return self.scratch / f"dense-{seed}"
+
+    def samples(self, runtime: str) -> Path:
+        return self.scratch / f"samples-{runtime}.jsonl"
+
+    def finals(self, runtime: str) -> Path:
+        return self.results / f"finals-{runtime}.json"
+
+
+def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
+    """Train the dense network of a seed, and on for as many epochs as pruning takes.
+
+    Losses are counted against the latter: an undertrained network makes every pruner look good.
+    """
+    path = places.dense_result(seed)
+    if path.exists() and (places.dense_folder(seed) / WEIGHTS).exists():
+        return
+    recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
+    network, data, _, settings = prepare(recipe)
+    network = trained(network, data, recipe, resume=True, progress=False)
+    before = evaluate(network, data.val_loader).accuracy
+    epochs = settings.gate_epochs + settings.fine_tune_epochs
+    trainer = Trainer(
+        network,
+        data.train_loader,
+        dataclasses.replace(settings.training, epochs=epochs),
+        seed=seed,
+        label="dense, trained on",
+    )
+    trainer.run(progress=False)
+    write_json(
+        path,
+        {
+            "seed": seed,
+            "accuracy": before,
+            "trained_on": {
+                "accuracy": evaluate(network, data.val_loader).accuracy,
+                "epochs": epochs,
+                "seconds": sum(row["seconds"] for row in trainer.history),
+            },
+            "environment": describe_environment(),
+        },
+    )
+
+
+def make_samples(experiment: Experiment, places: Places, block: dict[str, Any]) -> None:
+    """Latency samples of one runtime: they depend on structure alone and serve every run."""
+    seed = experiment.seeds[0]
+    recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
+    network, data, _, settings = prepare(recipe)
+    space = trace(
+        network,
+        data.example_input,
+        ignored_layers=settings.ignored_layers,
+        min_channels=settings.min_channels,
+        min_fraction=settings.min_fraction,
+        floors=settings.floors,
+        caps=settings.caps,
+    )
+    study = LatencyStudy(network, space, data.example_input, LatencyTarget(fraction=1.0, **block))
+    samples = study.open_samples(places.samples(runtime_name(block)))
+    if len(samples.usable) >= settings.samples:
+        return
+    if study.reference_ms is None:
+        study.baseline(settings.measure_seconds)
+    grid = settings.grid or int(study.probe()["grid"])
+    study.sample(
+        count=settings.samples,
+        grid=grid,
+        seed=settings.seed,
+        seconds_per_sample=settings.seconds_per_sample,
+        active=Learner(space, seed=settings.seed).active() if settings.active else None,
+    )
+
+
+def do_run(experiment: Experiment, places: Places, run: Run) -> None:
+    """One run; what cannot be reached is stored with the reason."""
+    path = places.result(run)
+    if path.exists():
+        return
+    folder = places.run_folder(run)
+    recipe = recipe_of(
+        experiment,
+        run,
+        folder,
+        weights=places.dense_folder(run.seed) / WEIGHTS,
+        samples=places.samples(run.runtime),
+    )
+    try:
+        report = run_recipe(recipe, resume=folder.exists(), progress=False).report
+    except TargetError as error:
+        write_json(path, {"kind": "refused", "reason": str(error), **dataclasses.asdict(run)})
+        return
+    kept = {key: value for key, value in report.items() if key not in BULK}
+    if isinstance(kept.get("lpnet"), dict):
+        kept["lpnet"] = {k: v for k, v in kept["lpnet"].items() if k != "predictions"}
+    write_json(path, kept)
+
+
+def time_finals(
+    experiment: Experiment,
+    places: Places,
+    block: dict[str, Any],
+    *,
+    seconds: float = 1.0,
+    passes: int = 3,
+) -> None:
+    """Latencies of all final networks of one runtime, timed in one sitting, in random order.
+
+    Each is interleaved with the untouched network; the ratio of the median pass counts.
+    """
+    runtime = get_runtime(
+        runtime_name(block),
+        RuntimeSettings(
+            **{k: v for k, v in block.items() if k in ("threads", "device", "precision")}
+        ),
+        **block.get("options", {}),
+    )
+    seed = experiment.seeds[0]
+    network, data, _, _ = prepare(dense_recipe(experiment, seed, places.dense_folder(seed)))
+    weights = places.dense_folder(seed) / WEIGHTS
+    network.load_state_dict(load_tensors(weights, kind="dense network"))
+    reference = runtime.load(network.eval(), data.example_input)
+    baseline = measure(reference, seconds=3 * seconds).latency_ms
+    found: dict[str, list[dict[str, Any]]] = {}
+    todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
+    todo = [run for run in todo if _artefact(places, run) is not None]
+    order = random.Random(0)
+    for _ in range(passes):
+        order.shuffle(todo)
+        for run in todo:
+            artefact = _artefact(places, run)
+            assert artefact is not None
+            session = runtime.load_file(artefact, data.example_input)
+            timed = measure(
+                session, reference=reference, reference_ms=baseline, seconds=seconds
+            ).to_json()
+            session.close()
+            found.setdefault(run.key, []).append(timed)
+    reference.close()
+    ratios = {
+        key: sorted(one["latency_ms"] / baseline for one in timed) for key, timed in found.items()
+    }
+    write_json(
+        places.finals(runtime_name(block)),
+        {
+            "runtime": runtime_name(block),
+            "baseline_ms": baseline,
+            "ratio": {key: values[len(values) // 2] for key, values in ratios.items()},
+            "passes": ratios,
+            "seconds": seconds,
+            "environment": describe_environment(),
+        },
+    )
+
+
+def _artefact(places: Places, run: Run) -> Path | None:
+    if not places.result(run).exists():
+        return None
+    found = list(places.run_folder(run).glob("model.*"))
+    return found[0] if found else None
+
+
+def missing(experiment: Experiment, places: Places) -> list[Run]:
+    return [run for run in runs_of(experiment) if not places.result(run).exists()]
+
+
+def prepared(experiment: Experiment, places: Places) -> None:
+    """Everything that runs share."""
+    for seed in experiment.seeds:
+        make_dense(experiment, places, seed)
+    for block in experiment.runtimes:
+        make_samples(experiment, places, block)
+
+
+def attempt(experiment: Experiment, places: Places, run: Run) -> str:
+    """One run, said in a line; an error is said and stored nowhere, so that it is tried again."""
+    threads = torch.get_num_threads()
+    try:
+        do_run(experiment, places, run)
+    except WGatesError as error:
+        return f"{run.key}: failed: {error}"
+    finally:
+        torch.set_num_threads(threads)
+    stored = json.loads(places.result(run).read_text())
+    if stored.get("kind") == "refused":
+        return f"{run.key}: refused: {stored['reason']}"
+    before, after = stored["baseline"], stored["final"]
+    return (
+        f"{run.key}: {after['latency_ms'] / before['latency_ms']:.3f} of the latency, accuracy "
+        f"{before['accuracy']:.2%} -> {after['accuracy']:.2%}, {stored['contract']}"
+    )

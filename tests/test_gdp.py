@@ -1,0 +1,325 @@
+"""GDP: the gate and its proximal step, absorption, polarisation under a budget, dead branches."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from helpers import ActivationGates
+from networks import TINY, Add, Head, conv, conv_bn, example, randomised, tiny
+from torch import Tensor, nn
+
+from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_target, trace
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
+from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
+from wgates_plugin.integrations.torch_pruning import GDPImportance
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.absorption import absorb, rigid_units
+from wgates_plugin.strategies.budgeting import holds
+from wgates_plugin.strategies.gdp_gates import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.polarisation import (
+    epsilon_at,
+    smooth_l0,
+    smooth_l0_slope,
+    soft_threshold,
+)
+from wgates_plugin.surgery import rebuild, remove
+from wgates_plugin.training import TrainingSettings
+from wgates_plugin.verification import relative_error
+
+
+def make(
+    network: nn.Module,
+    share: float = 0.5,
+    steps: int = 20,
+    min_fraction: float = 0.1,
+    **options: Any,
+) -> PolarisedGates:
+    network.train()
+    space = trace(network, example(), min_fraction=min_fraction)
+    model = MacsModel(space)
+    full = float(model(torch.tensor(space.full_widths)))
+    return PolarisedGates(
+        network,
+        space,
+        Budget.of(Limit(model, share * full)),
+        GDPSettings(**options),
+        steps=steps,
+        example_inputs=example(),
+    ).attach()
+
+
+def learn(gates: PolarisedGates, steps: int, *, first: int = 0, rate: float = 0.02) -> list[Any]:
+    optimizer = torch.optim.SGD(gates.network.parameters(), lr=rate)
+    records = []
+    for seed in range(first, first + steps):
+        labels = torch.randint(5, (8,), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(gates.network(example(8, seed=seed)), labels).backward()
+        records.append(gates.regularize())
+        optimizer.step()
+    return records
+
+
+# The mathematics
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1e-2, 1e-4])
+def test_the_gate_and_its_slope(epsilon: float) -> None:
+    x = torch.linspace(-1.5, 1.5, 301, dtype=torch.float64, requires_grad=True)
+    gate = smooth_l0(x, epsilon)
+    (slope,) = torch.autograd.grad(gate.sum(), x)
+    torch.testing.assert_close(smooth_l0_slope(x.detach(), epsilon), slope)
+    assert float(smooth_l0(torch.zeros(1), epsilon)) == 0.0
+    torch.testing.assert_close(smooth_l0(-x, epsilon), gate)
+
+
+def test_the_soft_threshold_minimises_its_objective() -> None:
+    grid = torch.linspace(-2, 2, 400_001, dtype=torch.float64)
+    for value in (-1.3, -0.2, 0.0, 0.3, 0.9):
+        for weight in (0.0, 0.25, 1.0):
+            twin = grid[((grid - value).square() / 2 + weight * grid.abs()).argmin()]
+            found = soft_threshold(torch.tensor(value).double(), torch.tensor(weight).double())
+            assert float(found) == pytest.approx(float(twin), abs=2e-5)
+
+
+def test_epsilon_decays_geometrically_and_stays() -> None:
+    values = [epsilon_at(f, start=0.1, end=1e-4, decay=0.6) for f in (0.0, 0.15, 0.3, 0.45, 0.6)]
+    ratios = [second / first for first, second in itertools.pairwise(values)]
+    assert ratios == pytest.approx([ratios[0]] * 4)
+    assert epsilon_at(0.9, start=0.1, end=1e-4, decay=0.6) == pytest.approx(1e-4)
+
+
+def test_settings_list_every_problem() -> None:
+    with pytest.raises(ConfigError) as caught:
+        GDPSettings(epsilon_end=0.2, settle_fraction=0.3, travel=0.0, grid=0)
+    assert len(caught.value.problems) == 4
+
+
+# Absorption
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_absorbed_and_cut_equals_multiplied_feature_maps(name: str) -> None:
+    network = tiny(name)
+    space = trace(network, example())
+    generator = torch.Generator().manual_seed(3)
+    gates = torch.rand(space.total_units, generator=generator)
+    gates[torch.rand(space.total_units, generator=generator) < 0.4] = 0.0
+    for index in range(len(space.groups)):
+        gates[space.offsets[index]] = 0.3  # a small gate is no closed one
+    with torch.no_grad():
+        with ActivationGates(network, space, lambda: gates):
+            expected = network(example())
+        plan = PruningPlan.from_masks(space, gates > 0)
+        smaller = remove(absorb(copy.deepcopy(network), space, gates), plan, example()).eval()
+        assert relative_error(smaller(example()), expected) <= 1e-5
+    assert not rigid_units(network, space).any()
+
+
+# The phase
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "concat", "grouped"])
+@pytest.mark.parametrize("grid", [1, 4])
+def test_the_phase_ends_within_the_budget_and_absorbs_exactly(name: str, grid: int) -> None:
+    gates = make(tiny(name), share=0.6, grid=grid)
+    records = learn(gates, 20)
+    assert records[-1]["violation"] <= 0
+    assert holds(gates.budget, gates.widths())
+    allowed = gates.space.allowed_widths(grid)
+    assert all(width in mine for width, mine in zip(gates.widths(), allowed, strict=True))
+    network = gates.network.eval()
+    with torch.no_grad():
+        expected = network(example()).clone()
+        scores = gates.unit_scores()
+        gates.absorb()
+        assert torch.equal(network(example()), expected)
+        plan = PruningPlan.top(gates.space, scores, gates.widths())
+        smaller = remove(copy.deepcopy(network), plan, example()).eval()
+        assert relative_error(smaller(example()), expected) <= 1e-5
+    # What is cut are exact zeros, and nothing but those and what a floor asks for stays closed.
+    assert not scores[~plan.mask].any()
+    dead = gates.facts["closed_branches"]
+    for index, group in enumerate(gates.space.groups):
+        mine = scores[gates.space.unit_slice(index)]
+        count = 0 if group.name in dead else gates.widths()[index] // group.ties
+        assert int((mine > 0).sum()) == count
+
+
+def test_gates_close_by_proximal_steps_before_they_are_settled() -> None:
+    gates = make(tiny("residual"), steps=200)
+    records = learn(gates, 160, rate=0.005)
+    assert records[-2]["open_share"] < 0.9
+    assert gates.facts["closed"] > gates.facts["closed_by_the_budget_alone"]
+    learn(gates, 40, first=160)
+    closed = gates.x == 0
+    assert int(closed.sum()) == gates.facts["closed"]
+
+
+class Told(nn.Module):
+    """The answer is in channels 0 and 1 of the inner layer; the others carry noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = conv(3, 8, 1)
+        self.fc = nn.Linear(8, 5)
+        with torch.no_grad():
+            self.fc.weight.mul_(0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.read(x).mean((2, 3)))
+        return out
+
+
+def test_channels_that_the_task_needs_stay() -> None:
+    torch.manual_seed(0)
+    network = Told()
+    gates = make(network, share=0.26, steps=120)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        network.fc.weight[:, 2:] *= 0.1
+        network.fc.weight[:, :2] = 3 * torch.randn(5, 2, generator=generator)
+    target = copy.deepcopy(network)
+    gates.detach()
+    target = copy.deepcopy(network).eval()
+    gates.attach()
+    for seed in range(120):
+        x = 4 * example(8, seed=seed)
+        with torch.no_grad():
+            wanted = target(x)
+        (network(x) - wanted).square().mean().backward()
+        gates.regularize()
+        network.zero_grad()
+    assert gates.widths() == (2,)
+    assert set(gates.unit_scores().nonzero().flatten().tolist()) == {0, 1}
+
+
+def test_needless_training_state_is_refused() -> None:
+    gates = make(tiny("plain"))
+    with pytest.raises(TrainingError, match="no gradient reached"):
+        gates.regularize()
+    with pytest.raises(InfeasibleTargetError, match="out of reach"):
+        make(tiny("plain"), share=0.01)
+
+
+def test_state_resumes_in_the_middle() -> None:
+    whole = make(tiny("residual"))
+    learn(whole, 20)
+    first = make(tiny("residual"))
+    learn(first, 9)
+    state = copy.deepcopy((first.network.state_dict(), first.state_dict()))
+    second = make(tiny("residual"))
+    second.network.load_state_dict(state[0])
+    second.load_state_dict(state[1])
+    learn(second, 11, first=9)
+    assert torch.equal(second.x, whole.x)
+    assert second.widths() == whole.widths()
+
+
+# Branches
+
+
+def branchy() -> nn.Module:
+    """A residual network with one branch that costs much and does nothing but noise."""
+    torch.manual_seed(0)
+    main = nn.Sequential(conv_bn(8, 24), conv(24, 8), nn.BatchNorm2d(8))
+    network = randomised(nn.Sequential(conv_bn(3, 8), Add(main), Head(8)), 0)
+    with torch.no_grad():
+        main[2].weight.mul_(1e-3)
+    return network
+
+
+def test_a_branch_may_close_altogether_and_a_stem_may_not() -> None:
+    gates = make(branchy(), share=0.2, min_fraction=0.0, steps=60)
+    learn(gates, 60, rate=0.001)
+    inner = next(name for name in gates.space.names if name.startswith("1.main.0"))
+    assert gates.facts["closed_branches"] == [inner]
+    kept = make(branchy(), share=0.2, min_fraction=0.0, steps=60, remove_branches=False)
+    learn(kept, 60, rate=0.001)
+    assert kept.facts["closed_branches"] == []
+    for index in range(len(kept.space.groups)):
+        assert bool(kept.unit_scores()[kept.space.unit_slice(index)].any())
+
+
+def test_the_whole_job_drops_the_branch(tmp_path: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        (example(8, seed=seed), torch.randint(5, (8,), generator=generator)) for seed in range(10)
+    ]
+    result = prune_to_target(
+        branchy(),
+        example(),
+        data,
+        data,
+        target=MacsTarget(fraction=0.2),
+        settings=PruningSettings(
+            strategy="gdp",
+            gate_epochs=6,
+            fine_tune_epochs=1,
+            measure_seconds=0.01,
+            training=TrainingSettings(learning_rate=0.001, accelerator="cpu"),
+        ),
+        run_folder=tmp_path / "run",
+        progress=False,
+    )
+    assert result.held
+    (step,) = result.plan.note["after"]
+    assert step["chain"] == ["1.main.1", "1.main.2"]
+    assert type(result.network.get_submodule("1.main.0.0")).__name__ == "Hollow"
+    again = rebuild(
+        branchy(), result.run_folder / "plan.json", result.run_folder / "pruned.safetensors"
+    )
+    assert torch.equal(again(example()), result.network(example()))
+
+
+# torch-pruning
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "concat"])
+def test_gate_values_serve_any_torch_pruning_pruner(name: str, scope: str) -> None:
+    gates = make(tiny(name), remove_branches=False)
+    learn(gates, 20)
+    network = gates.absorb()
+    words: dict[str, Any] = {
+        "local": {},
+        "global": {"global_pruning": True, "max_pruning_ratio": 0.9},
+        "isomorphic": {"global_pruning": True, "isomorphic": True, "max_pruning_ratio": 0.9},
+    }[scope]
+    pruner = tp.pruner.BasePruner(
+        network,
+        (example(),),
+        GDPImportance(gates),
+        pruning_ratio=0.4,
+        ignored_layers=[m for m in network.modules() if isinstance(m, nn.Linear)],
+        in_channel_groups={},
+        out_channel_groups={},
+        **words,
+    )
+    before = sum(p.numel() for p in network.parameters())
+    pruner.step()
+    assert sum(p.numel() for p in network.parameters()) < before
+    network.eval()(example())
+
+
+def test_scores_by_root_index_and_who_may_ask() -> None:
+    network = tiny("residual")
+    gates = make(network)
+    with pytest.raises(PlanError, match="never learned"):
+        GDPImportance(gates)
+    with pytest.raises(PlanError, match="got Sequential"):
+        GDPImportance(network)  # type: ignore[arg-type]
+    learn(gates, 20)
+    gates.absorb()
+    graph = tp.DependencyGraph().build_dependency(network, (example(),))
+    group = graph.get_pruning_group(network[1].main[1], tp.prune_conv_out_channels, [6, 2, 5])
+    found = GDPImportance(gates)(group)
+    assert found is not None
+    space: ChannelSpace = gates.space
+    expected = gates.unit_scores()[space.unit_slice(0)][[6, 2, 5]]
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,55 @@
+"""What is stored and shown of the NNI door: the experiment's trials, masked against removed."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import nni_masked_equals_removed as exactness
+from benchmarks.nni_experiment import page
+from benchmarks.records import RESULTS, read_record
+from wgates_plugin.latency.measurement import Measurement
+from wgates_plugin.verification import TOLERANCE
+
+
+def test_the_readme_shows_the_stored_experiment() -> None:
+    text = page.README.read_text(encoding="utf-8")
+    assert page.rewritten(text, page.stored_table()) == text
+
+
+def test_every_stored_trial_succeeded_with_its_timings() -> None:
+    record = read_record(RESULTS, "nni_experiment")
+    assert record is not None
+    rows = record["samples"]["trials"]
+    assert len(rows) == record["numbers"]["succeeded"] >= 6
+    assert {row["parameters"]["pruner"] for row in rows} == {"wgates", "l1", "fpgm", "taylor"}
+    for row in rows:
+        assert row["latency_ms"] == Measurement.from_json(row["measurement"]).latency_ms
+        assert row["latency_ratio"] * record["numbers"]["dense"]["latency_ms"] == pytest.approx(
+            row["latency_ms"]
+        )
+
+
+def test_a_failed_trial_is_shown_as_such() -> None:
+    row = {
+        "status": "FAILED",
+        "parameters": {"pruner": "l1", "target_fraction": 0.5},
+        "accuracy": None,
+    }
+    dense = {"latency_ms": 1.0, "accuracy": 0.9, "parameters": 1234}
+    assert page.table([row], dense).splitlines()[-1] == "| `l1` | 0.50 | - | - | - | - | FAILED |"
+
+
+def test_stored_errors_are_within_tolerance() -> None:
+    record = read_record(RESULTS, exactness.NAME)
+    assert record is not None
+    assert set(record["samples"]) == set(exactness.NETWORKS)
+    errors = [row["error"] for rows in record["samples"].values() for row in rows]
+    assert max(errors) == record["numbers"]["worst"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("masker", exactness.MASKERS)
+def test_masked_equals_removed_as_the_benchmark_finds_it(masker: str) -> None:
+    pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
+    found = exactness.error("mobilenet_v2", masker, 0.5, seed=1)
+    assert 0.2 < found["parameters_left"] < 0.8
+    assert 0 < found["error"] <= TOLERANCE

@@ -1,0 +1,251 @@
+"""The laws of `Strategy`, for every strategy of the table."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import CLASSES, example, tiny
+from torch import Tensor, nn
+
+from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_target, trace
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
+from wgates_plugin.errors import ConfigError, InfeasibleTargetError
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies import STRATEGIES, Decision, Task, make_strategy, plan_for_budget
+from wgates_plugin.strategies.base import InMemory
+from wgates_plugin.strategies.budgeting import holds
+from wgates_plugin.surgery import rebuild, remove
+from wgates_plugin.training import TrainingSettings
+from wgates_plugin.transforms import apply_steps
+from wgates_plugin.verification import relative_error, removal_error
+
+NETWORKS = ("plain", "residual", "depthwise", "concat")
+SMALL: dict[str, dict[str, Any]] = {}
+"""Strategy -> options that make it quick here; the laws hold for any."""
+
+GRID = 2
+TRAINING = TrainingSettings(learning_rate=0.02, accelerator="cpu")
+
+
+def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        (example(4, seed=seed), torch.randint(CLASSES, (4,), generator=generator))
+        for seed in range(count)
+    ]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Fragile(InMemory):
+    """Checkpoints of a process that dies right after its first save."""
+
+    alive = False
+    saves = 0
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None:
+        super().save_state(name, copy.deepcopy(state))
+        self.saves += 1
+        if not self.alive:
+            raise Interrupted
+
+
+class Case:
+    """One strategy on one network: prepared, traced, under half of its MACs."""
+
+    states = itertools.count()
+
+    def __init__(self, strategy: str, network: str, *, epochs: int = 1, seed: int = 0) -> None:
+        self.strategy = make_strategy(strategy, SMALL.get(strategy))
+        self.original = tiny(network)
+        prepared = copy.deepcopy(self.original)
+        self.before = self.strategy.prepare(prepared, example())
+        self.network = apply_steps(prepared, self.before)
+        self.space = trace(self.network, example(), min_fraction=0.2)
+        model = MacsModel(self.space)
+        full = float(model(torch.tensor(self.space.full_widths)))
+        self.budget = Budget.of(Limit(model, 0.5 * full))
+        self.epochs = epochs if self.strategy.has_phase else 0
+        self.seed = seed
+
+    def decide(self, checkpoints: InMemory | None = None) -> Decision:
+        torch.manual_seed(next(self.states))  # nothing may hang on the global random state
+        task = Task(
+            copy.deepcopy(self.network),
+            self.space,
+            self.budget,
+            example(),
+            batches(),
+            grid=GRID,
+            epochs=self.epochs,
+            total_epochs=self.epochs + 1,
+            training=TRAINING,
+            seed=self.seed,
+            checkpoints=checkpoints or InMemory(),
+            progress=False,
+        )
+        return self.strategy.decide(task)
+
+    def plan(self, decision: Decision) -> PruningPlan:
+        return plan_for_budget(self.space, decision.scores, decision.widths, self.budget, GRID)
+
+
+def same(first: Decision, second: Decision) -> bool:
+    one, two = first.network.state_dict(), second.network.state_dict()
+    return (
+        first.widths == second.widths
+        and torch.equal(first.scores, second.scores)
+        and all(torch.equal(one[name], two[name]) for name in one)
+    )
+
+
+@pytest.fixture(params=NETWORKS)
+def network_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_decision_keeps_the_laws(strategy: str, network_name: str) -> None:
+    case = Case(strategy, network_name)
+    before = case.network.state_dict()
+    decision = case.decide()
+    # Scores and widths are what a plan needs.
+    assert decision.scores.shape == (case.space.total_units,)
+    assert torch.isfinite(decision.scores).all()
+    allowed = case.space.allowed_widths(GRID)
+    assert all(width in mine for width, mine in zip(decision.widths, allowed, strict=True))
+    plan = case.plan(decision)
+    assert holds(case.budget, plan.widths)
+    assert plan.widths != case.space.full_widths
+    assert PruningPlan.from_json(json.loads(json.dumps(plan.to_json()))).kept == plan.kept
+    # The network it returns is the given one, with other values at most, and nothing attached.
+    after = decision.network.state_dict()
+    assert {n: v.shape for n, v in after.items()} == {n: v.shape for n, v in before.items()}
+    for module in decision.network.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+        assert "weight" not in vars(module)
+    assert all(parameter.requires_grad for parameter in decision.network.parameters())
+    # What is cut computes what was gated, and what is done after the cut changes nothing.
+    network = decision.network.eval()
+    smaller = remove(copy.deepcopy(network), plan, example())
+    assert removal_error(network, smaller, plan, example()) <= 1e-5
+    with torch.no_grad():
+        expected = smaller.eval()(example())
+        steps = case.strategy.finish(smaller, plan, example())
+        smaller = apply_steps(smaller, steps).eval()
+        assert relative_error(smaller(example()), expected) <= 1e-5
+    note = {"before": [dict(s) for s in case.before], "after": [dict(s) for s in steps]}
+    stored = PruningPlan(plan.space, plan.kept, note)
+    stored = PruningPlan.from_json(json.loads(json.dumps(stored.to_json())))
+    again = rebuild(tiny(network_name), stored, smaller.state_dict())
+    assert torch.equal(again(example()), smaller(example()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_seed_gives_the_same_decision(strategy: str) -> None:
+    assert same(Case(strategy, "residual").decide(), Case(strategy, "residual").decide())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_interrupted_phase_ends_in_the_same_place(strategy: str) -> None:
+    case = Case(strategy, "residual", epochs=2)
+    whole = case.decide()
+    checkpoints = Fragile()
+    try:
+        case.decide(checkpoints)
+    except Interrupted:
+        assert checkpoints.saves == 1
+    else:
+        assert not case.strategy.has_phase
+        return
+    checkpoints.alive = True
+    assert same(case.decide(checkpoints), whole)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_least_widths_are_refused_when_they_cost_too_much(strategy: str) -> None:
+    case = Case(strategy, "residual")
+    model = case.budget.limits[0].model
+    least = float(model(torch.tensor(case.space.least_widths(GRID))))
+    case.budget = Budget.of(Limit(model, 0.9 * least))
+    with pytest.raises(InfeasibleTargetError, match="out of reach"):
+        case.decide()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_unknown_options_are_refused(strategy: str) -> None:
+    with pytest.raises(ConfigError, match=r"wigth is unknown to .*known: "):
+        make_strategy(strategy, {"wigth": 1})
+
+
+def test_an_unknown_strategy_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="known: wgates, "):
+        make_strategy("magic")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_whole_job_by_any_strategy(strategy: str, tmp_path: Path) -> None:
+    network = tiny("residual")
+    before = copy.deepcopy(network.state_dict())
+    data = batches()
+    result = prune_to_target(
+        network,
+        example(),
+        data,
+        data,
+        target=MacsTarget(fraction=0.5),
+        settings=PruningSettings(
+            strategy=strategy,
+            options=SMALL.get(strategy, {}),
+            gate_epochs=1,
+            fine_tune_epochs=1,
+            measure_seconds=0.01,
+            min_fraction=0.2,
+            training=TRAINING,
+        ),
+        run_folder=tmp_path / "run",
+        progress=False,
+    )
+    assert result.held
+    assert result.report["strategy"] == strategy
+    assert result.plan.note["strategy"] == strategy
+    kind = STRATEGIES[strategy]
+    epochs = [row["epoch"] for row in result.report["training"] if row["label"] == "fine-tune"]
+    first = 1 if kind.has_phase and kind.trains_weights else 0
+    last = 2 if kind.trains_weights or not kind.has_phase else 1
+    assert epochs == list(range(first, last))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    again = rebuild(
+        tiny("residual"),
+        result.run_folder / "plan.json",
+        result.run_folder / "pruned.safetensors",
+    )
+    assert torch.equal(again(example()), result.network(example()))
+
+
+def test_widths_of_a_space_say_what_is_left() -> None:
+    """The suite's own networks can be halved: otherwise its budgets would ask for nothing."""
+    for name in NETWORKS:
+        space: ChannelSpace = trace(tiny(name), example(), min_fraction=0.2)
+        model = MacsModel(space)
+        rows = torch.tensor([space.full_widths, space.least_widths(GRID)])
+        full, least = model(rows).tolist()
+        assert least < 0.5 * full
+
+
+def test_strategies_leave_modes_as_found() -> None:
+    for strategy in STRATEGIES:
+        case = Case(strategy, "plain")
+        case.network.eval()
+        assert not any(m.training for m in case.decide().network.modules()), strategy
+    assert isinstance(case.network, nn.Module)

@@ -1,0 +1,41 @@
+"""When a fit is too poor to set a target by, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wgates_plugin.efficiency.lpnet import LPNet
+
+POOR_MEAN, POOR_HALF_WIDTH, POOR_WORST = 0.05, 0.15, 0.3
+"""Relative errors on unseen networks. The pipeline aims 2 % under a target and corrects by
+measuring; what is off by more than these leaves it little to correct with."""
+
+FEW = 40
+
+
+def fit_warnings(lpnet: LPNet) -> list[str]:
+    """What a user of this LPNet should know; empty for a good fit."""
+    found = lpnet.report
+    assert found is not None
+    poor = []
+    if found.mape > POOR_MEAN:
+        poor.append(f"{found.mape:.0%} off on average")
+    if found.worst > POOR_WORST:
+        poor.append(f"{found.worst:.0%} at the worst")
+    if found.half_width_90 is None:
+        poor.append("without a 90 % interval, which needs 9 measurements")
+    elif found.half_width_90 > POOR_HALF_WIDTH:
+        poor.append(f"sure to +-{found.half_width_90:.0%} only")
+    if not poor:
+        return []
+    more = FEW if found.samples < FEW else 2 * found.samples
+    return [
+        f"this LPNet is {', '.join(poor)}; a target in milliseconds will be missed by as much. Run "
+        f"the same command with --samples {more}: the {found.samples} measured ones are kept"
+        + (
+            ""
+            if found.samples < FEW
+            else ". Or measure longer each (--seconds), on a quiet machine"
+        )
+    ]

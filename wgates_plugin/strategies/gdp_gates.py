@@ -1,0 +1,432 @@
+"""Polarising gates of one network under one budget (GDP, Guo et al., ICCV 2021).
+
+Per step, the task moves `x` by its gradient through `g(x)`, the budget by a proximal step that leaves
+exact zeros. What is ours is marked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.constraint import AugmentedLagrangian
+from wgates_plugin.errors import ConfigError, TrainingError
+from wgates_plugin.gating import Gating
+from wgates_plugin.strategies.absorption import absorb, rigid_units
+from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget
+from wgates_plugin.strategies.gate_functions import positive_counts
+from wgates_plugin.strategies.polarisation import (
+    epsilon_at,
+    smooth_l0,
+    smooth_l0_slope,
+    soft_threshold,
+)
+from wgates_plugin.training.evaluation import map_tensors, to_device
+from wgates_plugin.verification import relative_error
+
+MEMORY = 0.05
+"""Share of the phase over which the gates' gradient and its size are averaged, 10 steps at least."""
+
+LEAST_OPEN, REOPENED = 0.03, 1 / 3
+"""In units of `sqrt(epsilon)`: gates of about 1/1000, and of 1/10."""
+
+WIDEST = 30.0
+"""Bound on a gate's curvature over the mean of all, and on its inverse."""
+
+LARGEST_PUSH = 5.0
+"""Bound on a gate's gradient over the mean size of all: one batch's outlier opens no gate alone."""
+
+
+@dataclass(frozen=True)
+class GDPSettings:
+    """How gates polarise.
+
+    Attributes:
+        epsilon_start, epsilon_end: of the gate `x^2 / (x^2 + epsilon)`, decayed geometrically.
+        decay_fraction: share of the phase over which epsilon decays and the limit on the cost comes
+            down from today's cost to the wanted one.
+        settle_fraction: share of the phase after which the closed channels are those of the
+            decision, on the grid and within the budget; the rest of the phase trains what is left.
+        travel: sum of all step sizes of `x`, in gates' gradients of mean size.
+        remove_branches: let every channel of a residual branch close; only its constant stays.
+        grid: channel multiple the runtime likes; widths are decided on it.
+    """
+
+    epsilon_start: float = 0.1
+    epsilon_end: float = 1e-4
+    decay_fraction: float = 0.6
+    settle_fraction: float = 0.8
+    travel: float = 4.0
+    remove_branches: bool = True
+    grid: int = 1
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.epsilon_end <= self.epsilon_start < float("inf"):
+            problems.append(
+                f"epsilon_end is {self.epsilon_end}, epsilon_start {self.epsilon_start}; needs "
+                "0 < epsilon_end <= epsilon_start"
+            )
+        if not 0 < self.decay_fraction <= self.settle_fraction <= 1:
+            problems.append(
+                f"settle_fraction is {self.settle_fraction}, decay_fraction {self.decay_fraction}; "
+                "needs 0 < decay_fraction <= settle_fraction <= 1"
+            )
+        if not 0 < self.travel < float("inf"):
+            problems.append(f"travel is {self.travel}, needs a positive finite number")
+        if not isinstance(self.grid, int) or self.grid < 1:
+            problems.append(f"grid is {self.grid!r}, needs a whole number from 1")
+        if problems:
+            raise ConfigError("GDP settings", problems)
+
+
+class PolarisedGates:
+    """Gates of one network under one budget.
+
+    Use: `attach()`; per training step, after `loss.backward()`, call `regularize()`; at the end
+    `absorb()`, after which `unit_scores()` holds the gates' values, 0 for a closed channel, and the
+    network computes without gates what it computed with them.
+
+    Args:
+        steps: gate steps to come.
+        example_inputs: show whether a branch may close without cutting the network in two, and how
+            much settling changes the output; without them no branch closes.
+        average: called on the gates' gradient before use; several ranks pass their all-reduce here.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        space: ChannelSpace,
+        budget: Budget,
+        settings: GDPSettings | None = None,
+        *,
+        steps: int,
+        example_inputs: ExampleInputs | None = None,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.network, self.space, self.budget = network, space, budget
+        self.settings = settings or GDPSettings()
+        self.steps, self.average, self.example_inputs = max(1, steps), average, example_inputs
+        check_feasible(space, budget, self.settings.grid)
+        device = device_of(network)
+        count = space.total_units
+        self.x = torch.ones(count, device=device)
+        self._rigid = rigid_units(network, space).to(device)
+        self._ties = _per_unit(space, [float(group.ties) for group in space.groups]).to(device)
+        self._least = torch.tensor(space.least_widths(self.settings.grid), dtype=torch.float64)
+        full = torch.tensor(space.full_widths, dtype=torch.float64)
+        self._full_cost = [float(limit.model(full)) for limit in budget.limits]
+        self.constraint = AugmentedLagrangian(len(budget.limits))
+        self.gating = Gating(network, space, self._gates)
+        self.step = 0
+        self.settled: tuple[int, ...] | None = None
+        self.facts: dict[str, Any] = {}
+        self._closed_at = torch.full((count,), -1, device=device)
+        self._mean = torch.zeros(count, device=device)
+        self._fisher = torch.zeros(count, device=device)
+        self._size = 0.0
+        self._dead: list[int] = []
+        self._needed: list[int] = []
+        self._leaf: Tensor | None = None
+        self._forced: Tensor | None = None
+
+    @property
+    def epsilon(self) -> float:
+        mine = self.settings
+        return epsilon_at(
+            self.step / self.steps,
+            start=mine.epsilon_start,
+            end=mine.epsilon_end,
+            decay=mine.decay_fraction,
+        )
+
+    def attach(self) -> PolarisedGates:
+        self.gating.attach()
+        return self
+
+    def detach(self) -> nn.Module:
+        """Take the gates off and hand the plain network back, without them in its weights."""
+        self._leaf = None
+        return self.gating.detach()
+
+    def absorb(self) -> nn.Module:
+        """Take the gates off and multiply them into the kernels that read the channels."""
+        if self.settled is None:
+            self._settle()
+        network = self.detach()
+        return absorb(network, self.space, self.unit_scores())
+
+    @torch.no_grad()
+    def unit_scores(self) -> Tensor:
+        """The gates as they stand (total_units,), in [0, 1]; exactly 0 where closed."""
+        smooth = smooth_l0(self.x, self.epsilon)
+        return torch.where(self._rigid, (self.x != 0).to(smooth), smooth)
+
+    def widths(self) -> tuple[int, ...]:
+        """Open gates, as channels on the grid; the decision's once settled."""
+        if self.settled is not None:
+            return self.settled
+        counts = positive_counts(self.space, self.x.abs())
+        return tuple(
+            group.round_up(count * group.ties, self.settings.grid)
+            for group, count in zip(self.space.groups, counts, strict=True)
+        )
+
+    def _gates(self) -> Tensor:
+        if self._forced is not None:
+            return self._forced
+        if not (torch.is_grad_enabled() and self.network.training):
+            return self.unit_scores()
+        if self._leaf is None:
+            # Kept over several forward passes, so that accumulated gradients add up.
+            self._leaf = self.unit_scores().requires_grad_(True)
+        return self._leaf
+
+    def regularize(self) -> dict[str, float]:
+        """Step the gates by the task's gradient and the budget, and report the step.
+
+        Call once per optimizer step, after `loss.backward()`.
+
+        Raises:
+            TrainingError: no gradient reached the gates, or one that is not finite.
+        """
+        if self._leaf is None or self._leaf.grad is None:
+            raise TrainingError(
+                "gates: no gradient reached them; run the attached network in train mode and call "
+                "`loss.backward()` before `regularize()`"
+            )
+        task = self._leaf.grad if self.average is None else self.average(self._leaf.grad)
+        if not torch.isfinite(task).all():
+            raise TrainingError(f"gates: gradient not finite at gate step {self.step}")
+        self._leaf = None
+        before, epsilon = self.x, self.epsilon
+        # A step size that carries `x` from open to closed within the phase, however long (ours).
+        rate = self.settings.travel / self.steps
+        slope = torch.where(self._rigid, 0.0, smooth_l0_slope(before, epsilon))
+        moved = before - rate * slope * self._smoothed(task)
+        if self.settled is None:
+            if not self._keeps_the_budget():
+                pull = torch.where(self._rigid, 0.0, self._pull(epsilon))
+                moved = soft_threshold(moved, rate * pull / self._curvature())
+            moved = self._spare_needed_groups(before, moved)
+        else:
+            least = LEAST_OPEN * epsilon**0.5  # what is open must be able to come back
+            moved = torch.where((before != 0) & (moved.abs() < least), least, moved)
+        # Beyond 1 the gate gains nothing and would only have further to fall (ours).
+        self.x = moved.clamp(-1.0, 1.0)
+        self._closed_at[(before != 0) & (self.x == 0)] = self.step
+        self.step += 1
+        if self.settled is None and self.step >= self.settings.settle_fraction * self.steps:
+            self._settle()
+        return self._monitor()
+
+    def _smoothed(self, task: Tensor) -> Tensor:
+        """Running mean of the gates' gradient over its running mean size (ours): about 1 in size."""
+        open_ones = (self.x != 0) & ~self._rigid
+        size = float(task[open_ones].abs().mean()) if bool(open_ones.any()) else 0.0
+        new = 1.0 / min(self.step + 1.0, max(10.0, MEMORY * self.steps))
+        self._size += new * (size - self._size)
+        self._mean = self._mean + new * (task - self._mean)
+        loss_at_stake = (task * self.unit_scores()).square()
+        self._fisher = self._fisher + new * (loss_at_stake - self._fisher)
+        relative = self._mean / max(self._size, 1e-30)
+        return relative.clamp(-LARGEST_PUSH, LARGEST_PUSH)
+
+    def _curvature(self) -> Tensor:
+        """The metric of the proximal step, (total_units,), 1 for a gate like most others (ours).
+
+        The mean square of `g dL/dg` estimates what closing a gate costs the task (Fisher
+        information, as in Theis et al., arXiv 1801.05787). In this metric gates close in the order of
+        cost saved per loss caused. A plain step would take the dearest channels first, whatever they
+        are worth: behind a BatchNorm the loss cannot feel that all gates of a group fall alike.
+        """
+        open_ones = (self.x != 0) & ~self._rigid
+        if not bool(open_ones.any()):
+            return torch.ones_like(self.x)
+        middle = float(self._fisher[open_ones].mean())
+        return (self._fisher / max(middle, 1e-30)).clamp(1.0 / WIDEST, WIDEST)
+
+    def _pull(self, epsilon: float) -> Tensor:
+        """What the budget asks of each unit, (total_units,): lambda times its marginal cost.
+
+        The cost is a product of neighbouring widths; the paper optimises one factor at a time with
+        the others frozen, here each takes its own gradient with all others as they stand (ours).
+        Widths are sums of gates over what an open gate is worth at this epsilon (ours).
+        """
+        shares = self.unit_scores() * torch.where(self._rigid, 1.0, 1.0 + epsilon)
+        sums = [
+            shares[self.space.unit_slice(index)].sum() * group.ties
+            for index, group in enumerate(self.space.groups)
+        ]
+        widths = torch.stack(sums).double().cpu().maximum(self._least).requires_grad_(True)
+        violations = self._current_budget().violations(widths)
+        pressure = self.constraint.pressure(violations)
+        (plain,) = torch.autograd.grad(violations.sum(), widths, retain_graph=True)
+        (pressed,) = torch.autograd.grad((violations * pressure).sum(), widths)
+        self.constraint.update(violations)
+        by_unit, reference = (
+            _per_unit(self.space, value).to(self.x) * self._ties for value in (pressed, plain)
+        )
+        # Multipliers get a scale of their own (ours): at 1 the budget pulls as hard as the task.
+        scale = float(reference[self.x != 0].abs().mean()) if bool((self.x != 0).any()) else 0.0
+        return by_unit.clamp_min(0) / max(scale, 1e-30)
+
+    def _keeps_the_budget(self) -> bool:
+        """Do the open gates keep the final limits? Then nothing more need close (ours)."""
+        return float(self.budget.excess(torch.tensor(self.widths(), dtype=torch.float64))) <= 0
+
+    def _current_budget(self) -> Budget:
+        """The limits of this step, on their way from today's cost to the target (ours)."""
+        done = min(1.0, self.step / (self.settings.decay_fraction * self.steps))
+        return self.budget.scaled(
+            [
+                1.0 + (1.0 - done) * max(0.0, full / limit.target - 1.0)
+                for full, limit in zip(self._full_cost, self.budget.limits, strict=True)
+            ]
+        )
+
+    def _spare_needed_groups(self, before: Tensor, after: Tensor) -> Tensor:
+        """Reopen groups that closed altogether, unless the network computes on without them."""
+        for index, (group, least) in enumerate(zip(self.space.groups, self._least, strict=True)):
+            where = self.space.unit_slice(index)
+            if index in self._dead or bool((after[where] != 0).any()):
+                continue
+            if index not in self._needed:
+                if self._is_connected_without([*self._dead, index]):
+                    self._dead.append(index)
+                    continue
+                self._needed.append(index)
+            order = before[where].abs().argsort(descending=True, stable=True)
+            kept = where.start + order[: int(least) // group.ties]
+            after[kept] = before[kept].abs().clamp_min(self.epsilon**0.5)
+        return after
+
+    @torch.no_grad()
+    def _is_connected_without(self, dead: list[int]) -> bool:
+        """Does the output still depend on the input with these groups gated off?"""
+        if self.example_inputs is None or not self.settings.remove_branches:
+            return False
+        gates = torch.ones_like(self.x)
+        for index in dead:
+            gates[self.space.unit_slice(index)] = 0.0
+        first, second = self._output(gates, 0), self._output(gates, 1)
+        return relative_error(second, first) > 1e-4
+
+    @torch.no_grad()
+    def _output(self, gates: Tensor, seed: int | None = None) -> Tensor:
+        """Eval-mode output under these gates, on the example inputs or on noise of their shape."""
+        generator = torch.Generator().manual_seed(seed or 0)
+
+        def noise(value: Tensor) -> Tensor:
+            if seed is None or not value.is_floating_point():
+                return value
+            return torch.randn(value.shape, generator=generator).to(value)
+
+        attached = self.gating.attached
+        inputs = map_tensors(noise, to_device(self.example_inputs, self.x.device))
+        self._forced = gates
+        try:
+            with left_as_found(self.network):
+                self.network.eval()
+                self.gating.attach()
+                output: Tensor = call_with(self.network, inputs)
+        finally:
+            self._forced = None
+            if not attached:
+                self.gating.detach()
+        return output
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Decide the closed channels: on the grid, within the budget, floors and dead branches kept.
+
+        The proximal steps have done most of it. What is over the budget is closed from the smallest
+        gate up; what the budget or the grid leaves room for is opened again at 1/10, the channel that
+        closed last first (ours). How much that changes the output is kept in `facts`.
+        """
+        before = self.unit_scores()
+        closed = self.x == 0
+        merits = torch.where(closed, (self._closed_at + 1) / (self.steps + 1) - 1.0, self.x.abs())
+        limits = [
+            dataclasses.replace(group, cap=int(self._least[index]))
+            if index in self._dead
+            else group
+            for index, group in enumerate(self.space.groups)
+        ]
+        space = dataclasses.replace(self.space, groups=tuple(limits))
+        settled = fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.settings.grid)
+        for index, (group, width) in enumerate(zip(self.space.groups, settled, strict=True)):
+            where = self.space.unit_slice(index)
+            if index in self._dead:
+                self.x[where] = 0.0
+                continue
+            order = merits[where].argsort(descending=True, stable=True)
+            opened, shut = (
+                where.start + part for part in order.tensor_split([width // group.ties])
+            )
+            self.x[shut] = 0.0
+            revived = REOPENED * self.epsilon**0.5
+            self.x[opened] = torch.where(closed[opened], revived, self.x[opened])
+        self.settled = settled
+        self.facts = {
+            "closed": int((self.x == 0).sum()),
+            "closed_by_the_budget_alone": int((~closed & (self.x == 0)).sum()),
+            "opened_again": int((closed & (self.x != 0)).sum()),
+            "closed_branches": [self.space.names[index] for index in sorted(self._dead)],
+        }
+        if self.example_inputs is not None:
+            now = self._output(self.unit_scores())
+            self.facts["output_change_at_settling"] = relative_error(now, self._output(before))
+
+    def _monitor(self) -> dict[str, float]:
+        widths = torch.tensor(self.widths(), dtype=torch.float64)
+        gates = self.unit_scores()
+        return {
+            "step": float(self.step - 1),
+            "violation": float(self.budget.excess(widths)),
+            "open_share": float((self.x != 0).float().mean()),
+            "undecided_share": float(((gates > 0.05) & (gates < 0.95)).float().mean()),
+            "multiplier": float(self.constraint.multipliers.max()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed phase needs; tensors and plain values only."""
+        return {
+            "x": self.x,
+            "mean": self._mean,
+            "fisher": self._fisher,
+            "closed_at": self._closed_at,
+            "size": self._size,
+            "step": self.step,
+            "constraint": self.constraint.state_dict(),
+            "settled": None if self.settled is None else list(self.settled),
+            "dead": list(self._dead),
+            "needed": list(self._needed),
+            "facts": self.facts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.x.device
+        self.x, self._mean = state["x"].to(device), state["mean"].to(device)
+        self._fisher = state["fisher"].to(device)
+        self._closed_at = state["closed_at"].to(device).clone()
+        self._size, self.step = float(state["size"]), int(state["step"])
+        self.constraint.load_state_dict(state["constraint"])
+        self.settled = None if state["settled"] is None else tuple(state["settled"])
+        self._dead, self._needed = list(state["dead"]), list(state["needed"])
+        self.facts = dict(state["facts"])
+
+
+def _per_unit(space: ChannelSpace, by_group: Any) -> Tensor:
+    """A value per group (G,) -> per unit (total_units,)."""
+    repeats = torch.tensor([group.units for group in space.groups])
+    return torch.as_tensor(by_group).detach().repeat_interleave(repeats)

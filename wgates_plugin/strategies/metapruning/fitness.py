@@ -1,0 +1,163 @@
+"""What a candidate is worth: its error on held-out training images, with generated weights."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from wgates_plugin.errors import MissingExtraError, TrainingError, WGatesError
+from wgates_plugin.latency.base import require
+from wgates_plugin.strategies.metapruning.genes import Widths
+from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
+from wgates_plugin.training.as_found import random_state_kept, seed_epoch
+from wgates_plugin.training.evaluation import evaluate
+from wgates_plugin.training.recalibration import recalibrate_batchnorm
+
+logger = logging.getLogger("wgates_plugin")
+
+_STORE_BYTES = 256 * 2**20
+"""Least shared memory of a Ray started here; the PruningNet and its images are added."""
+
+
+class Fitness:
+    """`error = 1 - accuracy` of a candidate; weights are generated once for each.
+
+    BatchNorm statistics are taken anew for each candidate (MetaPruning, section 3.3), all on the same
+    images. Neither these nor the ones judged on come from validation data.
+
+    Args:
+        recalibration: batches for the statistics. held_out: batches to judge on, not trained on.
+        seed: of anything random in the held-out loader, such as augmentation.
+    """
+
+    def __init__(
+        self,
+        pruning_net: PruningNet,
+        recalibration: Sequence[Any],
+        held_out: Iterable[Any],
+        seed: int = 0,
+    ) -> None:
+        self.pruning_net, self.seed = pruning_net, seed
+        self.recalibration, self.held_out = recalibration, held_out
+
+    def __call__(self, widths: Widths) -> float:
+        network = self.pruning_net.materialised(widths)
+        # As many as there are: how many batches it takes was settled when they were gathered.
+        recalibrate_batchnorm(network, self.recalibration, images=2**62)
+        device = next(network.parameters()).device
+        with random_state_kept(device, self.held_out):
+            seed_epoch(self.seed, 0, device, self.held_out)
+            return 1.0 - evaluate(network, self.held_out).accuracy
+
+    def check(self) -> None:
+        """Judge one batch, so that data of another kind are refused before training.
+
+        Raises:
+            TrainingError: there is nothing to classify.
+        """
+        with random_state_kept(torch.device("cpu"), self.held_out):
+            evaluate(self.pruning_net, list(itertools.islice(iter(self.held_out), 1)))
+
+
+class Judges:
+    """Errors of candidates, in their order, from this process or from several."""
+
+    def __init__(self, fitness: Fitness, actors: Sequence[Any] = (), pool: Any = None) -> None:
+        self.fitness, self.actors, self.pool = fitness, actors, pool
+
+    def errors(self, candidates: Sequence[Widths]) -> Iterator[float]:
+        if self.pool is None:
+            return map(self.fitness, candidates)
+        found: Iterator[float] = self.pool.map(
+            lambda actor, widths: actor.judge.remote(widths), list(candidates)
+        )
+        return found
+
+
+@contextmanager
+def judges(fitness: Fitness, workers: int = 1) -> Iterator[Judges]:
+    """`workers` processes through Ray, or this one: without Ray, on a GPU, or when one is asked for.
+
+    Ray is taken as found when it is connected already, else started here and stopped again. A worker
+    that dies is replaced, and what it was judging is judged again.
+    """
+    ray = _ray(fitness, workers)
+    if ray is None:
+        yield Judges(fitness)
+        return
+    ours = not ray.is_initialized()
+    if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report
+        ray.init(
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=_STORE_BYTES + 2 * _bytes(fitness),
+            # Workers must find the module of the user's network where this process found it.
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
+        )
+    from ray.util import ActorPool
+
+    actors = []
+    try:
+        shared = ray.put(fitness)  # once in shared memory, however many workers
+        worker = ray.remote(_Judge).options(num_cpus=1, max_restarts=3, max_task_retries=3)
+        actors = [worker.remote(shared) for _ in range(workers)]
+        yield Judges(fitness, actors, ActorPool(actors))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, WGatesError):
+            raise error.cause from error
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise TrainingError(
+            f"metapruning: a worker that judges candidates died for good ({error}); what was judged "
+            "is kept: start again, with `workers` 1 if it happens again"
+        ) from error
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        if ours:
+            ray.shutdown()
+
+
+class _Judge:
+    """Lives in a process of its own."""
+
+    def __init__(self, fitness: Fitness) -> None:
+        torch.set_num_threads(1)
+        self.fitness = fitness
+
+    def judge(self, widths: Widths) -> float:
+        return self.fitness(widths)
+
+
+def _ray(fitness: Fitness, workers: int) -> ModuleType | None:
+    if workers == 1:
+        return None
+    device = next(fitness.pruning_net.parameters()).device
+    if device.type != "cpu":
+        logger.warning(
+            "metapruning: %d workers were asked for, but the PruningNet is on `%s`; one process "
+            "judges all candidates there",
+            workers,
+            device,
+        )
+        return None
+    try:
+        return require("ray", extra="ray", purpose="judging candidates on several workers")
+    except MissingExtraError as error:
+        logger.warning("%s; this process judges alone", error)
+        return None
+
+
+def _bytes(fitness: Fitness) -> int:
+    tensors = fitness.pruning_net.state_dict().values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,101 @@
+"""Where residual branches end: the last module before the sum of a branch and what goes past it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from wgates_plugin import modules as kinds
+from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.dependencies import DependencyTrace
+from wgates_plugin.errors import TraceError
+from wgates_plugin.transforms import Step
+
+
+def scatter_steps(network: nn.Module, example_inputs: ExampleInputs) -> list[Step]:
+    """The step that puts a `Scatter` behind each branch of the network; none without branches."""
+    behind = branch_ends(DependencyTrace(network, example_inputs))
+    return [{"transform": "scatter", "behind": behind}] if behind else []
+
+
+def branch_ends(traced: DependencyTrace) -> dict[str, int]:
+    """Name of the last module of each residual branch -> its output channels, in module order.
+
+    A branch ends in a convolution, or in its norm, whose output goes into a sum and nowhere else,
+    and which reads at least one convolution that the sum's other side does not depend on. So a
+    projection of the stream itself, and a convolution that a stream starts with, are no branches:
+    their outputs keep their width, as in the paper's code.
+    """
+    try:
+        space = traced.space()
+    except TraceError:  # nothing can be cut, hence nothing has to be scattered
+        return {}
+    coupled = {
+        slot.module
+        for group in space.groups
+        if len(group.slots_as("producer")) > 1
+        for slot in group.slots_as("producer")
+    }
+    found: dict[str, int] = {}
+    for module, name in traced.names.items():
+        if name not in coupled or module not in traced.graph.module2node:
+            continue
+        end = _end_of_branch(traced.graph.module2node[module])
+        if end is not None:
+            found[traced.names[end]] = kinds.out_channels_of(module)
+    return found
+
+
+def _end_of_branch(producer: Any) -> nn.Module | None:
+    """The module whose output the sum takes, if `producer` ends a branch."""
+    last = producer
+    while len(last.outputs) == 1:
+        following = last.outputs[0]
+        if not isinstance(following.module, (*kinds.BATCH_NORMS, *kinds.INSTANCE_NORMS)):
+            break
+        last = following
+    if len(last.outputs) != 1 or not _is_sum(last.outputs[0]):
+        return None
+    total = last.outputs[0]
+    beside: set[Any] = set()
+    for other in total.inputs:
+        if other is not last:
+            beside.add(other)
+            beside.update(_behind(other))
+    sources = [node for node in _sources(producer) if node not in beside]
+    module: nn.Module = last.module
+    return module if beside and sources and producer not in beside else None
+
+
+def _is_sum(node: Any) -> bool:
+    function: Any = getattr(node, "grad_fn", None)
+    return bool(hasattr(function, "name")) and function.name() == "AddBackward0"
+
+
+def _behind(node: Any) -> set[Any]:
+    """All nodes that `node` depends on."""
+    seen: set[Any] = set()
+    waiting = list(node.inputs)
+    while waiting:
+        found = waiting.pop()
+        if found not in seen:
+            seen.add(found)
+            waiting.extend(found.inputs)
+    return seen
+
+
+def _sources(producer: Any) -> Iterator[Any]:
+    """Producers whose channels `producer` reads, through whatever lies between."""
+    seen: set[Any] = set()
+    waiting = list(producer.inputs)
+    while waiting:
+        found = waiting.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        if isinstance(found.module, kinds.WEIGHTED) and not kinds.is_depthwise(found.module):
+            yield found
+        else:
+            waiting.extend(found.inputs)

@@ -1,0 +1,280 @@
+"""One file for a unified network's weights: small, checked, and exact to the bit.
+
+Layout: magic (8 bytes), version (uint16), CRC-32 and length of the header (uint32 each), CRC-32 of the
+streams (uint32), all little-endian; then the header and the streams, each a Zstandard frame. The header
+is JSON: every tensor's name, dtype and shape, the block grid of those that have one, and the size of
+every frame. Streams hold one kind of number of all tensors together, floats split into planes of
+first bytes, second bytes, ..., because exponents compress and mantissas do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wgates_plugin.errors import FileFormatError
+from wgates_plugin.files import atomic_path
+from wgates_plugin.latency.base import require
+from wgates_plugin.transforms.unification import coding
+from wgates_plugin.transforms.unification.blocks import BlockGrid
+
+MAGIC = b"WGUNIFY\n"
+VERSION = 1
+_PREFIX = struct.Struct("<8sHIII")
+_LEVEL = 19
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    )
+}  # fmt: skip
+
+
+def zstandard() -> Any:
+    """The library that codes the streams.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    return require("zstandard", extra="unification", purpose="a file of unified weights")
+
+
+def save_unified(
+    path: str | Path, state: Mapping[str, Tensor], grids: Mapping[str, BlockGrid]
+) -> int:
+    """Write a state dict; tensors named in `grids` by blocks, the others plainly. Returns bytes.
+
+    Any state dict is stored exactly; it is small when its weights have the structure.
+
+    Raises:
+        FileFormatError: a tensor of a kind that the file does not know.
+    """
+    data = encoded(state, grids)
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+    return len(data)
+
+
+def encoded(state: Mapping[str, Tensor], grids: Mapping[str, BlockGrid]) -> bytes:
+    """The content of a file of unified weights."""
+    compressor = zstandard().ZstdCompressor(level=_LEVEL, write_content_size=True)
+    tensors, streams = [], _Streams()
+    for name, tensor in state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES or tensor.layout != torch.strided:
+            raise FileFormatError(
+                f"unified weights: tensor `{name}` is {tensor.layout} of {tensor.dtype}, which the "
+                f"file does not hold; it knows {', '.join(DTYPES)}"
+            )
+        entry: dict[str, Any] = {"name": name, "dtype": dtype, "shape": list(tensor.shape)}
+        size = tensor.element_size()
+        grid = grids.get(name)
+        if grid is None or not coding.can_encode(tensor) or not tensor.numel():
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            streams.add("plain", size, raw.tobytes())
+        else:
+            entry["grid"] = _grid_json(grid)
+            parts = coding.encode(tensor, grid)
+            streams.add("kinds", 1, parts.kinds)
+            streams.add("signs", 1, parts.signs)
+            streams.add("magnitudes", size, parts.magnitudes)
+            streams.add("plain", size, parts.plain)
+        tensors.append(entry)
+    frames, body = [], b""
+    for name, plane in streams.planes():
+        frame = compressor.compress(plane)
+        frames.append([name, len(frame), len(plane)])
+        body += frame
+    text = json.dumps({"tensors": tensors, "frames": frames}, separators=(",", ":"))
+    header = compressor.compress(text.encode())
+    prefix = _PREFIX.pack(MAGIC, VERSION, zlib.crc32(header), len(header), zlib.crc32(body))
+    return prefix + header + body
+
+
+def load_unified(path: str | Path) -> dict[str, Tensor]:
+    """The state dict that `save_unified` wrote, bit for bit; nothing in the file is executed.
+
+    Raises:
+        FileFormatError: no such file, another kind or version, cut off or corrupt.
+        MissingExtraError: `zstandard` is not installed.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(
+            f"unified weights `{path}`: cannot be read ({error.strerror}); check the path"
+        ) from None
+    try:
+        return decoded(data)
+    except FileFormatError as error:
+        raise FileFormatError(f"unified weights `{path}`: {error}") from None
+
+
+def decoded(data: bytes) -> dict[str, Tensor]:
+    """The state dict in the content of a file.
+
+    Raises:
+        FileFormatError: see `load_unified`.
+    """
+    header, body = _checked(data)
+    try:
+        frames = [(str(n), int(packed), int(raw)) for n, packed, raw in header["frames"]]
+        entries = [
+            (str(e["name"]), DTYPES[e["dtype"]], tuple(int(n) for n in e["shape"]), e.get("grid"))
+            for e in header["tensors"]
+        ]
+        if any(n < 0 for _, _, shape, _ in entries for n in shape):
+            raise ValueError("a negative size")
+        grids = [_grid_from_json(grid, shape, dtype) for _, dtype, shape, grid in entries]
+    except (KeyError, TypeError, ValueError, IndexError, MemoryError) as error:
+        raise FileFormatError(f"its header is malformed ({error!r})") from None
+    streams = _Streams.of(frames, body)
+    state: dict[str, Tensor] = {}
+    for (name, dtype, shape, _), grid in zip(entries, grids, strict=True):
+        size = dtype.itemsize
+        if grid is None:
+            raw = bytearray(streams.take("plain", size, size * math.prod(shape)))
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            state[name] = flat.reshape(shape)
+            continue
+        kinds = streams.take("kinds", 1, coding.kinds_length(grid))
+        signs, magnitudes, plain = coding.lengths(kinds, grid, size)
+        parts = coding.Streams(
+            kinds,
+            streams.take("signs", 1, signs),
+            streams.take("magnitudes", size, magnitudes),
+            streams.take("plain", size, plain),
+        )
+        state[name] = coding.decode(parts, grid, shape, dtype)
+    streams.check_used_up()
+    return state
+
+
+def _checked(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and body of a file whose sums are right."""
+    if len(data) < _PREFIX.size or not data.startswith(MAGIC):
+        raise FileFormatError("is no file of unified weights; give one that `save_unified` wrote")
+    _, version, header_sum, length, body_sum = _PREFIX.unpack_from(data)
+    if version != VERSION:
+        raise FileFormatError(f"version {version}, this package reads {VERSION}")
+    packed, body = data[_PREFIX.size :][:length], data[_PREFIX.size + length :]
+    if len(packed) != length or zlib.crc32(packed) != header_sum or zlib.crc32(body) != body_sum:
+        raise FileFormatError("is corrupt or was cut off (checksum); make or copy it again")
+    library = zstandard()
+    try:
+        header = json.loads(library.ZstdDecompressor().decompress(packed))
+    except (library.ZstdError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FileFormatError(f"its header cannot be read ({error})") from None
+    if not isinstance(header, dict):
+        raise FileFormatError("its header is malformed (no mapping)")
+    return header, body
+
+
+def _grid_json(grid: BlockGrid) -> dict[str, Any]:
+    """The block, and the positions where a channel removal left gaps."""
+    found: dict[str, Any] = {"block": list(grid.block)}
+    for name, positions in (("rows", grid.rows), ("columns", grid.columns)):
+        if not np.array_equal(positions, np.arange(len(positions))):
+            found[name] = np.diff(positions, prepend=-1).tolist()
+    return found
+
+
+def _grid_from_json(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> BlockGrid | None:
+    if value is None:
+        return None
+    if not dtype.is_floating_point:
+        raise ValueError(f"blocks of {dtype}")
+    grid = BlockGrid.over(shape, (int(value["block"][0]), int(value["block"][1])))
+    rows, columns = grid.rows, grid.columns
+    found = []
+    for name, plain in (("rows", rows), ("columns", columns)):
+        steps = np.asarray(value.get(name, [1] * len(plain)), dtype=np.int64)
+        if steps.shape != plain.shape or (steps < 1).any() or not plain.size:
+            raise ValueError(f"{name} do not fit the shape")
+        found.append(np.cumsum(steps) - 1)
+    if min(grid.block) < 1:
+        raise ValueError("an empty block")
+    grid = BlockGrid(found[0], found[1], grid.block)
+    # A grid is cut from that of a real weight; a far larger one would only eat memory.
+    area = math.prod(grid.shape) * math.prod(grid.block)
+    if area > 4096 * max(math.prod(shape), 4096):
+        raise ValueError("a grid beyond all measure")
+    return grid
+
+
+class _Streams:
+    """Bytes by kind of number; taken in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, int], list[bytes]] = {}
+        self._places: dict[tuple[str, int], int] = {}
+
+    def add(self, kind: str, size: int, data: bytes) -> None:
+        self._parts.setdefault((kind, size), []).append(data)
+
+    def planes(self) -> Iterator[tuple[str, bytes]]:
+        """(name, bytes): byte `p` of every number of a stream is plane `p`."""
+        for (kind, size), parts in self._parts.items():
+            numbers = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, size)
+            for plane in range(size):
+                yield f"{kind}-{size}-{plane}", numbers[:, plane].tobytes()
+
+    @classmethod
+    def of(cls, frames: list[tuple[str, int, int]], body: bytes) -> _Streams:
+        """The streams of a file's frames (name, bytes packed, bytes unpacked)."""
+        planes: dict[tuple[str, int], list[bytes]] = {}
+        place = 0
+        for name, packed, raw in frames:
+            kind, size, plane = [*name.split("-"), "", ""][:3]
+            key = (kind, int(size) if size.isdigit() else 0)
+            mine = planes.setdefault(key, [])
+            if not 1 <= key[1] <= 8 or plane != str(len(mine)) or packed < 0:
+                raise FileFormatError(f"its frame `{name}` is out of place")
+            mine.append(_unpacked(body[place : place + packed], raw, name))
+            place += packed
+        if place != len(body):
+            raise FileFormatError(f"holds {len(body) - place} bytes that belong to nothing")
+        streams = cls()
+        for (kind, width), found in planes.items():
+            if len(found) != width or len({len(data) for data in found}) != 1:
+                raise FileFormatError(f"its stream `{kind}-{width}` is not whole")
+            numbers = np.stack([np.frombuffer(data, np.uint8) for data in found], axis=1)
+            streams.add(kind, width, numbers.tobytes())
+        return streams
+
+    def take(self, kind: str, size: int, length: int) -> bytes:
+        data = self._parts.get((kind, size), [b""])[0]
+        start = self._places.get((kind, size), 0)
+        if start + length > len(data):
+            raise FileFormatError(f"its stream `{kind}-{size}` is too short")
+        self._places[kind, size] = start + length
+        return data[start : start + length]
+
+    def check_used_up(self) -> None:
+        for (kind, size), (data,) in self._parts.items():
+            if self._places.get((kind, size), 0) != len(data):
+                raise FileFormatError(f"its stream `{kind}-{size}` is longer than its tensors")
+
+
+def _unpacked(frame: bytes, length: int, name: str) -> bytes:
+    library = zstandard()
+    try:
+        # The announced size is checked before memory is taken for it.
+        if library.frame_content_size(frame) != length:
+            raise FileFormatError(f"its frame `{name}` is not of the size that the header says")
+        data: bytes = library.ZstdDecompressor().decompress(frame)
+    except library.ZstdError as error:
+        raise FileFormatError(f"its frame `{name}` cannot be unpacked ({error})") from None
+    return data
