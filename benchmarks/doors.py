@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests import networks
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.integrations.torch_pruning import WGatesImportance, WGatesPruner
-from wgates_plugin.integrations.torch_pruning_importance import units_left
+from wgates_plugin.integrations.torch_pruning.importance import units_left
 from wgates_plugin.latency.base import require
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import WGates, WGatesSettings

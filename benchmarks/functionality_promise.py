@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.records import parser, write_record
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.catalogue.base import Data
 from wgates_plugin.catalogue.data import load_data
 from wgates_plugin.catalogue.networks import MobileNetSmall, ResNetSmall
@@ -88,7 +89,7 @@ class Planted:
 
 
 def plant(
-    dense: nn.Module, wide: nn.Module, example: Tensor, *, scaled: bool, seed: int
+    dense: nn.Module, wide: nn.Module, example: ExampleInputs, *, scaled: bool, seed: int
 ) -> Planted:
     """Fill `wide`, of the same class as `dense`, with its channels and copies of some of them."""
     draws = np.random.default_rng(seed)

@@ -37,14 +37,20 @@ WIDTHS = (16, 32, 64)
 LOSS_ALLOWED = 0.003
 DENSE = TrainingSettings(epochs=6, learning_rate=0.1, warmup_epochs=1, channels_last=True)
 FURTHER = TrainingSettings(learning_rate=0.05, channels_last=True)
-SETTINGS: dict[str, list[UnificationSettings]] = {
-    "pruning": [
-        UnificationSettings(mode="prune", prune_fraction=share) for share in (0.3, 0.5, 0.7, 0.85)
-    ],
-    "unification": [
-        UnificationSettings(mode="combined", prune_fraction=share) for share in (0.0, 0.25, 0.5)
-    ],
+RETRAIN = 6
+SETTINGS: dict[str, dict[str, UnificationSettings]] = {
+    "pruning": {
+        f"{share:g}": UnificationSettings("prune", prune_fraction=share, retrain_epochs=RETRAIN)
+        for share in (0.3, 0.5, 0.7)
+    },
+    "unification": {
+        f"{zero:g}-{share:g}": UnificationSettings(
+            prune_fraction=zero, unify_fraction=share, retrain_epochs=RETRAIN
+        )
+        for zero, share in ((0.0, 0.5), (0.0, 0.8), (0.0, 1.0), (0.25, 1.0))
+    },
 }
+EPOCHS = SETTINGS["pruning"]["0.5"].total_epochs
 Point = tuple[float, float]
 """(bytes, accuracy)"""
 
@@ -76,7 +82,7 @@ def packed_bytes(network: nn.Module) -> int:
 def trained_on(network: nn.Module, data: Data, seed: int) -> dict[str, Any]:
     """The dense network after the epochs that the methods spend."""
     before = evaluate(network, data.val_loader).accuracy
-    settings = dataclasses.replace(FURTHER, epochs=UnificationSettings().total_epochs)
+    settings = dataclasses.replace(FURTHER, epochs=EPOCHS)
     Trainer(network, data.train_loader, settings, seed=seed, label="dense, trained on").run()
     return {
         "accuracy_before": before,
@@ -145,10 +151,10 @@ def ratio(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def seed_row(data: Data, seed: int, folder: Path) -> dict[str, Any]:
     """All runs of one seed, those that are stored not run again."""
     row: dict[str, Any] = {method: [] for method in SETTINGS}
-    jobs: list[tuple[str, UnificationSettings | None]] = [("dense", None)]
-    jobs += [(method, settings) for method, listed in SETTINGS.items() for settings in listed]
-    for method, settings in jobs:
-        name = method if settings is None else f"{method}-{settings.prune_fraction:g}"
+    jobs: list[tuple[str, str, UnificationSettings | None]] = [("dense", "dense", None)]
+    for method, table in SETTINGS.items():
+        jobs += [(method, f"{method}-{name}", settings) for name, settings in table.items()]
+    for method, name, settings in jobs:
         path = folder / f"{name}.json"
         if not path.exists():
             network = dense(data, seed, folder)
@@ -157,6 +163,7 @@ def seed_row(data: Data, seed: int, folder: Path) -> dict[str, Any]:
             else:
                 found = {
                     "prune_fraction": settings.prune_fraction,
+                    "unify_fraction": settings.unify_fraction,
                     **one_run(network, data, seed, settings, folder),
                 }
             write_json(path, found)
@@ -191,7 +198,11 @@ def main(argv: Sequence[str] = ()) -> None:
             "seeds": arguments.seeds,
             "loss_allowed": LOSS_ALLOWED,
             "training": dataclasses.asdict(FURTHER),
-            "unification": dataclasses.asdict(UnificationSettings()),
+            "unification": {
+                f"{method}-{name}": dataclasses.asdict(settings)
+                for method, table in SETTINGS.items()
+                for name, settings in table.items()
+            },
         },
         seed=arguments.seeds[0],
         numbers={

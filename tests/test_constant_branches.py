@@ -22,6 +22,7 @@ from networks import (
 from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, trace
+from wgates_plugin.closed_loop import relative_plan
 from wgates_plugin.errors import PlanError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.surgery import rebuild, remove
@@ -200,6 +201,25 @@ def test_torchvision_cut_exported_traced_again_and_rebuilt(name: str, silent: li
     assert set(left.names) < set(space.names)
     exported = _run_onnx(smaller, inputs)
     assert relative_error(exported, found) <= 1e-4
+
+
+def test_what_is_left_can_be_cut_further() -> None:
+    """A plan inside the first one, narrower in the stream and in the branch that is gone."""
+    network, inputs = silence(tiny("residual"), "1.main.1"), example()
+    space = trace(network, inputs)
+    first = PruningPlan.leading(space, [width - 2 for width in space.full_widths])
+    smaller = remove(copy.deepcopy(network), first, inputs)
+    steps = constant_branches.find(smaller, space, inputs)
+    smaller = apply_steps(smaller, steps)
+    outer = PruningPlan(space, first.kept, {"after": steps})
+    inner = PruningPlan(space, tuple(kept[1:] for kept in first.kept), outer.note)
+    left = trace(smaller, inputs)
+    remove(smaller, relative_plan(inner, outer, left), inputs)
+    again = rebuild(tiny("residual"), inner, smaller.state_dict())
+    assert torch.equal(output(again, inputs), output(smaller, inputs))
+    unknown = PruningPlan(space, outer.kept)
+    with pytest.raises(PlanError, match="trace the network"):
+        relative_plan(inner, unknown, left)
 
 
 def _run_onnx(network: nn.Module, inputs: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def frozen(network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", TINY)
 def test_every_kind_of_network(name: str) -> None:
     network = tiny(name).train()
-    first, second = task_of(network, 0.8), task_of(network, 0.8)
+    first, second = task_of(network, 0.9), task_of(network, 0.9)
     before, state = snapshot(first.network), torch.get_rng_state()
     found = FunctionalityStrategy(QUICK).decide(first)
     assert snapshot(first.network) == before
@@ -151,8 +151,9 @@ def test_uniform_quotas_take_the_same_share() -> None:
 
 
 def test_patterns_against_one_filter_at_a_time() -> None:
-    network = frozen(tiny("depthwise"))
+    network = tiny("depthwise")
     space = trace(network, example())
+    frozen(network)
     settings = FunctionalitySettings(steps=3, step=0.3, blur=0, decay=0.1, memory_gib=1e-6)
     point = points_of(network, space)[1][1]
     assert point.layer == "1.main.1.0"  # the depthwise one, behind its BatchNorm
@@ -165,22 +166,27 @@ def test_patterns_against_one_filter_at_a_time() -> None:
             inner = network[1].main[1][:2](network[1].main[0](network[0](image)))[:, unit]
             level = torch.where(inner > 0, inner, LEAK * inner).mean()
             (gradient,) = torch.autograd.grad(level, image)
-            image = (image.detach() + 0.3 * gradient / gradient.square().mean().sqrt()) * 0.9
+            size = gradient.square().mean().sqrt().clamp_min(1e-20)  # 0 behind a closed ReLU
+            image = (image.detach() + 0.3 * gradient / size) * 0.9
         assert torch.allclose(found[unit], (image - start * 0.9**3)[0], atol=1e-4)
 
 
-def test_a_pattern_excites_its_own_filter_most() -> None:
-    network = frozen(tiny("plain"))
+def test_a_pattern_excites_its_own_filter_more_than_those_of_others_do() -> None:
+    network = tiny("plain")
     space = trace(network, example())
+    frozen(network)
     settings = FunctionalitySettings(steps=30, step=0.1)
-    image = ImageInput.of(example())
     (point,) = points_of(network, space)[1]
-    found = patterns(network, point, image, GREY, settings, seed=0)
+    found = patterns(network, point, ImageInput.of(example()), GREY, settings, seed=0)
     start = GREY.start((3, 8, 8), settings.noise, 0)
-    levels = [network[:2](images).mean((2, 3)) for images in (found + start, start)]
-    rise = levels[0] - levels[1]  # image n, filter m
-    assert (rise.diagonal() >= 0).all()
-    assert int((rise.argmax(0) == torch.arange(12)).sum()) >= 10
+
+    def levels(images: Tensor) -> Tensor:
+        return functional.leaky_relu(network[1][:2](network[0](images)), LEAK).mean((2, 3))
+
+    rise = levels(start + found) - levels(start)  # (image n, filter m)
+    own = rise.diagonal()
+    assert (own > 0).all()
+    assert (own > (rise.sum(0) - own) / 11).all()
 
 
 def test_the_sign_of_a_batchnorm_turns_a_function_round() -> None:

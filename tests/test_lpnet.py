@@ -418,17 +418,27 @@ def test_held_out_widths_are_held_out_of_the_prior_too(wide: ChannelSpace) -> No
     noisy = Staircase(wide, noise=0.3)
     widths, latencies, _ = noisy.data(40, 0)
     prior = LPNet.fit(wide, widths, latencies)
-    few = LPNet.fit(wide, widths[:12], latencies[:12], prior=prior)
-    structure = few._structure
-    prior_part = LayersStructure.fit(
-        wide, LatencyData.of(wide, widths[:12], latencies[:12]), seed=0, prior=prior._structure
-    )
-    blind = prior_part._unaware_of(torch.tensor(widths[:3], dtype=torch.float64)).prior
+    data = LatencyData.of(wide, widths[:12], latencies[:12])
+    before = prior._structure
+    assert isinstance(before, LayersStructure)
+    learned = LayersStructure.fit(wide, data, seed=0, prior=before)
+    blind = learned._unaware_of(data.widths[:3]).prior
     assert blind is not None
-    assert len(blind.data) == 37
-    rows = {tuple(row) for row in blind.data.widths.tolist()}
-    assert not rows & {tuple(map(float, row)) for row in widths[:3]}
-    assert structure.name == "layers"
+    hidden = set(map(tuple, widths[:3]))
+    assert len(blind.data) == sum(tuple(row) not in hidden for row in widths)
+    assert not hidden & {tuple(map(int, row)) for row in blind.data.widths.tolist()}
+    # What is predicted of them must not hang on how the prior found them.
+    parts = [torch.arange(3), torch.arange(3, 12)]
+    there = torch.tensor([tuple(row) in hidden for row in widths])
+    other = LatencyData(
+        before.data.widths,
+        torch.where(there, 9.0, 1.0) * before.data.latency_ms,
+        before.data.layers_ms,
+    )
+    twin = LayersStructure.fit(wide, data, seed=0, prior=before.conditioned(other))
+    first, _ = learned.without(data, parts)
+    second, _ = twin.without(data, parts)
+    torch.testing.assert_close(first[:3], second[:3])
 
 
 def test_an_interval_of_ninety_per_cent_needs_nine_measurements(wide: ChannelSpace) -> None:

@@ -329,7 +329,7 @@ def has_structure(unified: Unified) -> bool:
 def test_the_structure_is_exact_after_retraining(name: str, optimizer: str) -> None:
     network = networks.tiny(name)
     before = copy.deepcopy(network.state_dict())
-    chosen = UnificationSettings(block="1x8", rho=(1e-2, 1e-1), prune_fraction=0.3)
+    chosen = UnificationSettings("combined", "1x8", 0.3, rho=(1e-2, 1e-1), retrain_epochs=2)
     training = TrainingSettings(learning_rate=0.01, optimizer=optimizer, accelerator="cpu")
     unified = unify(
         network, batches(), settings=chosen, training=training, skip_small=True, progress=False

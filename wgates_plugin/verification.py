@@ -71,8 +71,8 @@ def carried_out(
     if error <= 100 * TOLERANCE:
         return True
     try:
-        doubled = [copy.deepcopy(each).double() for each in (network, smaller)]
-        return removal_error(*doubled, plan, _doubled(example_inputs)) <= TOLERANCE
+        whole, cut = (copy.deepcopy(each).double() for each in (network, smaller))
+        return removal_error(whole, cut, plan, _doubled(example_inputs)) <= TOLERANCE
     except RuntimeError:  # something inside insists on float32
         return False
 

@@ -31,7 +31,8 @@ def fit_warnings(lpnet: LPNet) -> list[str]:
         return []
     more = FEW if found.samples < FEW else 2 * found.samples
     return [
-        f"this LPNet is {', '.join(poor)}; a target in milliseconds will be missed by as much. Run "
+        f"this LPNet is {', '.join(poor)}; a target in milliseconds that it sets may be missed by "
+        "as much. Run "
         f"the same command with --samples {more}: the {found.samples} measured ones are kept"
         + (
             ""

@@ -12,6 +12,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies.base import Strategy, option_names
 from wgates_plugin.strategies.criteria import REFUSED as REFUSED_CRITERIA
 from wgates_plugin.strategies.criteria_strategy import criterion_strategies
+from wgates_plugin.strategies.functionality import FunctionalityStrategy
 from wgates_plugin.strategies.gates_strategy import WGatesStrategy
 from wgates_plugin.strategies.gdp import GDPStrategy
 from wgates_plugin.strategies.metapruning import MetaPruningStrategy
@@ -20,6 +21,7 @@ from wgates_plugin.strategies.scop import ScopStrategy
 STRATEGIES: dict[str, type[Strategy]] = {
     "wgates": WGatesStrategy,
     "gdp": GDPStrategy,
+    "functionality": FunctionalityStrategy,
     "metapruning": MetaPruningStrategy,
     "scop": ScopStrategy,
     **criterion_strategies(),

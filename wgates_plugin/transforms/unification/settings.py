@@ -40,7 +40,7 @@ class UnificationSettings:
     unify_fraction: float = 1.0
     rho: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     epochs_per_round: int = 1
-    retrain_epochs: int = 2
+    retrain_epochs: int = 4
     learning_rate: float | None = None
     ignored_layers: tuple[str, ...] = ()
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, left_as_found
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget, EfficiencyModel
-from wgates_plugin.efficiency.belonging import check_inputs
+from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
-from wgates_plugin.integrations import torch_pruning_options as options
-from wgates_plugin.integrations.torch_pruning_goals import (
-    BudgetGoal,
-    Goal,
-    RatioGoal,
-    as_budget,
-    goal_problems,
+from wgates_plugin.integrations.torch_pruning import options
+from wgates_plugin.integrations.torch_pruning.base import (
+    Efficiency,
+    Scheduler,
+    TracedPruner,
+    linear,
 )
-from wgates_plugin.integrations.torch_pruning_importance import (
-    GDPImportance,
+from wgates_plugin.integrations.torch_pruning.importance import (
     History,
     WGatesImportance,
     units_left,
@@ -35,18 +30,9 @@ from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.criteria import importance_scores
 from wgates_plugin.strategies.wgates import WGates, WGatesSettings
 from wgates_plugin.surgery import check_shapes, removals
-from wgates_plugin.verification import check_traced
-
-__all__ = ["GDPImportance", "WGatesImportance", "WGatesPruner"]
-
-Scheduler = Callable[[float, int], Sequence[float]]
 
 
-def _linear(goal: float, steps: int) -> list[float]:
-    return [goal * step / steps for step in range(steps + 1)]
-
-
-class WGatesPruner(tp.pruner.BasePruner):
+class WGatesPruner(TracedPruner):
     """W-Gates as a `torch_pruning` pruner: gates learn in your loop, `step()` removes exactly.
 
     Gates are attached on construction and taken off by the last `step()` or `detach()`. Between
@@ -102,10 +88,7 @@ class WGatesPruner(tp.pruner.BasePruner):
         example_inputs: ExampleInputs,
         importance: Callable[[Any], Tensor | None] | None = None,
         *,
-        efficiency: EfficiencyModel
-        | Budget
-        | Callable[[ChannelSpace], EfficiencyModel]
-        | None = None,
+        efficiency: Efficiency | None = None,
         target: float | None = None,
         pruning_ratio: float | None = None,
         pruning_ratio_dict: Mapping[Any, float] | None = None,
@@ -114,7 +97,7 @@ class WGatesPruner(tp.pruner.BasePruner):
         max_pruning_ratio: float = 1.0,
         round_to: int | None = None,
         iterative_steps: int = 1,
-        iterative_pruning_ratio_scheduler: Scheduler = _linear,
+        iterative_pruning_ratio_scheduler: Scheduler = linear,
         ignored_layers: Sequence[Any] | None = None,
         root_module_types: Sequence[type] | None = None,
         unwrapped_parameters: Any = None,
@@ -128,107 +111,45 @@ class WGatesPruner(tp.pruner.BasePruner):
         **others: Any,
     ) -> None:
         settings = settings or WGatesSettings()
-        budgeted = efficiency is not None or target is not None
-        problems = options.refused_options(others) + options.ratio_problems(
-            budgeted,
-            pruning_ratio,
-            pruning_ratio_dict,
-            max_pruning_ratio,
-            iterative_steps,
-            isomorphic,
-        )
-        problems += goal_problems(efficiency, target)
-        problems += options.problems_of(
-            lambda: options.listed_layers(model, ignored_layers),
-            lambda: options.parameter_dims(model, unwrapped_parameters),
-            lambda: options.check_root_types(root_module_types),
-            lambda: settings if round_to is None else replace(settings, grid=round_to),
+        problems = options.problems_of(
+            lambda: settings if round_to is None else replace(settings, grid=round_to)
         )
         if importance is not None and settings.start == "open":
             problems.append('importance: ranks where gates start, which start="open" leaves no say')
-        if problems:
-            raise ConfigError(options.SUBJECT, problems)
-        self._settings = settings if round_to is None else replace(settings, grid=round_to)
-        self._inputs, self._gate_steps, self._average = example_inputs, steps, average
-        self._dims = options.parameter_dims(model, unwrapped_parameters)
-        layers = options.listed_layers(model, ignored_layers)
-        self._trace = DependencyTrace(model, example_inputs, parameter_dims=self._dims)
-        self._init_base(
+        self._settings = settings
+        self._gate_steps, self._average = steps, average
+        if not problems and round_to is not None:
+            self._settings = replace(settings, grid=round_to)
+        self._open(
             model,
-            [layer for layer in layers if isinstance(layer, nn.Module)],
+            example_inputs,
+            problems,
+            grid=self._settings.grid,
+            efficiency=efficiency,
+            target=target,
+            pruning_ratio=pruning_ratio,
+            pruning_ratio_dict=pruning_ratio_dict,
             global_pruning=global_pruning,
-            pruning_ratio=0.5 if pruning_ratio is None else pruning_ratio,
+            isomorphic=isomorphic,
             max_pruning_ratio=max_pruning_ratio,
             iterative_steps=iterative_steps,
             iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
-            round_to=round_to,
-            isomorphic=isomorphic,
+            ignored_layers=ignored_layers,
+            root_module_types=root_module_types,
+            unwrapped_parameters=unwrapped_parameters,
+            min_channels=min_channels,
+            min_fraction=min_fraction,
+            floors=floors,
+            caps=caps,
+            others=others,
         )
-        limits: dict[str, Any] = {
-            "min_channels": min_channels,
-            "min_fraction": max(min_fraction, 1.0 - max_pruning_ratio),
-            "floors": floors,
-            "caps": caps,
-        }
-        space = self._trace.space(ignored_layers=layers, **limits)
-        left_out = options.root_types_left_out(model, space, root_module_types)
-        self._ignored = [*layers, *left_out]
-        if left_out:
-            space = self._trace.space(ignored_layers=self._ignored, **limits)
-        if not self._trace.keeps_channel_order:
-            check_traced(model, space, example_inputs)
-        self.space = self._now = space
-        budget = as_budget(space, efficiency, target) if budgeted else None
-        if budget is not None:
-            check_inputs(budget, example_inputs)
-        self._goal = self._make_goal(
-            budget,
-            options.Ratios(
-                self.pruning_ratio, pruning_ratio_dict or {}, global_pruning, isomorphic
-            ),
-        )
-        self.plan: PruningPlan | None = None
         self._learned, self._unfinished = False, False
         ranking = (
             None
             if importance is None
-            else importance_scores(model, space, importance, traced=self._trace)
+            else importance_scores(model, self.space, importance, traced=self._trace)
         )
         self._attach(ranking)
-
-    def _init_base(self, model: nn.Module, ignored: list[nn.Module], **words: Any) -> None:
-        inputs = (self._inputs,) if isinstance(self._inputs, Tensor) else self._inputs
-        with left_as_found(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.requires_grad_(True)  # frozen parameters would make groups vanish silently
-            super().__init__(
-                model,
-                inputs,
-                importance=None,
-                ignored_layers=ignored,
-                unwrapped_parameters=list(self._dims),
-                in_channel_groups={},  # torch-pruning's mutable defaults leak between pruners
-                out_channel_groups={},
-                num_heads={},
-                channel_groups={},
-                **words,
-            )
-        self.DG = self._trace.graph
-
-    def _make_goal(self, budget: Budget | None, ratios: options.Ratios) -> Goal:
-        steps, scheduler = self.iterative_steps, self.iterative_pruning_ratio_scheduler
-        if budget is None:
-            scopes = options.scopes_of(self.model, self.space, ratios, steps, scheduler)
-            return RatioGoal(self.space, scopes, self._settings.grid)
-        full = torch.tensor(self.space.full_widths, dtype=torch.float64)
-        if float(budget.excess(full)) <= 0:
-            warnings.warn(
-                "WGatesPruner: the network is within its budget as it is "
-                f"({budget.describe(full)}); nothing will be removed",
-                stacklevel=3,
-            )
-        way = options.schedule(scheduler, 1.0, steps)
-        return BudgetGoal(self.space, budget, self._settings.grid, way)
 
     @property
     def budget(self) -> Budget:

@@ -1,0 +1,199 @@
+"""Any strategy of this package as a torch-pruning pruner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.errors import PlanError
+from wgates_plugin.integrations.torch_pruning.base import Efficiency, TracedPruner, linear
+from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.base import Decision, Task
+from wgates_plugin.strategies.budgeting import plan_for_budget
+from wgates_plugin.strategies.table import STRATEGIES, make_strategy, strategy_problems
+from wgates_plugin.surgery import check_shapes, removals
+from wgates_plugin.training.engine import LossFunction
+from wgates_plugin.training.settings import TrainingSettings
+from wgates_plugin.transforms import apply_steps
+
+
+class StrategyPruner(TracedPruner):
+    """A strategy by name: `step()` lets it decide on your data and removes exactly.
+
+    What it learns, it learns in `step()`, in `epochs` over `data`; the weights it trained are those
+    of the network afterwards. `WGatesPruner` learns in a loop of yours instead.
+
+    Args:
+        model: the network to prune, in place at `step()`.
+        example_inputs: one batch as a tensor, a tuple of arguments or a dict.
+        strategy: a key of `wgates_plugin.strategies.STRATEGIES`; its own settings are `options`.
+        data: batches (inputs, targets), with a length.
+        epochs, training, loss: of its phase; without effect where it does not learn.
+        round_to: channel multiple of every width that is cut.
+        efficiency, target, and all other words: as in `WGatesPruner`.
+
+    Attributes:
+        decision: what the strategy answered, after `step()`.
+
+    Raises:
+        ConfigError: words or options that are wrong, all at once.
+        TraceError, InfeasibleTargetError: before anything is changed.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> data = [(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))]
+        >>> pruner = StrategyPruner(net, data[0][0], "taylor", data, pruning_ratio=0.5)
+        >>> pruner.step()
+        >>> net[0].out_channels
+        4
+    """
+
+    decision: Decision
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        strategy: str,
+        data: Iterable[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        epochs: int = 1,
+        training: TrainingSettings | None = None,
+        loss: LossFunction | None = None,
+        seed: int = 0,
+        efficiency: Efficiency | None = None,
+        target: float | None = None,
+        pruning_ratio: float | None = None,
+        pruning_ratio_dict: Mapping[Any, float] | None = None,
+        global_pruning: bool = False,
+        isomorphic: bool = False,
+        max_pruning_ratio: float = 1.0,
+        round_to: int | None = None,
+        ignored_layers: Sequence[Any] | None = None,
+        root_module_types: Sequence[type] | None = None,
+        unwrapped_parameters: Any = None,
+        min_channels: int = 1,
+        min_fraction: float = 0.0,
+        floors: Mapping[str, int] | None = None,
+        caps: Mapping[str, int] | None = None,
+        **others: Any,
+    ) -> None:
+        problems = strategy_problems(strategy, options or {})
+        if others.pop("iterative_steps", 1) != 1:
+            problems.append("iterative_steps: a strategy decides once; step() again is refused")
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
+            problems.append(f"epochs {epochs!r}: needs a whole number from 0")
+        if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+            problems.append(f"round_to {round_to!r}: needs a whole number from 1")
+        if not problems:
+            self.strategy = make_strategy(strategy, options)
+            if self.strategy.prepare(copy.deepcopy(model), example_inputs):
+                problems.append(
+                    f"options {dict(options or {})}: `{strategy}` would have to change the network's "
+                    "modules before it is traced; use `prune_to_target`, or leave the option out"
+                )
+        self._name, self._data, self._epochs, self._seed = strategy, data, epochs, seed
+        self._training, self._loss = training or TrainingSettings(), loss
+        self._open(
+            model,
+            example_inputs,
+            problems,
+            grid=round_to if isinstance(round_to, int) and round_to > 0 else 1,
+            efficiency=efficiency,
+            target=target,
+            pruning_ratio=pruning_ratio,
+            pruning_ratio_dict=pruning_ratio_dict,
+            global_pruning=global_pruning,
+            isomorphic=isomorphic,
+            max_pruning_ratio=max_pruning_ratio,
+            iterative_steps=1,
+            iterative_pruning_ratio_scheduler=linear,
+            ignored_layers=ignored_layers,
+            root_module_types=root_module_types,
+            unwrapped_parameters=unwrapped_parameters,
+            min_channels=min_channels,
+            min_fraction=min_fraction,
+            floors=floors,
+            caps=caps,
+            others=others,
+        )
+
+    def regularize(self, model: nn.Module, loss: Any = None, **_: Any) -> None:
+        """Refused: strategies learn in `step()`."""
+        raise PlanError(
+            "StrategyPruner.regularize: the strategy learns by itself in `step()`; take the call "
+            "out of the loop, or use WGatesPruner, which learns in it"
+        )
+
+    def step(self, interactive: bool = False) -> Iterator[Any] | None:
+        """Decide and remove; with `interactive=True` the groups come one by one.
+
+        Raises:
+            PlanError: done already, or the network changed since it was traced.
+        """
+        if self.current_step:
+            raise PlanError(
+                "StrategyPruner.step: this network is pruned already; make a new pruner to prune more"
+            )
+        check_shapes(self.model, self.space)
+        self.current_step = 1
+        plan = self._decide()
+        groups = self._removals(plan)
+        if interactive:
+            return groups
+        for group in groups:
+            group.prune()
+        return None
+
+    def _decide(self) -> PruningPlan:
+        device = next(self.model.parameters()).device
+        epochs = self._epochs if STRATEGIES[self._name].has_phase else 0
+        budget = self._goal.budget(self.space, 1)
+        self.decision = self.strategy.decide(
+            Task(
+                copy.deepcopy(self.model),
+                self.space,
+                budget,
+                self._inputs,
+                self._data,
+                grid=self._grid,
+                epochs=epochs,
+                total_epochs=max(1, epochs),
+                training=self._training,
+                loss=self._loss,
+                seed=self._seed,
+                progress=False,
+            )
+        )
+        scores = self.decision.scores
+        self.model.load_state_dict(self.decision.network.to(device).state_dict())
+        widths = self._goal.widths(self.space, scores, 1)
+        if widths is not None:
+            return PruningPlan.top(self.space, scores, widths, strategy=self._name)
+        return plan_for_budget(
+            self.space, scores, self.decision.widths, budget, self._grid, strategy=self._name
+        )
+
+    def _removals(self, plan: PruningPlan) -> Iterator[Any]:
+        yield from removals(self.model, plan, traced=self._trace)
+        apply_steps(self.model, self.strategy.finish(self.model, plan, self._inputs))
+        self.plan = plan
+
+    def manual_prune_width(self, *_: Any, **__: Any) -> None:
+        """Refused: a strategy decides all groups together."""
+        raise PlanError(
+            "StrategyPruner.manual_prune_width: use `floors` and `caps`, or `pruning_ratio_dict`"
+        )
+
+    def load_pruning_history(self, pruning_history: Any) -> None:
+        """Refused: a plan is what lasts here."""
+        raise PlanError(
+            "StrategyPruner.load_pruning_history: save `pruner.plan` and carry it out with "
+            "`wgates_plugin.remove`, or load the history into WGatesPruner"
+        )
