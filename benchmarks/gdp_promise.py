@@ -35,14 +35,14 @@ from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.strategies.absorption import absorb
 from wgates_plugin.strategies.base import Decision, InMemory, Strategy, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
-from wgates_plugin.strategies.gates_strategy import WGatesStrategy
 from wgates_plugin.strategies.gdp import GDPStrategy
-from wgates_plugin.strategies.gdp_gates import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.gdp.absorption import absorb
+from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
 from wgates_plugin.strategies.phase import PHASE_STATE
 from wgates_plugin.strategies.table import STRATEGIES
+from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
 from wgates_plugin.surgery import remove
 from wgates_plugin.tracing import trace
 from wgates_plugin.training import (

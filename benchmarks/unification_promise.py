@@ -41,13 +41,13 @@ RETRAIN = 6
 SETTINGS: dict[str, dict[str, UnificationSettings]] = {
     "pruning": {
         f"{share:g}": UnificationSettings("prune", prune_fraction=share, retrain_epochs=RETRAIN)
-        for share in (0.3, 0.5, 0.7)
+        for share in (0.15, 0.3, 0.5)
     },
     "unification": {
         f"{zero:g}-{share:g}": UnificationSettings(
             prune_fraction=zero, unify_fraction=share, retrain_epochs=RETRAIN
         )
-        for zero, share in ((0.0, 0.5), (0.0, 0.8), (0.0, 1.0), (0.25, 1.0))
+        for zero, share in ((0.15, 0.5), (0.3, 0.5), (0.3, 0.8), (0.0, 1.0))
     },
 }
 EPOCHS = SETTINGS["pruning"]["0.5"].total_epochs

@@ -18,10 +18,10 @@ from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
 from wgates_plugin.integrations.torch_pruning import GDPImportance
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.strategies.absorption import absorb, rigid_units
 from wgates_plugin.strategies.budgeting import holds
-from wgates_plugin.strategies.gdp_gates import GDPSettings, PolarisedGates
-from wgates_plugin.strategies.polarisation import (
+from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
+from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.gdp.polarisation import (
     epsilon_at,
     smooth_l0,
     smooth_l0_slope,

@@ -42,7 +42,7 @@ from wgates_plugin.integrations.nni import (
     torch_evaluator,
 )
 from wgates_plugin.strategies import Task, WGatesSettings, plan_for_budget
-from wgates_plugin.strategies.gates_strategy import WGatesStrategy
+from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
 from wgates_plugin.verification import TOLERANCE, masked_output, relative_error
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.unification_promise import bytes_at
 from tests import networks
 from wgates_plugin import trace
 from wgates_plugin.errors import ConfigError, FileFormatError, SurgeryError
@@ -433,6 +434,16 @@ def test_the_saved_network_comes_back(tmp_path: Path) -> None:
     unified = unify(networks.tiny("residual"), batches(), training=QUICK, progress=False)
     unified.save(tmp_path / "w.wgu")
     assert same_bits(load_unified(tmp_path / "w.wgu"), dict(unified.network.state_dict()))
+
+
+def test_bytes_at_equal_accuracy() -> None:
+    points, whole = [(10.0, 0.86), (100.0, 0.88)], (1000.0, 0.9)
+    assert bytes_at(0.87, points, whole) == pytest.approx(1000**0.5)
+    assert bytes_at(0.89, points, whole) == pytest.approx(100_000**0.5)
+    assert bytes_at(0.8, points, whole) == 10.0
+    assert bytes_at(0.9, points, whole) == pytest.approx(1000.0)
+    # a worse larger file does not hide a better smaller one
+    assert bytes_at(0.88, [*points, (500.0, 0.5)], whole) == pytest.approx(100.0)
 
 
 # Settings and layers

@@ -14,8 +14,8 @@ from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, TrainingError
 from wgates_plugin.strategies import WGates, WGatesSettings, fit_to_budget, uniform_widths
-from wgates_plugin.strategies.gate_functions import binary_step, squash, surrogate, widths_of
 from wgates_plugin.strategies.wgates import WeightScores, filter_scores, starting_offsets
+from wgates_plugin.strategies.wgates.functions import binary_step, squash, surrogate, widths_of
 
 
 def full_cost(space: ChannelSpace) -> float:

@@ -49,6 +49,7 @@ def main() -> None:
         evaluator=torch_evaluator(training_func(data), optimizer, training_step),
         example_inputs=example,
         efficiency=lpnet_of(arguments.work, untouched, example),
+        data=data.train_loader,
     )
     _, masks = pruner.compress()
     pruner.unwrap_model()

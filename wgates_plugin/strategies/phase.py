@@ -46,7 +46,7 @@ def run_phase(
         trainer.history, monitor = list(state["history"]), list(state["monitor"])
 
     def after(context: StepContext) -> None:
-        monitor.append({"loss": float(context.loss or 0.0), **step(context)})
+        monitor.append({"step": context.step, "loss": float(context.loss or 0.0), **step(context)})
 
     def save(name: str) -> None:
         task.checkpoints.save_state(

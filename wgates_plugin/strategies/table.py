@@ -13,10 +13,10 @@ from wgates_plugin.strategies.base import Strategy, option_names
 from wgates_plugin.strategies.criteria import REFUSED as REFUSED_CRITERIA
 from wgates_plugin.strategies.criteria_strategy import criterion_strategies
 from wgates_plugin.strategies.functionality import FunctionalityStrategy
-from wgates_plugin.strategies.gates_strategy import WGatesStrategy
 from wgates_plugin.strategies.gdp import GDPStrategy
 from wgates_plugin.strategies.metapruning import MetaPruningStrategy
 from wgates_plugin.strategies.scop import ScopStrategy
+from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "wgates": WGatesStrategy,

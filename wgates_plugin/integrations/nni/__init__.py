@@ -13,10 +13,12 @@ from wgates_plugin.integrations.nni.experiment import PRUNERS, build_pruner  # n
 from wgates_plugin.integrations.nni.model_speedup import ModelSpeedup, speedup  # noqa: E402
 from wgates_plugin.integrations.nni.pruner import WGatesPruner  # noqa: E402
 from wgates_plugin.integrations.nni.removal import remove  # noqa: E402
+from wgates_plugin.integrations.nni.strategies import StrategyPruner  # noqa: E402
 
 __all__ = [
     "PRUNERS",
     "ModelSpeedup",
+    "StrategyPruner",
     "WGatesPruner",
     "build_pruner",
     "make_config",

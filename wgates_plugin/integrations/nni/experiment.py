@@ -7,7 +7,7 @@ turns into an object; `PRUNERS` is that table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ from wgates_plugin.integrations.nni.choices import ConfigList
 from wgates_plugin.integrations.nni.config import make_config
 from wgates_plugin.integrations.nni.pruner import WGatesPruner
 from wgates_plugin.integrations.nni.slim import FoldedSlimPruner
+from wgates_plugin.integrations.nni.strategies import StrategyPruner
 from wgates_plugin.strategies.budgeting import uniform_widths
+from wgates_plugin.strategies.table import STRATEGIES
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.tracing import trace
 
@@ -50,6 +52,27 @@ class Order:
     budget: Budget | None
     space: ChannelSpace
     grid: int
+    data: Iterable[Any] | None
+
+
+def _by_strategy(name: str) -> Callable[[Order], Pruner]:
+    return lambda order: _strategy(name, order)
+
+
+def _strategy(name: str, order: Order) -> Pruner:
+    assert order.data is not None
+    ratio = {} if order.sparse_ratio is None else {"sparse_ratio": order.sparse_ratio}
+    producers = [s.module for group in order.space.groups for s in group.slots_as("producer")]
+    return StrategyPruner(
+        order.model,
+        [{"op_names": list(dict.fromkeys(producers)), **ratio}],
+        name,
+        order.data,
+        epochs=max(1, round(order.training_steps / len(order.data))),  # type: ignore[arg-type]
+        example_inputs=order.example_inputs,
+        efficiency=order.budget,
+        grid=order.grid,
+    )
 
 
 def _wgates(order: Order) -> Pruner:
@@ -84,6 +107,9 @@ PRUNERS: dict[str, Callable[[Order], Pruner]] = {
     "taylor": _by_training(TaylorPruner),
     "slim": _by_training(FoldedSlimPruner),
 }
+OF_DATA = tuple(name for name in STRATEGIES if name not in PRUNERS)
+"""Strategies of this package that decide on the data handed to `build_pruner`."""
+PRUNERS |= {name: _by_strategy(name) for name in OF_DATA}
 
 
 def build_pruner(
@@ -93,6 +119,7 @@ def build_pruner(
     evaluator: Evaluator,
     example_inputs: ExampleInputs,
     efficiency: EfficiencyModel | Callable[[ChannelSpace], EfficiencyModel] | None = None,
+    data: Iterable[Any] | None = None,
 ) -> Pruner:
     """The pruner that an experiment's parameters name, ready for `compress()`.
 
@@ -106,12 +133,16 @@ def build_pruner(
             keep to.
         evaluator: for pruners that learn; its optimizer belongs to `model`.
         efficiency: what the target limits, such as an `LPNet`; by default MACs.
+        data: batches (inputs, targets) with a length, for this package's other strategies; they
+            learn for as many epochs of it as `training_steps` make, at least one.
 
     Raises:
         ConfigError: a parameter is unknown, missing or out of range; all at once.
         InfeasibleTargetError: no widths reach the target.
     """
     problems = _problems(parameters)
+    if data is None and parameters.get("pruner") in OF_DATA:
+        problems.append(f"pruner {parameters['pruner']!r} decides on data: give `data=loader`")
     if problems:
         raise ConfigError("experiment parameters", problems)
     space = trace(model, example_inputs)
@@ -125,6 +156,7 @@ def build_pruner(
         _budget(space, parameters, efficiency),
         space,
         grid,
+        data,
     )
     return PRUNERS[parameters["pruner"]](order)
 

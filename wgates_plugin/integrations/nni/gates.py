@@ -7,7 +7,7 @@ wrapper's parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,20 @@ def trained_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in shadowed:
             module.__dict__.pop("weight", None)
+
+
+@torch.no_grad()
+def load_wrapped(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the unwrapped network's state dict: wrapped weights belong to their wrappers."""
+    for name, value in state.items():
+        path, _, key = name.rpartition(".")
+        module = network.get_submodule(path)
+        wrapper = wrapper_of(module)
+        for owner in (module, wrapper):
+            for table in () if owner is None else (owner._parameters, owner._buffers):
+                held = table.get(key)
+                if held is not None:
+                    held.copy_(value)
 
 
 def wrapped_gates(

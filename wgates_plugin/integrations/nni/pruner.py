@@ -43,8 +43,8 @@ from wgates_plugin.integrations.nni.masks import (
 )
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.budgeting import check_feasible, plan_for_budget
-from wgates_plugin.strategies.gate_functions import widths_of
 from wgates_plugin.strategies.wgates import WGatesSettings
+from wgates_plugin.strategies.wgates.functions import widths_of
 from wgates_plugin.targets import Target
 from wgates_plugin.verification import check_traced
 
@@ -357,6 +357,10 @@ class WGatesPruner(Pruner):
         grid = self.gates.settings.grid
         widths = widths_of(self.space, scores, grid)
         plan = plan_for_budget(self.space, scores, widths, self.budget, grid, strategy="wgates")
+        return self._masks_of(plan)
+
+    def _masks_of(self, plan: PruningPlan) -> Masks:
+        """The masks that carry `plan` out, and what a chain has masked before."""
         # What earlier links of a chain have closed scores lowest, and stays closed in any case.
         earlier = closed_units(self.bound_model, self.space, self.get_masks())
         self.plan = PruningPlan.from_masks(self.space, plan.mask & ~earlier, **plan.note)
@@ -374,7 +378,7 @@ class WGatesPruner(Pruner):
         )
         for name, keys in spaces.items():
             for key, held in keys.items():
-                masks[name][key] = masks[name][key] * held.mask  # what a chain has masked before
+                masks[name][key] = masks[name][key] * held.mask
         return masks
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wgates_plugin.channels import ChannelSpace, Side
 from wgates_plugin.errors import PlanError
-from wgates_plugin.strategies.gdp_gates import PolarisedGates
+from wgates_plugin.strategies.gdp.gates import PolarisedGates
 from wgates_plugin.strategies.wgates import WGates
 
 History = Sequence[Sequence[Any]]

@@ -55,10 +55,10 @@ def likeness(patterns: Sequence[Tensor]) -> Tensor:
     """
     total = torch.zeros(len(patterns[0]), len(patterns[0]), dtype=torch.float64)
     for of_layer in patterns:
-        rows = of_layer.flatten(1).double()
+        rows = of_layer.flatten(1).cpu().double()  # not every device has doubles
         size = rows.norm(dim=1, keepdim=True)
         rows = torch.where(size > 0, rows / size.clamp_min(1e-30), torch.zeros_like(rows))
-        total += (rows @ rows.T).cpu() / len(patterns)
+        total += rows @ rows.T / len(patterns)
     return total
 
 

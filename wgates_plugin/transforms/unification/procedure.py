@@ -198,7 +198,10 @@ class _Run:
         for word, kind in (("kept", KEPT), ("unified", UNIFIED), ("pruned", PRUNED)):
             self.facts[f"blocks_{word}"] = int((kinds == kind).sum())
         history = self.trainer.history
-        self.trainer = self._new_trainer()  # momentum of old would leave the structure
+        # Momentum of old would leave the structure; and parameters that were distributed once
+        # keep the hooks of that.
+        self.network = copy.deepcopy(self.network)
+        self.trainer = self._new_trainer()
         self.trainer.epoch, self.trainer.history = self.settings.admm_epochs, history
         if not self.settings.retrain_epochs:
             self._recalibrate(recalibration_images)

@@ -1,7 +1,7 @@
 """GDP as a strategy: gates polarise in a phase of training, and are absorbed at its end.
 
 Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiable Polarization"
-(ICCV 2021). The gates themselves are in `gdp_gates`.
+(ICCV 2021). The gates themselves are in `gates.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.budgeting import fit_to_budget, uniform_widths
-from wgates_plugin.strategies.gdp_gates import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
 from wgates_plugin.strategies.phase import run_phase
 from wgates_plugin.strategies.wgates import WeightScores, ranks_within
 from wgates_plugin.training import StepContext
@@ -26,7 +26,7 @@ from wgates_plugin.verification import relative_error
 
 
 class GDPStrategy(Strategy):
-    """Gates of `strategies.gdp_gates`, driven by the task's training loop."""
+    """Gates of `strategies.gdp.gates`, driven by the task's training loop."""
 
     settings_type = GDPSettings
     summary = (

@@ -1,178 +1,27 @@
-"""W-Gates: each filter's own weights decide whether it stays.
-
-Li et al., "Joint-optimized channel pruning: W-Gates" (ECCV Workshops 2020, arXiv 2007.02066).
-One linear map per producing layer, shared by its filters, scores each filter from its flattened
-weights; a binary step opens or closes the channel; latency or another cost of the open widths is
-differentiated along with the task loss. Departures from the paper are marked (ours).
-"""
+"""The gates of one network under one budget, learned beside its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin import modules as kinds
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
-from wgates_plugin.efficiency.constraint import CONSTRAINTS, make_constraint
+from wgates_plugin.efficiency.constraint import make_constraint
 from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
-from wgates_plugin.strategies.gate_functions import (
+from wgates_plugin.strategies.wgates.functions import (
     positive_counts,
-    squash,
     surrogate,
     widths_of,
 )
-
-
-@dataclass(frozen=True)
-class WGatesSettings:
-    """How gates learn.
-
-    Attributes:
-        learning_rate: Adam's, for scale-free scores: one step moves a score by about this much.
-        grid: channel multiple the runtime likes; widths are decided on it.
-        start: "target" opens what the budget allows and then exchanges channels at constant cost
-            (ours); "open" starts with every gate open and slides the target down.
-        slide_fraction: share of the gate phase over which the target slides, for `start="open"`.
-        constraint: "augmented-lagrangian" (ours), or the paper's "linear" or "log" weighting.
-        alpha: weight of the paper's forms.
-        spread: largest initial distance of a score from the threshold, under 1/2.
-    """
-
-    learning_rate: float = 1e-3
-    grid: int = 1
-    start: str = "target"
-    slide_fraction: float = 0.7
-    constraint: str = "augmented-lagrangian"
-    alpha: float = 1.0
-    spread: float = 0.4
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name in ("learning_rate", "alpha"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                problems.append(f"{name} {value!r}: must be a finite number of 0 or more")
-        if not isinstance(self.grid, int) or self.grid < 1:
-            problems.append(f"grid {self.grid!r}: must be a whole number from 1")
-        if self.start not in ("target", "open"):
-            problems.append(f"start `{self.start}`: unknown; known: target, open")
-        if self.constraint not in CONSTRAINTS:
-            problems.append(f"constraint `{self.constraint}`: known: {', '.join(CONSTRAINTS)}")
-        if not 0 < self.spread < 0.5:
-            problems.append(f"spread {self.spread}: must lie between 0 and 0.5")
-        if not 0 < self.slide_fraction <= 1:
-            problems.append(f"slide_fraction {self.slide_fraction}: must lie in (0, 1]")
-        if problems:
-            raise ConfigError("W-Gates settings", problems)
-
-
-class WeightScores(nn.Module):
-    """Scores of all units from the producers' weights: `() -> (total_units,)`.
-
-    For a producer with flattened filters `W* (C_out, fan_in)` the score of filter c is
-    `standardise(W*)[c] @ theta / fan_in`, with one learnable `theta (fan_in,)` per producer. Coupled
-    producers add up, and a fixed offset per unit says where training starts (both ours): a score
-    that starts at the filter's rank by norm cannot close a whole layer in one step.
-    """
-
-    def __init__(self, network: nn.Module, space: ChannelSpace) -> None:
-        super().__init__()
-        self.space = space
-        found = dict(network.named_modules())
-        self._producers: list[tuple[nn.Module, Tensor]] = []
-        self.thetas = nn.ParameterList()
-        for index, group in enumerate(space.groups):
-            for slot in group.slots_as("producer"):
-                module = found[slot.module]
-                weight: Tensor = module.weight
-                units = torch.from_numpy(slot.units).to(weight.device)
-                target = torch.where(units >= 0, units + space.offsets[index], space.total_units)
-                self._producers.append((module, target))
-                fan_in = weight.numel() // kinds.out_channels_of(module)
-                self.thetas.append(nn.Parameter(torch.zeros(fan_in, device=weight.device)))
-        device = self.thetas[0].device
-        self.register_buffer("offset", torch.full((space.total_units,), 0.25, device=device))
-        ties = [float(group.ties) for group in space.groups for _ in range(group.units)]
-        self.register_buffer("ties", torch.tensor(ties, device=device))
-        self.offset: Tensor
-        self.ties: Tensor
-
-    def forward(self) -> Tensor:
-        total = self.offset.new_zeros(self.space.total_units + 1)  # last: channels no group owns
-        for (module, target), theta in zip(self._producers, self.thetas, strict=True):
-            total = total.index_add(0, target, filter_scores(_flat(module), theta))
-        return squash(total[:-1] / self.ties + self.offset)
-
-    @torch.no_grad()
-    def norms(self) -> Tensor:
-        """L2 norm of each unit's filters relative to its layer's mean, summed over producers."""
-        total = self.offset.new_zeros(self.space.total_units + 1)
-        for module, target in self._producers:
-            norm = _flat(module).norm(dim=1)
-            total.index_add_(0, target, norm / norm.mean().clamp_min(1e-12))
-        return total[:-1]
-
-
-def _flat(module: nn.Module) -> Tensor:
-    """Filters as rows: (C_out, fan_in)."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    out_dim, _ = kinds.channel_dims(module)
-    return weight.transpose(0, out_dim).flatten(1)
-
-
-def filter_scores(flat: Tensor, theta: Tensor) -> Tensor:
-    """`standardise(W*) @ theta / fan_in`, without forming the standardised matrix.
-
-    Standardising and dividing by fan-in (ours) make one optimizer step move the score of a
-    72-weight filter and of a 4608-weight filter alike.
-    """
-    with torch.no_grad():  # statistics are taken as given, as a detached normalisation would
-        mean = flat.mean()
-        # A norm and a mean are many times faster than torch.std_mean.
-        variance = torch.linalg.vector_norm(flat).square() / flat.numel() - mean.square()
-        spread = variance.clamp_min(0).sqrt().clamp_min(1e-12)
-    projected = flat @ theta  # (C_out, fan_in) @ (fan_in,) -> (C_out,)
-    return (projected - mean * theta.sum()) / (spread * theta.numel())
-
-
-def ranks_within(space: ChannelSpace, merits: Tensor) -> Tensor:
-    """Rank of each unit within its group as a share of it, (total_units,) in [0, 1)."""
-    return torch.cat(
-        [
-            torch.argsort(torch.argsort(merits[space.unit_slice(g)])) / group.units
-            for g, group in enumerate(space.groups)
-        ]
-    )
-
-
-def starting_offsets(
-    space: ChannelSpace, norms: Tensor, widths: Sequence[int], *, grid: int, spread: float
-) -> Tensor:
-    """Offsets (total_units,) that open `widths` (G,) channels of largest norm (ours).
-
-    Scores are equally spaced by rank, so that as many channels stand close to the threshold in every
-    layer. The threshold sits half a step inside the open channels: with widths rounded up to the
-    grid, a group then has equally far to go to its next wider and its next narrower step.
-    """
-    offsets = torch.empty(space.total_units)
-    for index, (group, width) in enumerate(zip(space.groups, widths, strict=True)):
-        where = space.unit_slice(index)
-        ranks = torch.argsort(torch.argsort(norms[where].cpu(), stable=True), stable=True)
-        # The step below may be shorter than the grid: a full width need not lie on it.
-        narrower = max((w for w in group.allowed_widths(grid) if w < width), default=0)
-        slack = (width - narrower) // group.ties // 2 if grid > 1 else 0
-        threshold = 1.0 - (width // group.ties - slack) / group.units
-        quantiles = (ranks + 0.5) / group.units
-        offsets[where] = spread * (quantiles - threshold) / max(threshold, 1 - threshold)
-    return offsets
+from wgates_plugin.strategies.wgates.scores import WeightScores, ranks_within, starting_offsets
+from wgates_plugin.strategies.wgates.settings import WGatesSettings
 
 
 class WGates:

@@ -20,15 +20,15 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.constraint import AugmentedLagrangian
 from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
-from wgates_plugin.strategies.absorption import absorb, rigid_units
 from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget
-from wgates_plugin.strategies.gate_functions import positive_counts
-from wgates_plugin.strategies.polarisation import (
+from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
+from wgates_plugin.strategies.gdp.polarisation import (
     epsilon_at,
     smooth_l0,
     smooth_l0_slope,
     soft_threshold,
 )
+from wgates_plugin.strategies.wgates.functions import positive_counts
 from wgates_plugin.training.evaluation import map_tensors, to_device
 from wgates_plugin.verification import relative_error
 

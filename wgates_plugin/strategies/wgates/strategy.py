@@ -6,7 +6,8 @@ import dataclasses
 
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.phase import run_phase
-from wgates_plugin.strategies.wgates import WGates, WGatesSettings
+from wgates_plugin.strategies.wgates.gates import WGates
+from wgates_plugin.strategies.wgates.settings import WGatesSettings
 from wgates_plugin.training import StepContext
 
 

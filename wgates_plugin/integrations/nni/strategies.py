@@ -1,0 +1,159 @@
+"""Any strategy of this package as an NNI pruner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.errors import ConfigError, PlanError
+from wgates_plugin.integrations.nni.asked import Efficiency
+from wgates_plugin.integrations.nni.choices import ConfigList
+from wgates_plugin.integrations.nni.gates import load_wrapped
+from wgates_plugin.integrations.nni.masks import Masks
+from wgates_plugin.integrations.nni.pruner import WGatesPruner
+from wgates_plugin.strategies.base import Decision, Task
+from wgates_plugin.strategies.budgeting import plan_for_budget
+from wgates_plugin.strategies.table import STRATEGIES, make_strategy, strategy_problems
+from wgates_plugin.strategies.wgates import WGatesSettings
+from wgates_plugin.targets import Target
+from wgates_plugin.training.engine import LossFunction
+from wgates_plugin.training.settings import TrainingSettings
+
+
+class StrategyPruner(WGatesPruner):
+    """A strategy by name: `compress()` lets it decide on `data` and gives masks in NNI's form.
+
+    What it learns, it learns in a training of its own; the weights it trained are those of the
+    network afterwards. `WGatesPruner` learns in the evaluator's training instead.
+
+    Args:
+        strategy: a key of `wgates_plugin.strategies.STRATEGIES`; its own settings are `options`.
+        data: batches (inputs, targets), with a length.
+        epochs, training, loss: of its phase; without effect where it does not learn.
+        grid: channel multiple that widths keep to.
+        model, config_list, example_inputs, efficiency, target, min_channels: as in `WGatesPruner`;
+            example inputs are by default the first batch.
+
+    Attributes:
+        decision: what the strategy answered, after `compress()`.
+
+    Raises:
+        ConfigError, TraceError, InfeasibleTargetError: before the network is wrapped.
+    """
+
+    decision: Decision
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: ConfigList,
+        strategy: str,
+        data: Iterable[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        epochs: int = 1,
+        training: TrainingSettings | None = None,
+        loss: LossFunction | None = None,
+        seed: int = 0,
+        grid: int = 1,
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        example_inputs: ExampleInputs | None = None,
+        efficiency: Efficiency | None = None,
+        target: float | Target | None = None,
+        min_channels: int = 1,
+    ) -> None:
+        problems = strategy_problems(strategy, options or {})
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
+            problems.append(f"epochs {epochs!r}: needs a whole number from 0")
+        if problems:
+            raise ConfigError("StrategyPruner", problems)
+        self.strategy, self._name = make_strategy(strategy, options), strategy
+        if example_inputs is None:
+            example_inputs = next(iter(data))[0]
+        if self.strategy.prepare(copy.deepcopy(model), example_inputs):
+            raise ConfigError(
+                "StrategyPruner",
+                [
+                    f"options {dict(options or {})}: `{strategy}` would have to change the "
+                    "network's modules before it is traced; use `prune_to_target`"
+                ],
+            )
+        # NNI's wrappers take the parameters away; the strategy gets the network as it was.
+        self._plain = copy.deepcopy(model)
+        self._example, self._data, self._epochs, self._seed = example_inputs, data, epochs, seed
+        self._training, self._loss = training or TrainingSettings(), loss
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            0,
+            existed_wrappers,
+            example_inputs=example_inputs,
+            efficiency=efficiency,
+            target=target,
+            settings=WGatesSettings(grid=grid),
+            min_channels=min_channels,
+        )
+
+    def compress(
+        self, max_steps: int | None = None, max_epochs: int | None = None
+    ) -> tuple[nn.Module, Masks]:
+        """Let the strategy decide; returns the model and its masks.
+
+        Raises:
+            ConfigError: a duration is given, which `epochs` already says.
+            PlanError: compressed already, or the network changed since it was traced.
+        """
+        if max_steps is not None or max_epochs is not None:
+            raise ConfigError(
+                "StrategyPruner.compress",
+                ["max_steps, max_epochs: the strategy learns for its own `epochs`; leave them out"],
+            )
+        return super().compress()
+
+    def _decide(self) -> None:
+        epochs = self._epochs if STRATEGIES[self._name].has_phase else 0
+        self.decision = self.strategy.decide(
+            Task(
+                self._plain,
+                self.space,
+                self.budget,
+                self._example,
+                self._data,
+                grid=self.gates.settings.grid,
+                epochs=epochs,
+                total_epochs=max(1, epochs),
+                training=self._training,
+                loss=self._loss,
+                seed=self._seed,
+                progress=False,
+            )
+        )
+        load_wrapped(self.bound_model, self.decision.network.state_dict())
+        super()._decide()
+
+    def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> Masks:
+        plan = plan_for_budget(
+            self.space,
+            self.decision.scores,
+            self.decision.widths,
+            self.budget,
+            self.gates.settings.grid,
+            strategy=self._name,
+        )
+        return self._masks_of(plan)
+
+    @classmethod
+    def from_compressor(cls, *_: Any, **__: Any) -> StrategyPruner:
+        """Refused: the strategy would have to train a network that another one has masked."""
+        raise PlanError(
+            "StrategyPruner.from_compressor: unwrap the first pruner, remove what it masked, and "
+            "make this one of the smaller network; WGatesPruner can be chained"
+        )

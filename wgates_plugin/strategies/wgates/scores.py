@@ -1,0 +1,115 @@
+"""Scores of channels from the weights of their filters, and where they start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wgates_plugin import modules as kinds
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.strategies.wgates.functions import (
+    squash,
+)
+
+
+class WeightScores(nn.Module):
+    """Scores of all units from the producers' weights: `() -> (total_units,)`.
+
+    For a producer with flattened filters `W* (C_out, fan_in)` the score of filter c is
+    `standardise(W*)[c] @ theta / fan_in`, with one learnable `theta (fan_in,)` per producer. Coupled
+    producers add up, and a fixed offset per unit says where training starts (both ours): a score
+    that starts at the filter's rank by norm cannot close a whole layer in one step.
+    """
+
+    def __init__(self, network: nn.Module, space: ChannelSpace) -> None:
+        super().__init__()
+        self.space = space
+        found = dict(network.named_modules())
+        self._producers: list[tuple[nn.Module, Tensor]] = []
+        self.thetas = nn.ParameterList()
+        for index, group in enumerate(space.groups):
+            for slot in group.slots_as("producer"):
+                module = found[slot.module]
+                weight: Tensor = module.weight
+                units = torch.from_numpy(slot.units).to(weight.device)
+                target = torch.where(units >= 0, units + space.offsets[index], space.total_units)
+                self._producers.append((module, target))
+                fan_in = weight.numel() // kinds.out_channels_of(module)
+                self.thetas.append(nn.Parameter(torch.zeros(fan_in, device=weight.device)))
+        device = self.thetas[0].device
+        self.register_buffer("offset", torch.full((space.total_units,), 0.25, device=device))
+        ties = [float(group.ties) for group in space.groups for _ in range(group.units)]
+        self.register_buffer("ties", torch.tensor(ties, device=device))
+        self.offset: Tensor
+        self.ties: Tensor
+
+    def forward(self) -> Tensor:
+        total = self.offset.new_zeros(self.space.total_units + 1)  # last: channels no group owns
+        for (module, target), theta in zip(self._producers, self.thetas, strict=True):
+            total = total.index_add(0, target, filter_scores(_flat(module), theta))
+        return squash(total[:-1] / self.ties + self.offset)
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """L2 norm of each unit's filters relative to its layer's mean, summed over producers."""
+        total = self.offset.new_zeros(self.space.total_units + 1)
+        for module, target in self._producers:
+            norm = _flat(module).norm(dim=1)
+            total.index_add_(0, target, norm / norm.mean().clamp_min(1e-12))
+        return total[:-1]
+
+
+def _flat(module: nn.Module) -> Tensor:
+    """Filters as rows: (C_out, fan_in)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    out_dim, _ = kinds.channel_dims(module)
+    return weight.transpose(0, out_dim).flatten(1)
+
+
+def filter_scores(flat: Tensor, theta: Tensor) -> Tensor:
+    """`standardise(W*) @ theta / fan_in`, without forming the standardised matrix.
+
+    Standardising and dividing by fan-in (ours) make one optimizer step move the score of a
+    72-weight filter and of a 4608-weight filter alike.
+    """
+    with torch.no_grad():  # statistics are taken as given, as a detached normalisation would
+        mean = flat.mean()
+        # A norm and a mean are many times faster than torch.std_mean.
+        variance = torch.linalg.vector_norm(flat).square() / flat.numel() - mean.square()
+        spread = variance.clamp_min(0).sqrt().clamp_min(1e-12)
+    projected = flat @ theta  # (C_out, fan_in) @ (fan_in,) -> (C_out,)
+    return (projected - mean * theta.sum()) / (spread * theta.numel())
+
+
+def ranks_within(space: ChannelSpace, merits: Tensor) -> Tensor:
+    """Rank of each unit within its group as a share of it, (total_units,) in [0, 1)."""
+    return torch.cat(
+        [
+            torch.argsort(torch.argsort(merits[space.unit_slice(g)])) / group.units
+            for g, group in enumerate(space.groups)
+        ]
+    )
+
+
+def starting_offsets(
+    space: ChannelSpace, norms: Tensor, widths: Sequence[int], *, grid: int, spread: float
+) -> Tensor:
+    """Offsets (total_units,) that open `widths` (G,) channels of largest norm (ours).
+
+    Scores are equally spaced by rank, so that as many channels stand close to the threshold in every
+    layer. The threshold sits half a step inside the open channels: with widths rounded up to the
+    grid, a group then has equally far to go to its next wider and its next narrower step.
+    """
+    offsets = torch.empty(space.total_units)
+    for index, (group, width) in enumerate(zip(space.groups, widths, strict=True)):
+        where = space.unit_slice(index)
+        ranks = torch.argsort(torch.argsort(norms[where].cpu(), stable=True), stable=True)
+        # The step below may be shorter than the grid: a full width need not lie on it.
+        narrower = max((w for w in group.allowed_widths(grid) if w < width), default=0)
+        slack = (width - narrower) // group.ties // 2 if grid > 1 else 0
+        threshold = 1.0 - (width // group.ties - slack) / group.units
+        quantiles = (ranks + 0.5) / group.units
+        offsets[where] = spread * (quantiles - threshold) / max(threshold, 1 - threshold)
+    return offsets

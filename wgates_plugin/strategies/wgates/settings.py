@@ -1,0 +1,51 @@
+"""How W-Gates learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wgates_plugin.efficiency.constraint import CONSTRAINTS
+from wgates_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WGatesSettings:
+    """How gates learn.
+
+    Attributes:
+        learning_rate: Adam's, for scale-free scores: one step moves a score by about this much.
+        grid: channel multiple the runtime likes; widths are decided on it.
+        start: "target" opens what the budget allows and then exchanges channels at constant cost
+            (ours); "open" starts with every gate open and slides the target down.
+        slide_fraction: share of the gate phase over which the target slides, for `start="open"`.
+        constraint: "augmented-lagrangian" (ours), or the paper's "linear" or "log" weighting.
+        alpha: weight of the paper's forms.
+        spread: largest initial distance of a score from the threshold, under 1/2.
+    """
+
+    learning_rate: float = 1e-3
+    grid: int = 1
+    start: str = "target"
+    slide_fraction: float = 0.7
+    constraint: str = "augmented-lagrangian"
+    alpha: float = 1.0
+    spread: float = 0.4
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("learning_rate", "alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                problems.append(f"{name} {value!r}: must be a finite number of 0 or more")
+        if not isinstance(self.grid, int) or self.grid < 1:
+            problems.append(f"grid {self.grid!r}: must be a whole number from 1")
+        if self.start not in ("target", "open"):
+            problems.append(f"start `{self.start}`: unknown; known: target, open")
+        if self.constraint not in CONSTRAINTS:
+            problems.append(f"constraint `{self.constraint}`: known: {', '.join(CONSTRAINTS)}")
+        if not 0 < self.spread < 0.5:
+            problems.append(f"spread {self.spread}: must lie between 0 and 0.5")
+        if not 0 < self.slide_fraction <= 1:
+            problems.append(f"slide_fraction {self.slide_fraction}: must lie in (0, 1]")
+        if problems:
+            raise ConfigError("W-Gates settings", problems)
