@@ -55,7 +55,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits network in each format."""
     folder = tmp_path_factory.mktemp("exported")
     network = load_model("digits_resnet", classes=10, in_channels=1)
-    for runtime in ("onnxruntime", "eager"):
+    for runtime in ("onnxruntime", "eager", "executorch"):
         one = get_runtime(runtime)
         one.save(network, torch.zeros(1, 1, 8, 8), folder / one.artefact_name)
     return folder
@@ -128,7 +128,8 @@ def test_files_of_another_kind_are_named(command: str, exported: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "name"), [("onnxruntime", "model.onnx"), ("eager", "model.pt2")]
+    ("runtime", "name"),
+    [("onnxruntime", "model.onnx"), ("eager", "model.pt2"), ("executorch", "model.pte")],
 )
 def test_a_file_brings_its_input_shape(runtime: str, name: str, exported: Path) -> None:
     assert input_shapes(exported / name) == {"input_0": (1, 1, 8, 8)}

@@ -76,9 +76,13 @@ def strategy_rows() -> tuple[dict[str, list[str]], dict[tuple[str, str], str]]:
     names = {
         name: row[1:] for row in cells[heads[0] + 1 : heads[1] - 1] for name in row[0].split(", ")
     }
-    options = {
-        (owner, row[0]): row[2] for row in cells[heads[1] + 1 :] for owner in row[1].split(", ")
-    }
+    options = {}
+    for row in cells[heads[1] + 1 :]:
+        keys = row[0].split(", ")
+        # "(0.5, 0.9)" is one value of one option.
+        values = row[2].split(", ") if len(keys) > 1 else [row[2]]
+        for owner in row[1].split(", "):
+            options |= {(owner, key): value for key, value in zip(keys, values, strict=True)}
     return names, options
 
 

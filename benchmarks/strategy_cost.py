@@ -1,0 +1,163 @@
+"""Claim: every strategy decides on ResNet-50 and MobileNetV2 at 224x224; what it costs is shown.
+
+Measured: random weights, two batches of two images, one thread. For strategies with a phase, wall time of
+one step of it over a plain training step (forward, backward, SGD) on the same batch, in alternating
+order; for the others, wall time of the whole decision in plain training steps. Half of the MACs on a grid
+of 8. Searches are cut to a few candidates; the time of judging one is stored as well. Each decision is
+cut, and the cut network compared with the gated one.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.records import parser, write_record
+from benchmarks.subjects import torchvision_network
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
+from wgates_plugin.strategies import STRATEGIES, Decision, Task, make_strategy, plan_for_budget
+from wgates_plugin.strategies.base import InMemory
+from wgates_plugin.surgery import remove
+from wgates_plugin.tracing import trace
+from wgates_plugin.training import Trainer, TrainingSettings
+from wgates_plugin.verification import removal_error
+
+CLAIM = (
+    "every strategy decides on ResNet-50 and MobileNetV2; a GDP step costs at most 1.05 plain ones"
+)
+NETWORKS = ("resnet50", "mobilenet_v2")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "metapruning": {
+        "population": 4, "parents": 2, "mutations": 1, "crossovers": 1, "generations": 1,
+        "recalibration_images": 2,
+    },
+    "functionality": {"steps": 2, "batches": 1, "tried": 3, "largest_k": 8, "side": 32, "pictured": 1},
+    "scop": {"knockoff_images": 4, "knockoff_rank": 2},
+}  # fmt: skip
+"""What makes an expensive decision small enough here."""
+
+GRID = 8
+STEPS = 2
+TRAINING = TrainingSettings(learning_rate=1e-3, accelerator="cpu")
+
+
+def batches(size: int, images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(images, 3, size, size, generator=generator),
+            torch.randint(1000, (images,), generator=generator),
+        )
+        for _ in range(STEPS)
+    ]
+
+
+def decide(
+    strategy: str, network: nn.Module, data: list[tuple[Tensor, Tensor]], *, epochs: int
+) -> tuple[Decision, dict[str, Any]]:
+    """One decision, timed, cut and checked."""
+    example = data[0][0][:1]
+    space = trace(network, example, min_fraction=0.1)
+    macs = MacsModel(space)
+    budget = Budget.of(Limit(macs, 0.5 * float(macs(torch.tensor(space.full_widths)))))
+    task = Task(
+        copy.deepcopy(network),
+        space,
+        budget,
+        example,
+        data,
+        grid=GRID,
+        epochs=epochs,
+        total_epochs=max(1, epochs),
+        training=TRAINING,
+        checkpoints=InMemory(),
+        progress=False,
+    )
+    started = time.perf_counter()
+    decision = make_strategy(strategy, OPTIONS.get(strategy)).decide(task)
+    seconds = time.perf_counter() - started
+    plan = plan_for_budget(space, decision.scores, decision.widths, budget, GRID)
+    smaller = remove(copy.deepcopy(decision.network), plan, example)
+    error = removal_error(decision.network, smaller, plan, example)
+    in_phase = sum(row["seconds"] for row in decision.history)
+    return decision, {
+        "seconds": seconds,
+        "phase_seconds": in_phase or None,
+        "masked_equals_removed": error,
+        "macs_left": float(macs(torch.tensor(plan.widths)) / macs(torch.tensor(space.full_widths))),
+    }
+
+
+def plain_seconds(network: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:
+    """Wall time of one plain epoch of the same loop."""
+    trainer = Trainer(copy.deepcopy(network), data, TRAINING, total_epochs=1)
+    return float(trainer.run(progress=False)[0]["seconds"])
+
+
+def measure_strategy(
+    strategy: str, network: nn.Module, data: list[tuple[Tensor, Tensor]], rounds: int
+) -> dict[str, Any]:
+    """Phase and plain epochs in turn; the ratio of the medians of `rounds`."""
+    has_phase = STRATEGIES[strategy].has_phase
+    plain: list[float] = []
+    phase: list[float] = []
+    found: dict[str, Any] = {}
+    for _ in range(rounds):
+        plain.append(plain_seconds(network, data))
+        _, found = decide(strategy, network, data, epochs=1 if has_phase else 0)
+        phase.append(found["phase_seconds"] or found["seconds"])
+    ratios = [b / a for a, b in zip(plain, phase, strict=True)]
+    per = "phase step over a plain step" if has_phase else "whole decision in plain steps"
+    scale = 1.0 if has_phase else float(STEPS)
+    return {
+        **found,
+        "ratio": scale * statistics.median(ratios),
+        "ratios": [scale * ratio for ratio in ratios],
+        "of": per,
+        "plain_seconds": plain,
+    }
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    options = parser("strategy_cost", __doc__)
+    options.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    options.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--size", type=int, default=224)
+    options.add_argument("--images", type=int, default=2)
+    arguments = options.parse_args(list(argv))
+    torch.set_num_threads(1)
+    numbers: dict[str, Any] = {}
+    for name in arguments.networks:
+        network = torchvision_network(name, seed=arguments.seed)
+        data = batches(arguments.size, arguments.images, arguments.seed)
+        plain_seconds(network, data)  # warm up
+        for strategy in arguments.strategies:
+            found = measure_strategy(strategy, network, data, arguments.rounds)
+            numbers.setdefault(strategy, {})[name] = found
+            print(
+                f"{name}, {strategy}: {found['ratio']:.2f} ({found['of']}), masked equals removed "
+                f"to {found['masked_equals_removed']:.1e}",
+                flush=True,
+            )
+    write_record(
+        arguments.results,
+        "strategy_cost",
+        claim=CLAIM,
+        settings={
+            "size": arguments.size,
+            "images": arguments.images,
+            "steps": STEPS,
+            "rounds": arguments.rounds,
+            "options": OPTIONS,
+        },
+        seed=arguments.seed,
+        numbers=numbers,
+        samples={},
+    )
