@@ -11,32 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import demo, doors, fashion_mnist, targets_at_224
+from benchmarks.claims import Claim, number
 from benchmarks.latency_rivals import RIVALS
 from benchmarks.latency_samples import GRIDS, NETWORKS
 from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
+from benchmarks.strategy_claims import STRATEGY_CLAIMS
 from wgates_plugin.files import write_json
 
 TARGET_RUNS = len(fashion_mnist.NETWORKS) * len(fashion_mnist.SEEDS) + len(targets_at_224.NETWORKS)
 """Runs that are asked to keep a target, stored or not."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One line of the scoreboard before it is filled in.
-
-    Attributes:
-        better: "lower" or "higher".
-        most: an upper end as well, for what must lie within a band.
-        source: where the value is read, under benchmarks/, and what to know about it.
-        value: reads the value from a results folder; None when the result is not there.
-    """
-
-    name: str
-    bar: float | None
-    better: str
-    source: str
-    value: Callable[[Path], float | None]
-    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,19 +30,6 @@ class Entry:
     better: str
     holds: bool
     source: str
-
-
-def number(benchmark: str, *keys: str) -> Callable[[Path], float | None]:
-    """Reader of one number in the record of `benchmark`."""
-
-    def read(folder: Path) -> float | None:
-        record = read_record(folder, benchmark)
-        value = None if record is None else record["numbers"]
-        for key in keys:
-            value = None if value is None else value.get(key)
-        return None if value is None else float(value)
-
-    return read
 
 
 def target_held_share(folder: Path) -> float | None:
@@ -294,6 +264,14 @@ CLAIMS = (
         )
         for door in (*doors.DOORS, "nni")
     ),
+    Claim(
+        "nni_trials_succeeded_share",
+        1.0,
+        "higher",
+        "results/nni_experiment.json",
+        number("nni_experiment", "succeeded_share"),
+    ),
+    *STRATEGY_CLAIMS,
 )
 
 

@@ -31,7 +31,7 @@ from wgates_plugin.strategies.functionality.inputs import Grey, ImageInput
 from wgates_plugin.strategies.functionality.maximisation import LEAK, blurred, patterns
 from wgates_plugin.strategies.functionality.pictures import TILE, picture, thumbnails
 from wgates_plugin.strategies.functionality.points import Point, find_points
-from wgates_plugin.strategies.functionality.ranking import covered_in_order, rank
+from wgates_plugin.strategies.functionality.ranking import SHARPNESS, covered_in_order, rank
 
 pytest.importorskip("sklearn")
 
@@ -344,7 +344,8 @@ def test_coverage_against_trying_every_unit() -> None:
 
     def covers(units: list[int]) -> float:
         return sum(
-            float(weight[v]) * max(0.0, *(min(1.0, float(cosines[u, v])) for u in units))
+            float(weight[v])
+            * max(0.0, *(min(1.0, float(cosines[u, v])) for u in units)) ** SHARPNESS
             for v in range(20)
         )
 

@@ -104,7 +104,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "target.threads": "is true",
         "dense_training": "needs keys below it",
         "pruning.seed": "top level",
-        "pruning.samples": "whole number from 8",
+        "pruning.samples": "whole number from 10",
         "pruning.gate_epochs": "valid integer",
         "pruning.ignored_layers": "not allowed",
         "pruning.options.spreed": "did you mean `spread`",

@@ -181,7 +181,7 @@ class PruningSettings:
         whole: dict[str, tuple[Any, int]] = {
             "gate_epochs": (self.gate_epochs, 0),
             "fine_tune_epochs": (self.fine_tune_epochs, 0),
-            "samples": (self.samples, 8),
+            "samples": (self.samples, 10),
             "workers": (self.workers, 1),
             "min_channels": (self.min_channels, 1),
             "attempts": (self.attempts, 1),

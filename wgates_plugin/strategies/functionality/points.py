@@ -21,9 +21,8 @@ from wgates_plugin.strategies.functionality.inputs import ImageInput, shrunk
 class Point:
     """One layer of a channel group, observed behind the norm that reads it, if one does.
 
-    Behind it, for a filter counts as what its readers see of it: a BatchNorm with a negative
-    scale turns its function round, and one that undoes a filter's size leaves it as it was (ours;
-    the paper knows no BatchNorm).
+    Behind the norm a filter is what its readers see of it: a negative scale turns its function
+    round, and a filter's own size, which the norm takes back, says nothing (ours).
 
     Attributes:
         layer: the convolution or linear layer. module: whose output is observed.

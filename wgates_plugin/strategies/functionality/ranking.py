@@ -9,6 +9,9 @@ from torch import Tensor
 
 from wgates_plugin.strategies.functionality.clustering import SILENT
 
+SHARPNESS = 8
+"""One pattern stands in for another only where they are nearly the same: by half at cosine 0.92."""
+
 
 def rank(cosines: Tensor, labels: Tensor, contribution: Tensor, *, repeats: str) -> Tensor:
     """Scores (n,) of one group: representatives in (1, 2], repeats in (0, 1], silent units 0.
@@ -47,12 +50,12 @@ def covered_in_order(
 ) -> Iterator[tuple[int, float]]:
     """Units of `rest` with what each adds, the greatest gain first.
 
-    A set of units S covers `sum_v weight_v * max(0, max_{u in S} cos(u, v))`: each unit's
+    A set of units S covers `sum_v weight_v * max(0, max_{u in S} cos(u, v))^SHARPNESS`: each unit's
     contribution as far as a unit that stays does the same. `S` starts as `first` and grows by the
     unit of greatest gain. So the copy of a unit that stays adds nothing, and a unit with copies counts
     with the contribution of all, which share the loss's gradient between them.
     """
-    likeness = cosines.clamp(0, 1)
+    likeness = cosines.clamp(0, 1) ** SHARPNESS
     covered = likeness[first].max(0).values
     # Gains only fall as S grows: an old gain is a bound, looked at again when it leads.
     bounds = (weight * (likeness - covered).clamp_min(0)).sum(1)

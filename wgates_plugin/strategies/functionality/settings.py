@@ -13,7 +13,10 @@ QUOTAS = ("functions", "uniform")
 
 @dataclass(frozen=True)
 class FunctionalitySettings:
-    """How patterns are made, clustered and ranked. Every number but `step` and `noise` is a cost.
+    """How patterns are made, clustered and ranked. All numbers are our choice (ours).
+
+    Steps are small and few: longer ascents end in different patterns for filters that differ by a
+    per cent. Time grows with `steps`, `side` squared, `producers`, `batches`, `largest_k`, `tried`.
 
     Attributes:
         steps: of gradient ascent per filter. step: their size, in standard deviations of the data.
