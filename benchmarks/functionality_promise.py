@@ -7,7 +7,13 @@ original's between the copies at random, and the function stays what it was, whi
 "scaled", every filter of a copied set times its own factor of 1/2 to 2, taken back by its BatchNorm, so
 that sizes say nothing, and "same-size". Then each method chooses as many channels as there were before.
 Counted: the share of copied sets of which exactly one channel stays, over seeds 0 to 2. Rivals at the
-same widths: L1 norm, FPGM, and chance. Both ways to order repeats are measured, ours and the paper's.
+same widths: L1 norm, FPGM, and chance. Both ways to order repeats are measured, ours and the paper's,
+on the same patterns.
+
+Seed 0 is no fair judge: size, number and noise of the ascent's steps and the order of repeats were
+chosen on its scaled networks, among some twenty settings; the first kept exactly one of 27 of 30 and of
+38 of 57 sets. The sharpness of the order was then compared by accuracy after the cut, on the residual
+network's seeds 1 and 2 too. So the figure over the other seeds stands beside the one over all.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ from wgates_plugin.strategies.functionality import FunctionalitySettings, Functi
 from wgates_plugin.tracing import trace
 from wgates_plugin.training import Trainer, TrainingSettings, evaluate
 
+TUNED_ON = 0
 CLAIM = "of at least 90 % of planted sets of duplicate filters exactly one is kept"
 SEEDS = (0, 1, 2)
 PLANTED = 0.25
@@ -240,25 +247,29 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> list[dict[st
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means and spreads over seeds; the figure claimed is the mean in our worst case."""
-    cases: dict[str, Any] = {}
-    for network in dict.fromkeys(row["network"] for row in rows):
-        for kind in KINDS:
-            cases[f"{network}/{kind}"] = {
-                method: _spread(
-                    [
-                        row["share"]
-                        for row in rows
-                        if (row["network"], row["kind"], row["method"]) == (network, kind, method)
-                    ]
-                )
-                for method in (*OURS, *RIVALS)
-            }
+    every = _cases(rows)
+    others = _cases([row for row in rows if row["seed"] != TUNED_ON])
     return {
-        "planted_duplicates_kept_once": min(
-            case["functionality"]["mean"] for case in cases.values()
-        ),
-        "cases": cases,
+        "planted_duplicates_kept_once": _worst(every),
+        "planted_duplicates_kept_once_on_seeds_not_tuned_on": _worst(others),
+        "cases": every,
     }
+
+
+def _cases(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Shares per network and kind, and of these per method."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        case = shares.setdefault(f"{row['network']}/{row['kind']}", {})
+        case.setdefault(row["method"], []).append(row["share"])
+    return {
+        name: {method: _spread(found) for method, found in case.items()}
+        for name, case in shares.items()
+    }
+
+
+def _worst(cases: dict[str, Any]) -> float | None:
+    return min((case["functionality"]["mean"] for case in cases.values()), default=None)
 
 
 def _spread(shares: Sequence[float]) -> dict[str, float]:

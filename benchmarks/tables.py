@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import not_faster, scoreboard
+from benchmarks.nni_experiment.page import table as trials_table
 from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
+from benchmarks.strategy_tables import promises_table, strategy_cost_table, systems_table
 from wgates_plugin.files import write_text
 
 NOT_RUN = "*not run yet*"
@@ -269,6 +271,13 @@ def demo_table(folder: Path) -> str:
     return markdown(head, [row])
 
 
+def nni_experiment_table(folder: Path) -> str:
+    record = read_record(folder, "nni_experiment")
+    if record is None:
+        return NOT_RUN
+    return trials_table(record["samples"]["trials"], record["numbers"]["dense"])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "scoreboard": score_table,
     "gate_step": gate_step_table,
@@ -280,6 +289,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lpnet_transfer": lpnet_transfer_table,
     "not_faster": not_faster_table,
     "fashion_mnist": fashion_mnist_table,
+    "systems": systems_table,
+    "strategy_cost": strategy_cost_table,
+    "promises": promises_table,
+    "nni_experiment": nni_experiment_table,
     "demo": demo_table,
 }
 
