@@ -17,6 +17,7 @@ from benchmarks.comparison.summary import Difference, read_cells
 from benchmarks.comparison.tables import HEAD, experiment_text
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.files import write_json
+from wgates_plugin.recipe import load_recipe
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -168,3 +169,24 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     comparison.main(words)
     assert "0 runs to do" in capsys.readouterr().out
     assert places.samples("eager").read_text() == samples
+
+
+@pytest.mark.parametrize("system", ["gdp", "scop", "functionality", "metapruning"])
+def test_recipes_of_the_systems_are_those_of_the_experiment(system: str) -> None:
+    """A reader can run one system alone by its recipe and get what the table is about."""
+    experiment = load_experiment("systems")
+    alone = load_recipe(FOLDER.parent / "recipes" / f"fashion_mnist_{system}.yaml")
+    run = Run(system, "onnxruntime", 0.5, 0)
+    of_run = recipe_of(experiment, run, Path("run"))
+    for part in ("model", "data", "target", "dense_training", "pruning", "seed"):
+        assert getattr(alone, part) == getattr(of_run, part), part
+
+
+def test_the_unification_recipe_trains_for_as_many_epochs() -> None:
+    recipe = load_recipe(FOLDER.parent / "recipes" / "fashion_mnist_unification.yaml")
+    unification = recipe.pruning.unification
+    assert unification is not None
+    epochs = recipe.pruning.gate_epochs + recipe.pruning.fine_tune_epochs
+    epochs += unification.admm_epochs + unification.retrain_epochs
+    other = load_experiment("systems").recipe["pruning"]
+    assert epochs == other["gate_epochs"] + other["fine_tune_epochs"]
