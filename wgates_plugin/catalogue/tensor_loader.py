@@ -20,8 +20,8 @@ class TensorLoader:
 
     `images` (N, C, H, W) are kept as uint8 and normalised per batch: (value / 255 - mean) / std,
     per channel. With `image_size` batches are then resized bilinearly to squares of that side.
-    `shift` pads with black and crops at random, by up to so many pixels each way; `flip` mirrors
-    each image with probability 1/2. Both act before normalisation.
+    `shift` pads with `fill` (black) and crops at random, by up to so many pixels each way; `flip`
+    mirrors each image with probability 1/2. Both act before normalisation.
 
     A shuffled loader draws one number from torch's global random state per pass, and everything
     else from that number. With `drop_last` a last, smaller batch is left out, unless it is the
@@ -37,6 +37,7 @@ class TensorLoader:
     drop_last: bool = False
     flip: bool = False
     shift: int = 0
+    fill: int = 0
     image_size: int | None = None
     rank: int = 0
     world_size: int = 1
@@ -71,7 +72,9 @@ class TensorLoader:
         offset = (-torch.tensor(self.mean) / torch.tensor(self.std)).view(shape)
         for index in range(len(self)):
             chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-            images = augment(self.images[chosen], draws, flip=self.flip, shift=self.shift)
+            images = augment(
+                self.images[chosen], draws, flip=self.flip, shift=self.shift, fill=self.fill
+            )
             batch = images.float().mul_(scale).add_(offset)
             if self.image_size is not None and self.image_size != batch.shape[-1]:
                 side = (self.image_size, self.image_size)
@@ -81,14 +84,16 @@ class TensorLoader:
             yield batch, self.targets[chosen]
 
 
-def augment(images: Tensor, generator: torch.Generator, *, flip: bool, shift: int) -> Tensor:
-    """Random mirror and shifted crop of each image (B, C, H, W); black comes in at the edges."""
+def augment(
+    images: Tensor, generator: torch.Generator, *, flip: bool, shift: int, fill: int = 0
+) -> Tensor:
+    """Random mirror and shifted crop of each image (B, C, H, W); `fill` comes in at the edges."""
     count, _, height, width = images.shape
     if flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
     if shift:
-        padded = functional.pad(images, (shift, shift, shift, shift))
+        padded = functional.pad(images, (shift, shift, shift, shift), value=fill)
         top, left = torch.randint(2 * shift + 1, (2, count, 1), generator=generator)
         rows = (top + torch.arange(height)).view(count, 1, height, 1)
         columns = (left + torch.arange(width)).view(count, 1, 1, width)

@@ -31,6 +31,8 @@ _CORRECTIONS = 3
 _LEAST_GAIN = 1e-9
 # A limit in nodes, not in seconds: the answer must not hang on how busy the machine is.
 _SOLVER = {"mip_rel_gap": 1e-6, "node_limit": 500}
+# Prices in whole millionths of the target: sums of whole numbers break a limit clearly or not at all.
+_UNITS = 1e6
 _ROWS = 4096
 
 
@@ -272,7 +274,11 @@ class _Program:
             bounds=optimize.Bounds(0, 1),
             constraints=[
                 optimize.LinearConstraint(one_each.numpy(), 1, 1),
-                optimize.LinearConstraint(self.prices.T.numpy(), -float("inf"), slack.numpy()),
+                optimize.LinearConstraint(
+                    (self.prices.T * _UNITS).round().numpy(),
+                    -float("inf"),
+                    (slack * _UNITS).round().clamp_min(0).numpy(),
+                ),
             ],
             options=_SOLVER,
         )

@@ -14,6 +14,7 @@ from wgates_plugin.strategies.criteria import REFUSED as REFUSED_CRITERIA
 from wgates_plugin.strategies.criteria_strategy import criterion_strategies
 from wgates_plugin.strategies.functionality import FunctionalityStrategy
 from wgates_plugin.strategies.gdp import GDPStrategy
+from wgates_plugin.strategies.knapsack import KnapsackStrategy
 from wgates_plugin.strategies.metapruning import MetaPruningStrategy
 from wgates_plugin.strategies.scop import ScopStrategy
 from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "functionality": FunctionalityStrategy,
     "metapruning": MetaPruningStrategy,
     "scop": ScopStrategy,
+    "knapsack": KnapsackStrategy,
     **criterion_strategies(),
 }
 """Name -> strategy."""

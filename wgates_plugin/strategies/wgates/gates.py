@@ -20,7 +20,7 @@ from wgates_plugin.strategies.wgates.functions import (
     surrogate,
     widths_of,
 )
-from wgates_plugin.strategies.wgates.scores import WeightScores, ranks_within, starting_offsets
+from wgates_plugin.strategies.wgates.scores import SCORES, ranks_within, starting_offsets
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 
 
@@ -59,7 +59,7 @@ class WGates:
                 "W-Gates", ['start="open" slides the target over the phase: give `steps`']
             )
         budgeting.check_feasible(space, budget, self.settings.grid)
-        self.scores = WeightScores(network, space)
+        self.scores = SCORES[self.settings.scores](network, space)
         self._set_starting_point(ranking, opening)
         self.optimizer = torch.optim.Adam(self.scores.parameters(), lr=self.settings.learning_rate)
         self.constraint = make_constraint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,14 @@ class WeightScores(nn.Module):
         self.ties: Tensor
 
     def forward(self) -> Tensor:
+        return squash(self.raw() + self.offset)
+
+    def raw(self) -> Tensor:
+        """What the weights add to the offset, before squashing: (total_units,)."""
         total = self.offset.new_zeros(self.space.total_units + 1)  # last: channels no group owns
         for (module, target), theta in zip(self._producers, self.thetas, strict=True):
             total = total.index_add(0, target, filter_scores(_flat(module), theta))
-        return squash(total[:-1] / self.ties + self.offset)
+        return total[:-1] / self.ties
 
     @torch.no_grad()
     def norms(self) -> Tensor:
@@ -59,6 +63,74 @@ class WeightScores(nn.Module):
             norm = _flat(module).norm(dim=1)
             total.index_add_(0, target, norm / norm.mean().clamp_min(1e-12))
         return total[:-1]
+
+
+class FreeScores(nn.Module):
+    """One learnable score per unit, for comparison (ours): `() -> (total_units,)`.
+
+    What the paper's central claim is held against: the same offsets, squash and optimizer, but no
+    weights behind the scores. `step_size (total_units,)` scales them so that an optimizer step moves
+    a score as far as it would have moved the weights' (see `matched_step_size`).
+    """
+
+    def __init__(self, network: nn.Module, space: ChannelSpace) -> None:
+        super().__init__()
+        weights = WeightScores(network, space)
+        self.norms: Callable[[], Tensor] = weights.norms
+        self.free = nn.Parameter(torch.zeros_like(weights.offset))
+        self.register_buffer("offset", weights.offset.clone())
+        self.register_buffer("step_size", matched_step_size(weights))
+        self.offset: Tensor
+        self.step_size: Tensor
+
+    def forward(self) -> Tensor:
+        return squash(self.free * self.step_size + self.offset)
+
+
+SCORES: dict[str, type[WeightScores] | type[FreeScores]] = {
+    "weights": WeightScores,
+    "free": FreeScores,
+}
+"""`WGatesSettings.scores` -> module."""
+
+
+def matched_step_size(weights: WeightScores, *, steps: int = 30) -> Tensor:
+    """How far Adam moves a weight-dependent score against a free one, (total_units,).
+
+    Filters share their `theta`, so that a step that suits one takes another along: of C filters with
+    unlike gradients each moves about `1 / sqrt(C)` as far as a score of its own would. Both kinds
+    are stepped here on the same white noise, which is most of what single batches send to gates, and
+    their mean movements over steps and units of each group are divided. Under a gradient that
+    never changes the free ones then move up to a third further: the doubt is settled in their favour.
+
+    The thetas of `weights` are used up.
+    """
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device and rank
+    units = torch.tensor([group.units for group in weights.space.groups])
+    free = torch.zeros_like(weights.offset)
+    thetas = list(weights.thetas)
+    optimizer = torch.optim.Adam(
+        [free, *thetas], lr=1.0
+    )  # scores are linear in both: any rate does
+    moved, moved_free = torch.zeros_like(free), torch.zeros_like(free)
+    before, before_free = weights.raw().detach(), free.clone()
+    for _ in range(steps):
+        noise = torch.randn(len(free), generator=generator).to(free)
+        # Not `backward`, which would leave gradients on the network's weights.
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(weights.raw(), thetas, grad_outputs=noise)
+        for parameter, gradient in zip([free, *thetas], [noise, *gradients], strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        after = weights.raw().detach()
+        moved += (after - before).abs()
+        moved_free += (free - before_free).abs()
+        before, before_free = after, free.clone()
+    sums = [
+        torch.stack([part.sum() for part in tensor.split(units.tolist())])
+        for tensor in (moved, moved_free)
+    ]
+    return (sums[0] / sums[1]).repeat_interleave(units.to(free.device))
 
 
 def _flat(module: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from wgates_plugin.efficiency.constraint import CONSTRAINTS
 from wgates_plugin.errors import ConfigError
+from wgates_plugin.strategies.wgates.scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class WGatesSettings:
         constraint: "augmented-lagrangian" (ours), or the paper's "linear" or "log" weighting.
         alpha: weight of the paper's forms.
         spread: largest initial distance of a score from the threshold, under 1/2.
+        scores: "weights" computes scores from the filters' weights, as published; "free" learns one
+            per unit, to compare with: same start, squash, optimizer and mean step.
     """
 
     learning_rate: float = 1e-3
@@ -30,6 +33,7 @@ class WGatesSettings:
     constraint: str = "augmented-lagrangian"
     alpha: float = 1.0
     spread: float = 0.4
+    scores: str = "weights"
 
     def __post_init__(self) -> None:
         problems = []
@@ -43,6 +47,8 @@ class WGatesSettings:
             problems.append(f"start `{self.start}`: unknown; known: target, open")
         if self.constraint not in CONSTRAINTS:
             problems.append(f"constraint `{self.constraint}`: known: {', '.join(CONSTRAINTS)}")
+        if self.scores not in SCORES:
+            problems.append(f"scores `{self.scores}`: unknown; known: {', '.join(SCORES)}")
         if not 0 < self.spread < 0.5:
             problems.append(f"spread {self.spread}: must lie between 0 and 0.5")
         if not 0 < self.slide_fraction <= 1:

@@ -1,0 +1,1 @@
+"""Data and networks of the method comparison, named in recipes as `benchmarks.tasks.MODULE:NAME`."""
