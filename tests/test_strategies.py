@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {}
 """Strategy -> options that make it quick here; the laws hold for any."""
 
 GRID = 2
-TRAINING = TrainingSettings(learning_rate=0.02, accelerator="cpu")
+TRAINING = TrainingSettings(learning_rate=0.02, accelerator="cpu", channels_last=True)
 
 
 def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:

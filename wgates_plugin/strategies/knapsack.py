@@ -31,8 +31,10 @@ _CORRECTIONS = 3
 _LEAST_GAIN = 1e-9
 # A limit in nodes, not in seconds: the answer must not hang on how busy the machine is.
 _SOLVER = {"mip_rel_gap": 1e-6, "node_limit": 500}
-# Prices in whole millionths of the target: sums of whole numbers break a limit clearly or not at all.
-_UNITS = 1e6
+# Of relative prices. At 1, rounding the solver's near-integers breaks rows by more than its fixed
+# tolerance of 1e-6; it then solves again, and says so on standard output.
+_PRICE_SCALE = 1e-2
+_TOLERANCE = 1e-6 / _PRICE_SCALE
 _ROWS = 4096
 
 
@@ -258,7 +260,7 @@ class _Program:
             over = self._violations(torch.tensor([picked], dtype=torch.float64))[0].clamp_min(0)
             if not over.any():
                 return found
-            slack = slack - over
+            slack = slack - over - _TOLERANCE * (over > 0)
         return found
 
     def _solve_within(self, slack: Tensor, optimize: ModuleType) -> tuple[int, ...] | None:
@@ -275,9 +277,9 @@ class _Program:
             constraints=[
                 optimize.LinearConstraint(one_each.numpy(), 1, 1),
                 optimize.LinearConstraint(
-                    (self.prices.T * _UNITS).round().numpy(),
+                    _PRICE_SCALE * self.prices.T.numpy(),
                     -float("inf"),
-                    (slack * _UNITS).round().clamp_min(0).numpy(),
+                    _PRICE_SCALE * slack.numpy(),
                 ),
             ],
             options=_SOLVER,

@@ -84,7 +84,9 @@ def channels_last_within(network: nn.Module, *, wanted: bool) -> Iterator[None]:
         yield
         return
     plain = [p for p in network.parameters() if p.ndim == 4 and p.is_contiguous()]
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Not network.to(memory_format=...): it raises on parameters of five dimensions.
+    for parameter in plain:
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     try:
         yield
     finally:
