@@ -18,6 +18,7 @@ class Claim:
         most: an upper end as well, for what must lie within a band.
         source: where the value is read, under benchmarks/, and what to know about it.
         value: reads the value from a results folder; None when the result is not there.
+        interval: reads how sure that is, for what is shown with a 95 % interval.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Claim:
     source: str
     value: Callable[[Path], float | None]
     most: float | None = None
+    interval: Callable[[Path], tuple[float, float] | None] | None = None
 
 
 def number(benchmark: str, *keys: str) -> Callable[[Path], float | None]:

@@ -1,11 +1,14 @@
-"""Pictures for the front page, drawn from the stored results, for light and for dark pages."""
+"""Pictures of the stored results, for light and for dark pages."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.comparison.claims import COMPARED
+from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
 from benchmarks.not_faster import OURS, RIVAL
 from benchmarks.records import parser, read_record
 from wgates_plugin.files import atomic_path
@@ -81,26 +84,44 @@ PICTURES: dict[str, Callable[[dict[str, Any], Theme], Figure]] = {"not_faster": 
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw `NAME.svg` and `NAME-dark.svg` of every picture whose record is in `folder`, beside it.
+    """Draw `NAME.svg` and `NAME-dark.svg` of every picture whose results are in `folder`, beside them.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", extra="plots", purpose="drawing the benchmarks' pictures")
     written = []
     for name, picture in PICTURES.items():
         record = read_record(folder, name)
         if record is None:
             print(f"{name}: no record; run `python -m benchmarks {name}`")
             continue
-        for theme in (LIGHT, DARK):
-            # Without the salt and the date, the same record would not give the same file.
-            with matplotlib.rc_context({**style(theme), "svg.hashsalt": name}):
-                figure = picture(record, theme)
-                path = folder / f"{name}{theme.suffix}.svg"
-                with atomic_path(path) as part:
-                    figure.savefig(part, format="svg", metadata={"Date": None})
-            written.append(path)
+        written += _both_themes(folder / name, functools.partial(picture, record))
+    for experiment in COMPARED:
+        if experiment.with_role("ablation"):
+            continue
+        by_runtime = cells_by_runtime(experiment, folder)
+        if not by_runtime:
+            print(f"{experiment.name}: no runs; run `python -m benchmarks comparison ...`")
+        for runtime, cells in by_runtime.items():
+            title = f"{experiment.task} on {RUNTIME_WORDS.get(runtime, runtime)}".replace("\n", " ")
+            written += _both_themes(
+                folder / "comparison" / experiment.name / runtime,
+                functools.partial(draw_trade_off, title, cells),
+            )
+    return written
+
+
+def _both_themes(path: Path, picture: Callable[[Theme], Figure]) -> list[Path]:
+    """`path` with `.svg` and `-dark.svg` behind it."""
+    matplotlib = require("matplotlib", extra="plots", purpose="drawing the benchmarks' pictures")
+    written = []
+    for theme in (LIGHT, DARK):
+        # Without the salt and the date, the same record would not give the same file.
+        with matplotlib.rc_context({**style(theme), "svg.hashsalt": path.name}):
+            figure = picture(theme)
+            written.append(path.with_name(f"{path.name}{theme.suffix}.svg"))
+            with atomic_path(written[-1]) as part:
+                figure.savefig(part, format="svg", metadata={"Date": None})
     return written
 
 

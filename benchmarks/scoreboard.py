@@ -9,9 +9,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import demo, doors, fashion_mnist, targets_at_224
 from benchmarks.claims import Claim, number
+from benchmarks.comparison.claims import COMPARISON_CLAIMS
 from benchmarks.latency_rivals import RIVALS
 from benchmarks.latency_samples import GRIDS, NETWORKS
 from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
@@ -30,6 +32,11 @@ class Entry:
     better: str
     holds: bool
     source: str
+    interval: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field; the interval where there is one."""
+        return {key: value for key, value in asdict(self).items() if key != "interval" or value}
 
 
 def target_held_share(folder: Path) -> float | None:
@@ -272,6 +279,7 @@ CLAIMS = (
         number("nni_experiment", "succeeded_share"),
     ),
     *STRATEGY_CLAIMS,
+    *COMPARISON_CLAIMS,
 )
 
 
@@ -299,7 +307,10 @@ def entries(folder: Path) -> list[Entry]:
     for claim in CLAIMS:
         value = claim.value(folder)
         good = holds(value, claim.bar, claim.better, claim.most)
-        found.append(Entry(claim.name, value, claim.bar, claim.better, good, claim.source))
+        interval = claim.interval(folder) if claim.interval else None
+        found.append(
+            Entry(claim.name, value, claim.bar, claim.better, good, claim.source, interval)
+        )
     return found
 
 
@@ -308,12 +319,13 @@ def main(argv: Sequence[str] = ()) -> None:
     options.add_argument("--out", type=Path, default=HOME / "scoreboard.json")
     arguments = options.parse_args(list(argv))
     found = entries(arguments.results)
-    write_json(arguments.out, [asdict(entry) for entry in found])
+    write_json(arguments.out, [entry.to_json() for entry in found])
     for entry in found:
         value = "-" if entry.value is None else f"{entry.value:.4g}"
         sign = "<=" if entry.better == "lower" else ">="
         print(
             f"{'holds' if entry.holds else 'MISSED':7} {entry.claim}: {value}"
+            + ("" if entry.interval is None else " ({:.4g} to {:.4g})".format(*entry.interval))
             + ("" if entry.bar is None else f" {sign} {entry.bar:g}")
         )
     print(f"wrote {arguments.out}")

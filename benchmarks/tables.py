@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import not_faster, scoreboard
+from benchmarks.comparison.claims import COMPARED
+from benchmarks.comparison.tables import ablations_table, matrix_text, verdicts_table
 from benchmarks.nni_experiment.page import table as trials_table
 from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
 from benchmarks.strategy_tables import promises_table, strategy_cost_table, systems_table
@@ -37,13 +39,22 @@ def score_table(folder: Path) -> str:
     rows = [
         [
             f"`{entry.claim}`",
-            "-" if entry.value is None else f"{entry.value:.3g}",
+            _value(entry),
             _bar(entry),
             "yes" if entry.holds else "**no**",
         ]
         for entry in scoreboard.entries(folder)
     ]
     return markdown(["claim", "value", "bar", "holds"], rows)
+
+
+def _value(entry: scoreboard.Entry) -> str:
+    if entry.value is None:
+        return "-"
+    words = f"{entry.value:.3g}"
+    return (
+        words if entry.interval is None else words + " ({:.3g} to {:.3g})".format(*entry.interval)
+    )
 
 
 def _bar(entry: scoreboard.Entry) -> str:
@@ -278,6 +289,19 @@ def nni_experiment_table(folder: Path) -> str:
     return trials_table(record["samples"]["trials"], record["numbers"]["dense"])
 
 
+def comparison_table(folder: Path) -> str:
+    return verdicts_table([e for e in COMPARED if not e.with_role("ablation")], folder)
+
+
+def comparison_methods_table(folder: Path) -> str:
+    parts = [matrix_text(e, folder) for e in COMPARED if not e.with_role("ablation")]
+    return "\n\n".join(part for part in parts if part) or NOT_RUN
+
+
+def comparison_ablations_table(folder: Path) -> str:
+    return ablations_table(COMPARED, folder)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "scoreboard": score_table,
     "gate_step": gate_step_table,
@@ -289,6 +313,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lpnet_transfer": lpnet_transfer_table,
     "not_faster": not_faster_table,
     "fashion_mnist": fashion_mnist_table,
+    "comparison": comparison_table,
+    "comparison_methods": comparison_methods_table,
+    "ablations": comparison_ablations_table,
     "systems": systems_table,
     "strategy_cost": strategy_cost_table,
     "promises": promises_table,

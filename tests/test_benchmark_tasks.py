@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks import comparison
 from benchmarks.comparison import runs
-from benchmarks.comparison.experiment import FOLDER, Run, load_experiment
+from benchmarks.comparison.experiment import FOLDER, Run, load_experiment, recipe_of
 from benchmarks.tasks import emoji, emoji_packages, networks
 from wgates_plugin import trace
 from wgates_plugin.catalogue import TensorLoader, load_data, load_model
@@ -33,7 +33,7 @@ from wgates_plugin.verification import TOLERANCE, removal_error
 pytest.importorskip("PIL")
 if importlib.util.find_spec("torchvision") is None:
     pytest.skip("torchvision is not installed", allow_module_level=True)
-from PIL import Image  # noqa: E402
+from PIL import Image
 
 # --- networks ------------------------------------------------------------------------------------
 
@@ -322,9 +322,33 @@ def test_experiments_compare_the_same_methods_alike() -> None:
         )  # fmt: skip
     for experiment in [first, *others]:
         assert experiment.recipe["pruning"]["grid"] > 1  # the common grid, probed by nobody
-        changed = {name for name, method in experiment.methods.items() if method.pruning}
-        assert changed == {"l1-shipped", "fpgm-shipped"}
+        for name, method in experiment.methods.items():
+            apart = name.endswith(("-shipped", "-published"))
+            assert method.pruning == ({"grid": 1} if apart else {}), name
+            assert (method.targets is not None) == apart, name
         assert "epochs" in experiment.about
+    plain = {load_experiment(name).task for name in EXPERIMENTS} - {None}
+    assert len(plain) == 5  # the others are for users who have the data
+
+
+def test_ablations_change_one_thing_of_ours() -> None:
+    for task in ("emoji_mobilenet_v2", "fashion_resnet20"):
+        experiment = load_experiment(f"ablations_{task}")
+        assert (experiment.task, len(experiment.seeds)) == (task, 5)
+        ours = experiment.methods["wgates"]
+        compared = load_experiment(task)
+        assert ours == compared.methods["wgates"].model_copy(update={"tuning": ours.tuning})
+        epochs = compared.recipe["pruning"]["gate_epochs"]
+        epochs += compared.recipe["pruning"]["fine_tune_epochs"]
+        for name in experiment.with_role("ablation"):
+            method = experiment.methods[name]
+            assert method.strategy == "wgates"
+            run = Run(name, "onnxruntime", experiment.targets[0], 0)
+            settings = recipe_of(experiment, run, Path("run")).pruning
+            assert settings.gate_epochs + settings.fine_tune_epochs == epochs, name
+            assert set(ours.options) <= set(method.options), name
+            changed = (len(method.options) - len(ours.options)) + bool(method.pruning)
+            assert changed == 1, name
 
 
 def pictures(folder: Path) -> Path:
@@ -368,7 +392,9 @@ def test_experiments_for_users_with_data_run(
         gate_epochs=0, fine_tune_epochs=1, samples=10, seconds_per_sample=0.01,
         measure_seconds=0.02, active=False,
     )  # fmt: skip
-    raw["methods"] = {key: raw["methods"][key] for key in (method,)}
+    known = yaml.safe_load((FOLDER / raw["methods"]).read_text())
+    elsewhere = ("targets", "runtimes")
+    raw["methods"] = {method: {k: v for k, v in known[method].items() if k not in elsewhere}}
     raw.update(targets=[0.95], seeds=[0], runtimes=[{"runtime": "eager"}])
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from comparison_helpers import filled, stored
 
 from benchmarks import comparison
 from benchmarks.comparison import runs
@@ -16,38 +17,7 @@ from benchmarks.comparison.experiment import FOLDER, Run, load_experiment, recip
 from benchmarks.comparison.summary import Difference, read_cells
 from benchmarks.comparison.tables import HEAD, experiment_text
 from wgates_plugin.errors import ConfigError
-from wgates_plugin.files import write_json
 from wgates_plugin.recipe import load_recipe
-
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "about": "digits, for the tests",
-    "recipe": {
-        "model": {"name": "digits_resnet"},
-        "data": {"name": "digits", "batch_size": 64, "limit": 256},
-        "dense_training": {"epochs": 1},
-        "pruning": {
-            "gate_epochs": 1,
-            "fine_tune_epochs": 1,
-            "samples": 10,
-            "seconds_per_sample": 0.02,
-            "measure_seconds": 0.05,
-            "min_fraction": 0.1,
-            "grid": 4,
-            "active": False,
-        },
-    },
-    "runtimes": [{"runtime": "eager"}],
-    "targets": [0.8],
-    "seeds": [0],
-    "methods": {"wgates": {"strategy": "wgates", "rival": False}, "random": {"strategy": "random"}},
-}
-
-
-def stored(folder: Path, **changes: Any) -> Path:
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
-    return path
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -55,6 +25,7 @@ def test_committed_experiments_are_sound(path: Path) -> None:
     experiment = load_experiment(path)
     assert experiment.name == path.stem
     assert "random" in experiment.methods  # without chance no cell can be called decided
+    assert experiment.ours == "wgates"
     keys = [run.key for run in runs_of(experiment)]
     assert len(set(keys)) == len(keys)
 
@@ -78,6 +49,7 @@ def test_every_method_gets_the_same_but_what_it_names(tmp_path: Path) -> None:
 
 
 def test_problems_of_all_methods_come_at_once(tmp_path: Path) -> None:
+    ours = {"strategy": "wgates", "role": "ours"}
     methods = {"a": {"strategy": "magic"}, "b": {"strategy": "l1", "options": {"scoop": 1}}}
     with pytest.raises(ConfigError) as caught:
         load_experiment(stored(tmp_path, methods=methods))
@@ -85,34 +57,78 @@ def test_problems_of_all_methods_come_at_once(tmp_path: Path) -> None:
     assert "did you mean `scope`" in str(caught.value)
     with pytest.raises(ConfigError, match="targets"):
         load_experiment(stored(tmp_path, targets=[1.5]))
+    with pytest.raises(ConfigError, match="exactly one method is `ours`, not a, b"):
+        load_experiment(stored(tmp_path, methods={"a": ours, "b": ours}))
+    nowhere = {**ours, "targets": [0.8, 0.7], "runtimes": ["eager", "openvino"]}
+    with pytest.raises(ConfigError, match=r"methods.a: runs at \[0.7, 'openvino'\]"):
+        load_experiment(stored(tmp_path, methods={"a": nowhere}))
 
 
-def made_up(accuracy: float, ratio: float = 0.49) -> dict[str, Any]:
-    before = {"latency_ms": 2.0, "accuracy": 0.9, "macs": 10.0, "parameters": 10.0}
-    after = {"latency_ms": 2.0 * ratio, "accuracy": accuracy, "macs": 5.0, "parameters": 4.0}
-    return {
-        "kind": "wgates-report",
-        "baseline": before,
-        "final": after,
-        "after_removal": {"accuracy": 0.5},
-        "contract": "held" if ratio <= 0.5 else "missed",
-        "seconds": {"gates": 3.0},
+def test_a_methods_settings_are_laid_over_the_others(tmp_path: Path) -> None:
+    """A method that distils keeps the learning rate that all have."""
+    path = stored(tmp_path)
+    raw = yaml.safe_load(path.read_text())
+    raw["recipe"]["pruning"]["training"] = {"learning_rate": 0.03}
+    raw["methods"]["taught"] = {
+        "strategy": "wgates",
+        "pruning": {"training": {"distillation_weight": 0.5}},
     }
+    path.write_text(yaml.safe_dump(raw))
+    recipe = recipe_of(load_experiment(path), Run("taught", "eager", 0.8, 0), tmp_path / "run")
+    training = recipe.pruning.training
+    assert (training.learning_rate, training.distillation_weight) == (0.03, 0.5)
 
 
-def filled(folder: Path, accuracies: dict[str, list[float]]) -> Any:
+def test_a_method_runs_where_it_is_told_to(tmp_path: Path) -> None:
+    methods = {
+        "random": {"strategy": "random"},
+        "some": {"strategy": "l1", "targets": [0.5], "runtimes": ["eager"]},
+    }
+    runtimes = [{"runtime": "eager"}, {"runtime": "onnxruntime"}]
     experiment = load_experiment(
-        stored(folder, seeds=[0, 1, 2], methods={m: {"strategy": "l1"} for m in accuracies})
+        stored(tmp_path, methods=methods, targets=[0.5, 0.8], runtimes=runtimes)
     )
-    home = folder / "results" / "comparison" / "small"
-    for seed in experiment.seeds:
-        dense = {"accuracy": 0.9, "trained_on": {"accuracy": 0.92}}
-        write_json(home / f"dense-{seed}.json", dense)
-    for method, values in accuracies.items():
-        for seed, accuracy in enumerate(values):
-            path = home / "runs" / f"{Run(method, 'eager', 0.8, seed).key}.json"
-            write_json(path, made_up(accuracy))
-    return experiment
+    assert [run.key for run in runs_of(experiment) if run.method == "some"] == ["some-eager-50-0"]
+    cells = read_cells(experiment, tmp_path)
+    assert [(c.runtime, c.target) for c in cells if "some" in c.rows] == [("eager", 0.5)]
+
+
+def test_methods_may_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
+    methods = {"x": {"strategy": "l2"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(methods))
+    assert load_experiment(stored(tmp_path, methods="mine.yaml")).methods["x"].strategy == "l2"
+
+
+def test_a_profile_is_laid_over_the_experiment_and_kept_apart(tmp_path: Path) -> None:
+    over = {"recipe": {"pruning": {"gate_epochs": 7}}, "seeds": [5]}
+    path = stored(tmp_path, profiles={"large": over}, task="digits")
+    plain, large = load_experiment(path), load_experiment(path, "large")
+    assert (large.name, large.task, large.seeds) == ("small-large", "digits-large", [5])
+    assert large.recipe["pruning"] == {**plain.recipe["pruning"], "gate_epochs": 7}
+    assert large.methods == plain.methods
+    first, second = (runs.Places(each, tmp_path, tmp_path) for each in (plain, large))
+    assert first.results != second.results
+    assert first.dense_folder(0) != second.dense_folder(0)
+    with pytest.raises(ConfigError, match="profile `huge`: unknown; known: large"):
+        load_experiment(path, "huge")
+
+
+def test_experiments_of_a_task_share_what_is_dense(tmp_path: Path) -> None:
+    """Their own results and run folders stay their own; so the recipes must agree."""
+    first, second = (
+        runs.Places(load_experiment(stored(tmp_path, name=name, task="t")), tmp_path, tmp_path)
+        for name in ("small", "other")
+    )
+    run = Run("wgates", "eager", 0.8, 0)
+    assert first.dense_folder(0) == second.dense_folder(0)
+    assert first.samples("eager") == second.samples("eager")
+    assert first.run_folder(run) != second.run_folder(run)
+    assert first.result(run) != second.result(run)
+    committed = [load_experiment(path) for path in FOLDER.glob("*.yaml")]
+    for one in committed:
+        for other in committed:
+            if one.task is not None and one.task == other.task:
+                assert one.recipe == other.recipe
 
 
 def test_a_cell_is_decided_when_the_best_beats_chance(tmp_path: Path) -> None:
@@ -144,6 +160,18 @@ def test_missing_runs_are_shown(tmp_path: Path) -> None:
     assert "1 missing" in text
     assert "+2.00 ± 0.00" in text  # lost against the untouched network trained on
     assert all(line.count("|") == len(HEAD) + 1 for line in text.splitlines() if line[:1] == "|")
+    assert "*incomplete*: 1 runs are missing" in text
+
+
+def test_refused_runs_are_shown_and_are_no_missing_ones(tmp_path: Path) -> None:
+    refused = {"random": [0.8, 0.8, 0.8], "wide": ["too few ms"] * 3, "odd": [0.9, "too few", 0.9]}
+    experiment = filled(tmp_path, refused)
+    (cell,) = read_cells(experiment, tmp_path / "results")
+    assert cell.missing() == 0
+    assert cell.best(["wide", "odd"]) is None
+    text = experiment_text(experiment, tmp_path / "results")
+    assert "| `wide` | 3 refused: too few ms |" in text
+    assert "(2 seeds, 1 refused: too few)" in text
 
 
 def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +197,30 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     comparison.main(words)
     assert "0 runs to do" in capsys.readouterr().out
     assert places.samples("eager").read_text() == samples
+
+
+def test_without_ray_it_goes_on_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done: list[str] = []
+    monkeypatch.setattr(runs, "prepared", lambda *_: None)
+    monkeypatch.setattr(runs, "time_finals", lambda *_: None)
+    monkeypatch.setattr(runs, "attempt", lambda _, __, run: done.append(run.key) or run.key)
+    path = stored(tmp_path)
+    comparison.main([str(path), "--results", str(tmp_path), "--scratch", str(tmp_path), "--ray"])
+    assert "wgates-plugin[ray]" in capsys.readouterr().out
+    assert done == ["wgates-eager-80-0", "random-eager-80-0"]
+
+
+@pytest.mark.slow
+def test_runs_on_ray_are_processes_of_one_thread(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    word = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    places = [tmp_path / name for name in "ab"]
+    commands = [[sys.executable, "-c", word, str(place)] for place in places]
+    assert comparison._on_ray(commands, gpus=0)
+    assert [place.read_text() for place in places] == ["1", "1"]
 
 
 @pytest.mark.parametrize("system", ["gdp", "scop", "functionality", "metapruning"])

@@ -178,6 +178,20 @@ def test_local_takes_the_same_share_and_global_does_not() -> None:
     assert shares["global"][0] - shares["global"][1] > 0.4
 
 
+def test_isomorphic_takes_the_same_share_of_each_structure_and_not_of_each_group() -> None:
+    body = [conv_bn(3, 24), conv_bn(24, 24), conv_bn(24, 24)]
+    network = randomised(nn.Sequential(*body, nn.Flatten(), nn.Linear(24 * 64, 5)), 0)
+    with torch.no_grad():  # in one of two equal groups, three filters stand out
+        network.get_parameter("1.0.weight")[3:] *= 1e-3
+    space = trace(network, example())
+    plan = plan_by_criterion(network, space, "l1", budget_of(space), scope="isomorphic")
+    alike, odd = sum(plan.widths[:2]) / 48, plan.widths[2] / 24
+    assert plan.widths[0] - plan.widths[1] >= 6
+    assert abs(alike - odd) < 0.1
+    overall = plan_by_criterion(network, space, "l1", budget_of(space))
+    assert abs(sum(overall.widths[:2]) / 48 - overall.widths[2] / 24) > abs(alike - odd)
+
+
 def test_global_scores_do_not_depend_on_a_layers_scale() -> None:
     networks = [tiny("plain") for _ in range(2)]
     with torch.no_grad():
@@ -296,6 +310,33 @@ def test_obdc_as_shipped_fails_on_a_convolutional_network() -> None:
     )
     with pytest.raises(TypeError, match="NoneType"):
         OBDCImportance(num_classes=5)._prepare_model(network, pruner)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_depthwise_weights_count_for_none_as_documented(name: str) -> None:
+    network, changed = tiny("depthwise"), tiny("depthwise")
+    space = trace(network, example())
+    found = dict(changed.named_modules())
+    depthwise = [layer.name for layer in space.layers if layer.kind == "depthwise"]
+    assert depthwise
+    for layer in depthwise:
+        weight = found[layer].get_parameter("weight")
+        gradient = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            weight.mul_(1 + 9 * torch.arange(len(weight)).view(-1, 1, 1, 1))
+        weight.grad = gradient
+    importance: Any = CRITERIA[name].make()
+    scores = []
+    for one in (network, changed):
+        for parameter in one.parameters():
+            parameter.grad = (
+                torch.ones_like(parameter) if parameter.grad is None else parameter.grad
+            )
+        if isinstance(importance, HessianImportance):
+            importance.accumulate_grad(one)
+        torch.manual_seed(0)
+        scores.append(importance_scores(one, space, importance))
+    assert torch.equal(*scores)
 
 
 def test_growing_reg_as_shipped_does_nothing_to_batchnorm() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,47 @@ def test_it_learns_what_a_loop_by_hand_learns(tmp_path: Path) -> None:
     assert gates.plan.kept == pruner.plan.kept
     assert gates.plan.widths != gates.plan.space.full_widths
     assert same_tensors(by_hand.state_dict(), module.net.state_dict())
+
+
+def watch(gates: WGatesCallback, seen: list[Tensor]) -> Any:
+    """A callback that notes the scores after every step."""
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            assert gates.pruner is not None
+            seen.append(gates.pruner.gates.unit_scores())
+
+    return Watch()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_gates_learn_under_reduced_precision(tmp_path: Path, precision: Any) -> None:
+    gates, seen, module = callback(), [], Module()
+    trainer(tmp_path, 2, gates, watch(gates, seen), precision=precision).fit(
+        module, loader(), loader()
+    )
+    assert gates.monitor["step"] == 6.0
+    assert gates.monitor["skipped"] == 0.0
+    assert {scores.dtype for scores in seen} == {torch.float32}
+    assert all(not torch.equal(*pair) for pair in itertools.pairwise(seen))
+    assert module.net[0][0].out_channels == 4
+
+
+def test_the_scale_of_a_loss_scaler_is_taken_out_of_the_gates(tmp_path: Path) -> None:
+    """The CPU's mixed precision has no scaler; with one, of whatever course, gates learn as without."""
+    found: list[list[Tensor]] = []
+    for growth in (None, 1, 2000):  # none, one that doubles after every step, a constant one
+        plugin = lightning.plugins.MixedPrecision("bf16-mixed", "cpu")
+        if growth is not None:
+            plugin.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth)
+        gates, seen = callback(pruning_ratio=None, target=4e4), []
+        trainer(tmp_path, 2, gates, watch(gates, seen), plugins=[plugin]).fit(Module(), loader())
+        assert len(seen) == gates.monitor["step"] == 6.0
+        if growth is not None:
+            assert plugin.scaler.get_scale() == (2.0**16 if growth == 1 else 1024.0)
+        found.append(seen)
+    for scaled in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], scaled, strict=True))
 
 
 def test_accumulated_gradients_make_one_gate_step(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ class PlainLoop:
             optimizer.zero_grad()
             loss = training_step(batch(seed), self.network)
             loss.backward()
-            after_backward(SimpleNamespace(loss=loss.detach()))
+            after_backward(SimpleNamespace(step=seed, loss=loss.detach()))
             optimizer.step()
 
 

@@ -18,14 +18,18 @@ import torch
 from networks import example, tiny
 from nni.compression.pruning import SlimPruner
 from nni_helpers import evaluator
+from test_strategies import batches
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import nni_experiment
+from benchmarks.nni_experiment import subject, trial
 from benchmarks.records import read_record
 from wgates_plugin import trace
 from wgates_plugin.efficiency import MacsModel, ParametersModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError
 from wgates_plugin.integrations.nni import PRUNERS, build_pruner, make_config, remove
+from wgates_plugin.integrations.nni.strategies import NEED_A_TARGET
 from wgates_plugin.latency.measurement import Measurement
 from wgates_plugin.verification import TOLERANCE, relative_error
 
@@ -36,7 +40,7 @@ def built(network: nn.Module, **parameters: Any) -> Any:
         model=network,
         evaluator=evaluator(network),
         example_inputs=example(),
-        efficiency=parameters.pop("efficiency", None),
+        data=batches(),
     )
 
 
@@ -60,7 +64,7 @@ def test_every_pruner_ends_under_the_target_exactly(name: str, kind: str) -> Non
     assert 0.2 * full < cost(network) <= 0.5 * full
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name not in NEED_A_TARGET])
 def test_every_pruner_takes_a_ratio(name: str) -> None:
     network = tiny("plain")
     pruner = built(network, pruner=name, sparse_ratio=0.25)
@@ -145,6 +149,41 @@ def test_a_dashboard_that_others_can_reach_is_refused() -> None:
             nni_experiment.check_loopback(os.getpid())
 
 
+@pytest.mark.parametrize(
+    ("name", "learned"),
+    # Strategies learn for whole epochs, of 4 batches here.
+    [("wgates", 6), ("taylor", 6), ("l1", 0), ("fpgm", 0), ("gdp", 8), ("knapsack", 0)],
+)
+def test_every_pruner_trains_for_as_many_steps(name: str, learned: int) -> None:
+    data = subject.data_of(limit=4 * subject.BATCH)
+    network = subject.network_of()
+    parameters = {"pruner": name, "target_fraction": 0.6, "training_steps": 6}
+    total = trial.total_steps(parameters, data, epochs=1)
+    assert total == 10
+    taken = []
+
+    def count(optimizer: Any, *_: Any) -> None:
+        if isinstance(optimizer, torch.optim.SGD):  # the scores of gates have an Adam
+            taken.append(name)
+
+    handle = register_optimizer_step_post_hook(count)
+    try:
+        model = MacsModel(trace(network, subject.example_of(data)))
+        assert trial.pruned(parameters, network, data, model) == learned == len(taken)
+        reports: list[int] = []
+        subject.fine_tune(
+            network,
+            data,
+            steps=total - learned,
+            learning_rate=0.01,
+            after_epoch=lambda: reports.append(len(taken)),
+        )
+    finally:
+        handle.remove()
+    assert len(taken) == total == reports[-1]
+    assert len(reports) == -(-(total - learned) // 4)
+
+
 @pytest.mark.slow
 def test_three_trials_succeed(tmp_path: Path) -> None:
     small = {"dense-epochs": 2, "epochs": 1, "steps": 5, "samples": 24, "images": 512}
@@ -160,6 +199,7 @@ def test_three_trials_succeed(tmp_path: Path) -> None:
     assert record["numbers"]["succeeded_share"] == 1.0
     rows = record["samples"]["trials"]
     assert len(rows) == 3
+    assert len({row["steps"] for row in rows}) == 1
     for row in rows:
         assert row["parameters"]["pruner"] in PRUNERS
         assert row["latency_ms"] == Measurement.from_json(row["measurement"]).latency_ms

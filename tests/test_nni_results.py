@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks import nni_masked_equals_removed as exactness
@@ -29,6 +31,26 @@ def test_every_stored_trial_succeeded_with_its_timings() -> None:
         )
 
 
+def test_every_stored_trial_trained_for_as_many_steps() -> None:
+    record = read_record(RESULTS, "nni_experiment")
+    assert record is not None
+    rows = record["samples"]["trials"]
+    assert len({row["steps"] for row in rows}) == 1
+    learned = {row["parameters"]["pruner"]: row["pruning_steps"] for row in rows}
+    steps = record["settings"]["steps"]
+    assert learned == {"wgates": steps, "taylor": steps, "l1": 0, "fpgm": 0}
+
+
+def test_the_readme_names_every_pruner() -> None:
+    pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
+    from wgates_plugin.integrations.nni import PRUNERS
+
+    lines = page.README.read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if line.startswith("| `PRUNERS`")]
+    named = set(re.findall(r"`([\w-]+)`", row)) - {"PRUNERS", "build_pruner", "training_steps"}
+    assert named - {"sparse_ratio"} == set(PRUNERS)
+
+
 def test_a_failed_trial_is_shown_as_such() -> None:
     row = {
         "status": "FAILED",
@@ -36,7 +58,9 @@ def test_a_failed_trial_is_shown_as_such() -> None:
         "accuracy": None,
     }
     dense = {"latency_ms": 1.0, "accuracy": 0.9, "parameters": 1234}
-    assert page.table([row], dense).splitlines()[-1] == "| `l1` | 0.50 | - | - | - | - | FAILED |"
+    assert (
+        page.table([row], dense).splitlines()[-1] == "| `l1` | 0.50 | - | - | - | - | - | FAILED |"
+    )
 
 
 def test_stored_errors_are_within_tolerance() -> None:

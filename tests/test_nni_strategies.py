@@ -13,15 +13,28 @@ import torch
 from networks import example, tiny
 from nni_helpers import evaluator
 from test_strategies import SMALL, TRAINING, batches
+from torch import nn
 
 from wgates_plugin import trace
 from wgates_plugin.efficiency import MacsModel
 from wgates_plugin.errors import ConfigError, PlanError
-from wgates_plugin.integrations.nni import PRUNERS, StrategyPruner, build_pruner, remove
-from wgates_plugin.strategies import STRATEGIES
+from wgates_plugin.integrations.nni import (
+    PRUNERS,
+    StrategyPruner,
+    WGatesPruner,
+    build_pruner,
+    remove,
+)
+from wgates_plugin.integrations.nni.experiment import OF_DATA
+from wgates_plugin.strategies import STRATEGIES, WGatesSettings
+from wgates_plugin.targets import MacsTarget
+from wgates_plugin.training import TrainingSettings
 from wgates_plugin.verification import masked_output, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:WGatesPruner. layers that stay whole")
+
+THEIRS = ("l1", "l2", "fpgm", "taylor", "slim")
+"""Names that stand for NNI's own pruners."""
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"]}]
 
@@ -66,7 +79,84 @@ def test_a_ratio_says_how_many() -> None:
     assert any(widths[name] != full[name] for name in chosen)
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name in PRUNERS])
+@torch.no_grad()
+def trained(model: nn.Module) -> None:
+    """What a long training does: the channels' scales and BatchNorm's statistics change."""
+    generator = torch.Generator().manual_seed(3)
+    model.train()
+    model(example(4))
+    for parameter in model.parameters():
+        factors = 0.2 + 2 * torch.rand(len(parameter), generator=generator)
+        parameter.mul_(factors.view(-1, *[1] * (parameter.dim() - 1)))
+
+
+@pytest.mark.parametrize("strategy", ["l1", "bn-scale", "taylor", "knapsack"])
+def test_it_decides_on_the_weights_of_the_moment(strategy: str) -> None:
+    half = {"config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]}
+    untrained = pruner_of(strategy, **half)
+    untrained.compress()
+    late = pruner_of(strategy, **half)
+    model = late.bound_model
+    trained(model)
+    late.unwrap_model()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    late.wrap_model()
+    late.compress()
+    late.unwrap_model()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    fresh = tiny("residual")
+    fresh.load_state_dict(state)
+    fresh_pruner = StrategyPruner(
+        fresh, half["config_list"], strategy, batches(), training=TRAINING
+    )
+    fresh_pruner.compress()
+    assert late.plan is not None
+    assert fresh_pruner.plan is not None
+    assert untrained.plan is not None
+    assert late.plan.kept == fresh_pruner.plan.kept != untrained.plan.kept
+
+
+def test_a_phase_starts_from_the_weights_of_the_moment() -> None:
+    barely = TrainingSettings(learning_rate=1e-9, weight_decay=0.0, accelerator="cpu")
+    pruner = pruner_of("wgates", target=MacsTarget(fraction=0.5), training=barely)
+    trained(pruner.bound_model)
+    pruner.unwrap_model()
+    state = {name: value.clone() for name, value in pruner.bound_model.state_dict().items()}
+    pruner.wrap_model()
+    pruner.compress()
+    found = pruner.decision.network.state_dict()
+    for name, value in tiny("residual").named_parameters():
+        assert torch.allclose(found[name], state[name], atol=1e-5), name
+        if value.dim() > 1:
+            assert not torch.allclose(found[name], value, atol=1e-3), name
+
+
+def test_gates_without_training_go_by_the_norms_of_the_moment() -> None:
+    half = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+    def made(network: nn.Module) -> WGatesPruner:
+        return WGatesPruner(network, half, training_steps=0, example_inputs=example())
+
+    late = made(tiny("residual"))
+    trained(late.bound_model)
+    late.compress()
+    late.unwrap_model()
+    fresh = tiny("residual")
+    fresh.load_state_dict(late.bound_model.state_dict())
+    others = [made(fresh), made(tiny("residual"))]
+    for other in others:
+        other.compress()
+    plans = [pruner.plan for pruner in (late, *others)]
+    kept = [plan.kept for plan in plans if plan is not None]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_every_strategy_is_a_pruner_by_name() -> None:
+    assert set(STRATEGIES) <= set(PRUNERS)
+    assert set(OF_DATA) == set(STRATEGIES) - {"wgates", *THEIRS}
+
+
+@pytest.mark.parametrize("name", OF_DATA)
 def test_a_search_space_may_name_any_strategy(name: str) -> None:
     model = tiny("residual")
     pruner = build_pruner(
@@ -78,6 +168,49 @@ def test_a_search_space_may_name_any_strategy(name: str) -> None:
     )
     _, masks = pruner.compress()
     assert masks
+
+
+def test_ratios_that_leave_nothing_to_search_are_refused() -> None:
+    model = tiny("residual")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    half = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    with pytest.raises(ConfigError, match="`metapruning` searches widths"):
+        StrategyPruner(model, half, "metapruning", batches())
+    with pytest.raises(ConfigError, match="`metapruning` searches widths"):
+        by_name(model, pruner="metapruning", sparse_ratio=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_grid_beside_ratios_is_refused() -> None:
+    half = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    with pytest.raises(ConfigError, match=r"grid 4 together with sparse_ratio of `0\.0`"):
+        pruner_of("l1", config_list=half, grid=4)
+    words: Any = {"training_steps": 0, "example_inputs": example()}
+    with pytest.raises(ConfigError, match=r"grid 4 together with sparse_ratio of `0\.0`"):
+        WGatesPruner(tiny("residual"), half, settings=WGatesSettings(grid=4), **words)
+    for name in ("l1", "wgates", "lamp"):
+        with pytest.raises(ConfigError, match="grid 4 together with sparse_ratio: "):
+            by_name(tiny("residual"), pruner=name, sparse_ratio=0.5, grid=4)
+    by_name(tiny("residual"), pruner="lamp", sparse_ratio=0.5, grid=1)
+
+
+def by_name(model: nn.Module, **parameters: Any) -> Any:
+    return build_pruner(
+        parameters,
+        model=model,
+        evaluator=evaluator(model),
+        example_inputs=example(),
+        data=batches(),
+    )
+
+
+def test_a_ratio_over_several_layers_leaves_room_for_a_grid() -> None:
+    together = [{"op_types": ["Conv2d"], "sparse_ratio": 0.3, "global_group_id": 1}]
+    pruner = pruner_of("l1", config_list=together, grid=4)
+    pruner.compress()
+    assert pruner.plan is not None
+    groups = zip(pruner.space.groups, pruner.plan.widths, strict=True)
+    assert all(width % 4 == 0 or width == group.channels for group, width in groups)
 
 
 def test_what_is_wrong_is_said() -> None:

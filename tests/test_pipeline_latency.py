@@ -16,7 +16,7 @@ from networks import example, tiny
 
 from tests.test_pipeline import EXAMPLE, SETTINGS, make_network, run, with_latency_ratios
 from wgates_plugin import trace
-from wgates_plugin.efficiency import Budget, Limit, MacsModel
+from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, collect
@@ -24,6 +24,8 @@ from wgates_plugin.errors import ConfigError, TargetError
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline import preparation
 from wgates_plugin.pipeline.job import Job
+from wgates_plugin.strategies import Decision, Task, uniform_widths
+from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
 from wgates_plugin.targets import LatencyTarget
 
 STAGES = (
@@ -99,6 +101,54 @@ def test_the_budget_holds_what_the_target_says(tmp_path: Path) -> None:
         assert isinstance(limit.model, expected)
     with pytest.raises(TargetError, match="choose from expected, upper"):
         LatencyTarget(fraction=0.5, bound="lower")
+
+
+def test_a_strategy_may_be_held_to_macs_instead_of_latency() -> None:
+    """Those of the uniform widths that keep the latency; limits on counts stay beside them."""
+    space = trace(tiny("residual"), example())
+    macs = MacsModel(space)
+    full = torch.tensor(space.full_widths, dtype=torch.float64)
+    latency = Limit(ParametersModel(space), 0.5 * float(ParametersModel(space)(full)))
+    count = Limit(macs, 0.9 * float(macs(full)))
+    budget = Budget.of(latency, count)
+    job: Any = SimpleNamespace(space=space, grid=2, lpnet=object(), count_limits=lambda: [count])
+    job.budget = lambda _: budget
+    job.settings = SimpleNamespace(efficiency="latency")
+    assert Job.strategy_budget(job) is budget
+    job.settings = SimpleNamespace(efficiency="macs")
+    first, second = Job.strategy_budget(job).limits
+    uniform = uniform_widths(space, budget, 2)
+    assert isinstance(first.model, MacsModel)
+    assert first.target == float(macs(torch.tensor(uniform, dtype=torch.float64)))
+    assert second is count
+    job.lpnet = None  # without a latency target there is nothing to put in MACs
+    assert Job.strategy_budget(job) is budget
+    with pytest.raises(ConfigError, match="efficiency is 'watts', choose from latency, macs"):
+        dataclasses.replace(SETTINGS, efficiency="watts")
+
+
+def test_the_job_hands_the_macs_over_and_settles_by_latency(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Budget] = []
+    decide = WGatesStrategy.decide
+
+    def noted(self: Any, task: Task) -> Decision:
+        given.append(task.budget)
+        return decide(self, task)
+
+    monkeypatch.setattr(WGatesStrategy, "decide", noted)
+    result = run(
+        tmp_path / "run",
+        target=LatencyTarget(fraction=0.9, runtime="eager"),
+        settings=dataclasses.replace(SETTINGS, samples=10, active=False, efficiency="macs"),
+    )
+    (limit,) = given[0].limits
+    assert limit.model.name == "macs"
+    assert limit.target < result.report["baseline"]["macs"]
+    settled = [row for row in result.report["attempts"] if row["stage"] == "plan"]
+    assert all(row["predicted_ms"] > 0 for row in settled)
+    assert settled
 
 
 def test_active_sampling_may_go_where_the_optimiser_goes() -> None:

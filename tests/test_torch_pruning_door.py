@@ -22,9 +22,15 @@ from wgates_plugin.errors import (
     TargetError,
     TraceError,
 )
-from wgates_plugin.integrations.torch_pruning import WGatesImportance, WGatesPruner
+from wgates_plugin.integrations.torch_pruning import (
+    GDPImportance,
+    WGatesImportance,
+    WGatesPruner,
+)
 from wgates_plugin.pipeline import prune_to_target
 from wgates_plugin.strategies import WGatesSettings
+from wgates_plugin.strategies.criteria_repaired import HessianImportance, TaylorImportance
+from wgates_plugin.strategies.gdp import PolarisedGates
 from wgates_plugin.targets import MacsTarget, PruningSettings
 from wgates_plugin.training import Trainer, TrainingSettings
 from wgates_plugin.verification import TOLERANCE, removal_error
@@ -183,6 +189,21 @@ def test_detaching_gives_the_network_back() -> None:
         ({"target": 1e4, "pruning_ratio": 0.5}, ConfigError, "either a target or ratios"),
         ({"target": 1e4, "pruning_ratio_dict": {nn.ReLU(): 0.5}}, ConfigError, "either a target"),
         ({"target": 1e4, "isomorphic": True}, ConfigError, "isomorphic: the budget decides"),
+        ({"target": 1e4, "global_pruning": True}, ConfigError, "global_pruning: the budget"),
+        ({"min_channels": -1}, ConfigError, "min_channels -1: needs a whole number from 0"),
+        ({"min_channels": 2.5}, ConfigError, "min_channels 2.5"),
+        ({"min_fraction": float("nan")}, ConfigError, "min_fraction nan: needs a number from 0"),
+        ({"min_fraction": 1.5}, ConfigError, "min_fraction 1.5: needs a number from 0 to 1"),
+        ({"floors": {"0.0": 0}}, ConfigError, "floors of '0.0' 0: needs a whole number from 1"),
+        ({"caps": [3]}, ConfigError, r"caps \[3\]: needs a mapping"),
+        ({"iterative_steps": 1.0}, ConfigError, "iterative_steps 1.0: needs a whole"),
+        ({"iterative_pruning_ratio_scheduler": 3}, ConfigError, "scheduler 3: needs a function"),
+        ({"iterative_pruning_ratio_scheduler": lambda: 1}, ConfigError, "scheduler: fails for"),
+        ({"importance": TaylorImportance()}, ConfigError, "by gradients, and the model has none"),
+        ({"importance": HessianImportance()}, ConfigError, "squared gradients, and has none"),
+        ({"importance": "l1"}, ConfigError, "importance str: is not callable"),
+        ({"average": 1}, ConfigError, "average 1: needs a function"),
+        ({"steps": 0}, ConfigError, "steps 0: needs a whole number from 1"),
         ({"pruning_ratio": 1.5}, ConfigError, "needs a number from 0 to 1"),
         ({"pruning_ratio": "half"}, ConfigError, "needs a number from 0 to 1"),
         ({"pruning_ratio": float("nan")}, ConfigError, "pruning_ratio nan: needs a number"),
@@ -197,7 +218,7 @@ def test_detaching_gives_the_network_back() -> None:
         ({"target": -3.0}, TargetError, "positive finite"),
         ({"target": 1.0}, InfeasibleTargetError, "out of reach"),
         ({"pruning_ratio": 0.5, "floors": {"nowhere": 1}}, TraceError, "no prunable group"),
-        ({"pruning_ratio": 0.5, "round_to": 0}, ConfigError, "grid"),
+        ({"pruning_ratio": 0.5, "round_to": 0}, ConfigError, "round_to 0: needs"),
         ({"pruning_ratio": 0.5, "settings": WGatesSettings(start="open")}, ConfigError, "steps"),
     ],
 )
@@ -209,6 +230,16 @@ def test_wrong_arguments_leave_the_network_as_found(
     with pytest.raises(error, match=words):
         WGatesPruner(network, example(), **options)
     assert snapshot(network) == before
+
+
+def test_gradients_taken_before_serve_a_criterion_of_gradients() -> None:
+    network = tiny("plain")
+    network(example(8)).square().mean().backward()
+    pruner = WGatesPruner(network, example(), TaylorImportance(), pruning_ratio=0.5)
+    weight = network[0][0].weight
+    assert weight.grad is not None
+    ranked = WGatesPruner(tiny("plain"), example(), pruning_ratio=0.5).gates.unit_scores()
+    assert not torch.equal(pruner.gates.unit_scores(), ranked)
 
 
 def test_every_form_of_efficiency() -> None:
@@ -429,22 +460,81 @@ def test_contradictory_options_are_named_at_once() -> None:
             root_module_types=[nn.LSTM],
             unwrapped_parameters=[(nn.Parameter(torch.ones(2)), 0)],
             round_to=0,
+            global_pruning=True,
+            min_channels=-2,
+            min_fraction=2.0,
+            iterative_pruning_ratio_scheduler="linear",
+            average=0.5,
         )
+    assert error.value.subject == "WGatesPruner"
     named = [problem.split(":")[0].split(" ")[0] for problem in error.value.problems]
     assert sorted(named) == [
+        "average",
         "efficiency",
-        "grid",
+        "global_pruning",
         "ignored_layers",
         "importance",
         "isomorphic",
+        "iterative_pruning_ratio_scheduler",
         "iterative_steps",
         "max_pruning_ratio",
+        "min_channels",
+        "min_fraction",
         "pruning_ratio",
         "pruning_ratio_dict",
         "root_module_types",
+        "round_to",
+        "steps",
         "unwrapped_parameters",
     ]
     assert snapshot(network) == before
+
+
+def test_a_wrong_target_is_named_among_other_problems() -> None:
+    with pytest.raises(ConfigError) as error:
+        WGatesPruner(tiny("plain"), example(), target=-3.0, iterative_steps=0)
+    assert len(error.value.problems) == 2
+    assert "target -3.0: must be a positive" in str(error.value)
+
+
+def test_the_network_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[Any] = []
+    build = tp.DependencyGraph.build_dependency
+
+    def counted(*args: Any, **words: Any) -> Any:
+        traced.append(args)
+        return build(*args, **words)
+
+    monkeypatch.setattr(tp.DependencyGraph, "build_dependency", counted)
+    pruner = WGatesPruner(tiny("plain"), example())
+    assert len(traced) == 1
+    assert traced[0][0] is pruner.DG
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped", "depthwise", "flattened"])
+def test_it_has_what_its_siblings_have(name: str) -> None:
+    network = tiny(name)
+    words: dict[str, Any] = {"pruning_ratio": 0.6, "iterative_steps": 2, "round_to": 2}
+    theirs = tp.pruner.BasePruner(
+        network,
+        example(),
+        None,
+        **words,
+        ignored_layers=[network[0]],
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    ours = WGatesPruner(network, example(), ignored_layers=[network[0]], **words)
+    assert vars(theirs).keys() <= vars(ours).keys()
+    told_apart = {"DG", "importance", "iterative_pruning_ratio_scheduler", "initial_total_channels"}
+    own = set(network.modules())  # graphs have nodes of their own for operations
+    for key in vars(theirs).keys() - told_apart:
+        values = [getattr(pruner, key) for pruner in (ours, theirs)]
+        if isinstance(values[0], dict):
+            values = [{k: v for k, v in value.items() if k in own} for value in values]
+        assert values[0] == values[1], key
+    assert ours.layer_init_out_ch[network[0][0]] > 1
+    assert ours.pruning_history() == theirs.pruning_history() == []
 
 
 @pytest.mark.parametrize("name", ["residual", "grouped", "concat", "flattened"])
@@ -849,6 +939,31 @@ def test_soft_scores_need_gates_that_learned_and_their_network() -> None:
     graph = tp.DependencyGraph().build_dependency(other, (example(),))
     group = graph.get_pruning_group(other[1][0], tp.prune_conv_out_channels, list(range(12)))
     with pytest.raises(PlanError, match="another one"):
+        importance(group)
+
+
+def test_polarised_scores_need_gates_that_were_absorbed() -> None:
+    network = tiny("plain").train()
+    space = trace(network, example())
+    budget = Budget.of(Limit(MacsModel(space), 0.6 * macs(network)))
+    gates = PolarisedGates(network.train(), space, budget, steps=1).attach()
+    with pytest.raises(PlanError, match="never learned"):
+        GDPImportance(gates)
+    network(example(8)).square().mean().backward()
+    gates.regularize()
+    assert gates.settled is not None  # decided, and yet not in the weights
+    with pytest.raises(PlanError, match=r"not absorbed.*call `gates.absorb\(\)`"):
+        GDPImportance(gates)
+    gates.detach()
+    with pytest.raises(PlanError, match="not absorbed"):
+        GDPImportance(gates)
+    gates.absorb()
+    importance = GDPImportance(gates)
+    graph = tp.DependencyGraph().build_dependency(network, (example(),))
+    group = graph.get_pruning_group(network[0][0], tp.prune_conv_out_channels, list(range(8)))
+    assert torch.equal(importance(group), gates.unit_scores()[:8])
+    group._DG = None
+    with pytest.raises(PlanError, match="GDPImportance: the group belongs to no"):
         importance(group)
 
 

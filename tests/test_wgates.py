@@ -278,9 +278,29 @@ def test_learning_in_the_wrong_order_is_told() -> None:
     loss = gates.network(example()).sum()
     with pytest.raises(TrainingError, match=r"`loss.backward\(\)` before `regularize\(\)`"):
         gates.regularize()
-    (loss * float("nan")).backward()
-    with pytest.raises(TrainingError, match="not finite at gate step 0"):
-        gates.regularize()
+    loss.backward()
+    assert gates.regularize()["step"] == 1.0
+
+
+def test_a_gradient_that_is_not_finite_steps_no_gate() -> None:
+    gates = make("residual", 0.5, learning_rate=0.05)
+    before = copy.deepcopy((gates.unit_scores(), gates.constraint.state_dict()))
+    (gates.network(example()).sum() * float("nan")).backward()
+    assert gates.regularize()["skipped"] == 1.0
+    assert gates.step == 0
+    assert torch.equal(gates.unit_scores(), before[0])
+    assert torch.equal(gates.constraint.state_dict()["multipliers"], before[1]["multipliers"])
+    with pytest.raises(TrainingError, match="no gradient reached them"):
+        gates.regularize()  # what was collected is gone
+    assert train_step(gates, 0)["step"] == 1.0
+
+
+def test_weights_that_are_not_finite_have_no_plan() -> None:
+    gates = make("residual")
+    with torch.no_grad():
+        gates.network[0][0].weight[0, 0] = float("inf")
+    with pytest.raises(TrainingError, match=r"`0\.0`\) are not finite"):
+        gates.plan()
 
 
 def test_ranks_that_average_gradients_stay_alike() -> None:

@@ -53,6 +53,9 @@ class _Target:
         return self.fraction * baseline
 
 
+EFFICIENCIES = ("latency", "macs")
+"""What a latency target becomes for the strategy."""
+
 BOUNDS = ("expected", "upper")
 """What of LPNet's prediction a latency budget holds."""
 
@@ -134,6 +137,9 @@ class PruningSettings:
         fine_tune_epochs: epochs after the removal. One learning-rate schedule runs over all epochs
             in which weights are trained.
         train_weights: False learns the gates with the weights frozen.
+        efficiency: what the strategy is held to under a latency target: "latency" as LPNet predicts
+            it, or "macs", those of the uniform widths that keep the target. Widths are settled
+            by latency in either case.
         samples: sub-networks measured for LPNet.
         samples_file: measurements of this network on this runtime and machine to start from, as
             `wgates fit-lpnet` keeps them; the rest of `samples` is measured.
@@ -156,6 +162,7 @@ class PruningSettings:
     gate_epochs: int = 2
     fine_tune_epochs: int = 4
     train_weights: bool = True
+    efficiency: str = "latency"
     training: TrainingSettings = field(default_factory=TrainingSettings)
     samples: int = 100
     samples_file: str | None = None
@@ -203,6 +210,10 @@ class PruningSettings:
             number = getattr(self, name)
             if not isinstance(number, (int, float)) or not low <= number <= high:
                 problems.append(f"{name} is {number!r}, needs a number from {low:g} to {high:g}")
+        if self.efficiency not in EFFICIENCIES:
+            problems.append(
+                f"efficiency is {self.efficiency!r}, choose from {', '.join(EFFICIENCIES)}"
+            )
         if self.lpnet not in STRUCTURES:
             problems.append(f"lpnet is {self.lpnet!r}, choose from {', '.join(STRUCTURES)}")
         if self.samples_file is not None and not Path(self.samples_file).is_file():

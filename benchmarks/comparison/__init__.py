@@ -4,6 +4,7 @@ An experiment (benchmarks/experiments/*.yaml) is a network, data, runtimes, targ
 `python -m benchmarks comparison NAME` does what is missing of it: dense networks (and these trained on
 for as many epochs as pruning takes), latency samples, one run per method, target and seed, each by the
 same pipeline, and at the end all final networks timed in one sitting. It can be stopped at any moment.
+`--profile gpu` lays the experiment's block of that name over it, and keeps the results apart.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from benchmarks.comparison import runs
-from benchmarks.comparison.experiment import FOLDER, Run, load_experiment, runs_of
+from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment, runs_of
 from benchmarks.records import parser
+from wgates_plugin.errors import MissingExtraError
+from wgates_plugin.latency.base import require
 
 CLAIM = "at equal measured latency, no other method keeps more accuracy"
 SCRATCH = Path("runs") / "comparison"
@@ -29,14 +32,21 @@ def main(argv: Sequence[str] = ()) -> None:
     options = parser("comparison", __doc__)
     known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
     options.add_argument("experiment", help=f"a YAML file, or one of: {known}")
+    options.add_argument("--profile", help="one of the experiment's profiles, such as gpu")
     options.add_argument("--scratch", type=Path, default=SCRATCH, help="where run folders go")
     options.add_argument("--methods", nargs="+", help="only these")
     options.add_argument("--seeds", nargs="+", type=int, help="only these")
     options.add_argument("--workers", type=int, default=1, help="processes of one thread")
+    options.add_argument(
+        "--ray",
+        action="store_true",
+        help="as many runs at once as a Ray cluster has room for; its machines must see the same "
+        "results, scratch and current folders",
+    )
     options.add_argument("--only", help="one run, by its key, with everything shared in place")
     options.add_argument("--finals", action="store_true", help="only time the final networks")
     arguments = options.parse_args(list(argv))
-    experiment = load_experiment(arguments.experiment)
+    experiment = load_experiment(arguments.experiment, arguments.profile)
     places = runs.Places(experiment, arguments.results, arguments.scratch)
     torch.set_num_threads(1)
     if arguments.only:
@@ -52,8 +62,14 @@ def main(argv: Sequence[str] = ()) -> None:
             and (not arguments.seeds or run.seed in arguments.seeds)
         ]
         print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
-        if arguments.workers > 1:
-            _in_parallel(list(argv), todo, arguments.workers)
+        commands = [
+            [sys.executable, "-m", "benchmarks", "comparison", *argv, "--only", run.key]
+            for run in todo
+        ]
+        if arguments.ray and _on_ray(commands, gpus=_gpus(experiment)):
+            pass
+        elif arguments.workers > 1:
+            _in_parallel(commands, arguments.workers)
         else:
             for run in todo:
                 print(runs.attempt(experiment, places, run), flush=True)
@@ -61,12 +77,43 @@ def main(argv: Sequence[str] = ()) -> None:
         runs.time_finals(experiment, places, block)
 
 
-def _in_parallel(argv: list[str], todo: list[Run], workers: int) -> None:
-    """One process of one thread per run."""
+def _caller() -> Callable[[list[str]], None]:
+    """Runs a command here, in a process of one thread. A closure, which Ray ships by value: a worker
+    finds this module in the folder only."""
+    folder = os.getcwd()
 
-    def one(run: Run) -> None:
-        command = [sys.executable, "-m", "benchmarks", "comparison", *argv, "--only", run.key]
-        subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def call(command: list[str]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=False, cwd=folder, env=environment)
 
+    return call
+
+
+def _in_parallel(commands: list[list[str]], workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, todo))
+        list(pool.map(_caller(), commands))
+
+
+def _on_ray(commands: list[list[str]], *, gpus: int) -> bool:
+    """The same on a Ray cluster (RAY_ADDRESS, or one of this machine); False where there is no Ray."""
+    try:
+        ray = require("ray", extra="ray", purpose="runs on a cluster")
+    except MissingExtraError as error:
+        print(f"{error}; going on without it, with `--workers` processes here", flush=True)
+        return False
+    ours = not ray.is_initialized()
+    if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report
+        ray.init(include_dashboard=False)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_caller())
+    try:
+        ray.get([remote.remote(command) for command in commands])
+    finally:
+        if ours:
+            ray.shutdown()
+    return True
+
+
+def _gpus(experiment: Experiment) -> int:
+    """What a run needs: the GPU alone, if a latency is measured on it."""
+    return int(any(str(block.get("device")).startswith("cuda") for block in experiment.runtimes))

@@ -6,9 +6,16 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from benchmarks.records import HOME
 from wgates_plugin.errors import ConfigError
@@ -22,30 +29,46 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Role = Literal["ours", "rival", "ablation"]
+
+
 class Method(_Block):
     """One way to prune.
 
     Attributes:
         strategy, options: who decides, see `wgates_plugin.strategies`.
-        pruning: settings that this method needs different from the others'.
+        pruning: settings that this method needs different from the others', laid over theirs.
         tuning: how its settings were found, in words; every method is entitled to the same effort.
-        rival: False for our own.
+        role: "ours" is held against every "rival"; an "ablation" is ours with one thing changed,
+            shown in a table of its own and nobody's rival.
+        targets, runtimes: only these of the experiment's; None runs at all.
     """
 
     strategy: str
     options: dict[str, Any] = Field(default_factory=dict)
     pruning: dict[str, Any] = Field(default_factory=dict)
     tuning: str = "defaults"
-    rival: bool = True
+    role: Role = "rival"
+    targets: list[float] | None = None
+    runtimes: list[str] | None = None
+
+    def runs_at(self, runtime: str, target: float) -> bool:
+        return (self.targets is None or target in self.targets) and (
+            self.runtimes is None or runtime in self.runtimes
+        )
 
 
 class Experiment(_Block):
     """All methods get the same dense networks, data, epochs, recipe and latency samples.
 
     Attributes:
+        task: what the scoreboard calls it; None keeps it out of the comparison's claims. Experiments
+            of one task share dense networks and latency samples.
         recipe: a recipe (see the README) without target, strategy and seed.
         runtimes: keys of a recipe's target besides the amount.
         targets: shares of the untouched network's measured latency.
+        methods: by name; in the file also the path of a file of them, from the experiment's folder.
+        profiles: name -> what to lay over the experiment, such as larger budgets for a GPU.
         rgb: whether the task is one of colour images.
     """
 
@@ -56,7 +79,16 @@ class Experiment(_Block):
     targets: list[float]
     seeds: list[int]
     methods: dict[str, Method]
+    task: str | None = None
+    profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
     rgb: bool = False
+
+    @property
+    def ours(self) -> str | None:
+        return next(iter(self.with_role("ours")), None)
+
+    def with_role(self, *roles: Role) -> list[str]:
+        return [name for name, method in self.methods.items() if method.role in roles]
 
     @field_validator("targets")
     @classmethod
@@ -64,6 +96,23 @@ class Experiment(_Block):
         if not value or not all(0 < share < 1 for share in value):
             raise ValueError("give shares between 0 and 1")
         return value
+
+    @model_validator(mode="after")
+    def _one_is_ours(self) -> Experiment:
+        ours = self.with_role("ours")
+        if len(ours) > 1 or (self.task is not None and not ours):
+            found = ", ".join(ours) or "none"
+            raise ValueError(f"role: exactly one method is `ours`, not {found}")
+        known = [runtime_name(block) for block in self.runtimes]
+        for name, method in self.methods.items():
+            unknown: list[object] = [t for t in method.targets or () if t not in self.targets]
+            unknown += [runtime for runtime in method.runtimes or () if runtime not in known]
+            if unknown:
+                raise ValueError(
+                    f"methods.{name}: runs at {unknown}, which is no target or runtime of the "
+                    "experiment; name some of its own"
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -80,8 +129,23 @@ class Run:
         return f"{self.method}-{self.runtime}-{round(100 * self.target)}-{self.seed}"
 
 
-def load_experiment(path: str | Path) -> Experiment:
+def merged(base: Any, over: Any) -> Any:
+    """`over` laid over `base`: mappings key by key, anything else replaced.
+
+    Example:
+        >>> merged({"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": []})
+        {'a': {'x': 1, 'y': 3}, 'b': []}
+    """
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return copy.deepcopy(over)
+    return {**base, **{key: merged(base.get(key), value) for key, value in over.items()}}
+
+
+def load_experiment(path: str | Path, profile: str | None = None) -> Experiment:
     """Read and check an experiment: a path, or the name of a file in benchmarks/experiments.
+
+    Args:
+        profile: one of its profiles, laid over it; name and task then say so.
 
     Raises:
         ConfigError: all problems, those of the recipes it stands for included.
@@ -89,7 +153,9 @@ def load_experiment(path: str | Path) -> Experiment:
     path = Path(path)
     if not path.suffix:
         path = FOLDER / f"{path}.yaml"
-    raw = read(path)
+    raw = _with_profile(read(path), profile, path)
+    if isinstance(raw.get("methods"), str):
+        raw["methods"] = read(path.parent / raw["methods"])
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
@@ -107,6 +173,17 @@ def load_experiment(path: str | Path) -> Experiment:
     return experiment
 
 
+def _with_profile(raw: dict[str, Any], profile: str | None, path: Path) -> dict[str, Any]:
+    if profile is None:
+        return raw
+    profiles = raw.get("profiles") or {}
+    if profile not in profiles:
+        known = ", ".join(profiles) or "none"
+        raise ConfigError(f"experiment `{path}`", [f"profile `{profile}`: unknown; known: {known}"])
+    laid: dict[str, Any] = merged(raw, profiles[profile])
+    return {**laid, **{k: f"{laid[k]}-{profile}" for k in ("name", "task") if laid.get(k)}}
+
+
 def runtime_name(block: dict[str, Any]) -> str:
     return str(block.get("runtime", "onnxruntime"))
 
@@ -116,8 +193,10 @@ def runs_of(experiment: Experiment) -> Iterator[Run]:
     for seed in experiment.seeds:
         for block in experiment.runtimes:
             for target in experiment.targets:
-                for method in experiment.methods:
-                    yield Run(method, runtime_name(block), target, seed)
+                for name, method in experiment.methods.items():
+                    run = Run(name, runtime_name(block), target, seed)
+                    if method.runs_at(run.runtime, target):
+                        yield run
 
 
 def dense_recipe(experiment: Experiment, seed: int, folder: Path) -> Recipe:
@@ -149,8 +228,7 @@ def recipe_of(
         raw["model"]["weights"] = str(weights)
         raw.pop("dense_training", None)
     raw["pruning"] = {
-        **raw.get("pruning", {}),
-        **method.pruning,
+        **merged(raw.get("pruning", {}), method.pruning),
         "strategy": method.strategy,
         "options": method.options,
     }

@@ -39,12 +39,14 @@ class Places:
     """Where an experiment's raw results are kept, and where it works.
 
     Attributes:
-        results: committed JSON. scratch: run folders, dense networks, samples.
+        results: committed JSON. scratch: run folders. shared: dense networks and samples, of all
+            experiments of a task.
     """
 
     def __init__(self, experiment: Experiment, results: Path, scratch: Path) -> None:
         self.results = results / "comparison" / experiment.name
         self.scratch = scratch / experiment.name
+        self.shared = scratch / (experiment.task or experiment.name)
 
     def result(self, run: Run) -> Path:
         return self.results / "runs" / f"{run.key}.json"
@@ -56,10 +58,10 @@ class Places:
         return self.results / f"dense-{seed}.json"
 
     def dense_folder(self, seed: int) -> Path:
-        return self.scratch / f"dense-{seed}"
+        return self.shared / f"dense-{seed}"
 
     def samples(self, runtime: str) -> Path:
-        return self.scratch / f"samples-{runtime}.jsonl"
+        return self.shared / f"samples-{runtime}.jsonl"
 
     def finals(self, runtime: str) -> Path:
         return self.results / f"finals-{runtime}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from benchmarks.comparison.experiment import Experiment, Run, runtime_name
 from wgates_plugin.files import read_json
+from wgates_plugin.latency.base import require
 
 CHANCE = "random"
 TIGHT = 0.95
@@ -23,12 +25,21 @@ class Difference:
 
     mean: float
     error: float
+    pairs: int = 1
 
     @classmethod
     def of(cls, first: Sequence[float], second: Sequence[float]) -> Difference:
         points = [100.0 * (a - b) for a, b in zip(first, second, strict=True)]
         error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.inf
-        return cls(statistics.mean(points), error)
+        return cls(statistics.mean(points), error, len(points))
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Student's t interval of the mean; all numbers for a single pair."""
+        if self.pairs < 2:
+            return -math.inf, math.inf
+        stats = require("scipy.stats", extra="knapsack", purpose="intervals of differences")
+        half = float(stats.t.ppf(0.5 + confidence / 2, self.pairs - 1)) * self.error
+        return self.mean - half, self.mean + half
 
 
 @dataclass
@@ -37,8 +48,9 @@ class Row:
 
     Attributes:
         accuracy, macs, parameters: of the delivered network. ratio: latency over the untouched
-            network's, timed in one sitting with all others where that was done.
-        missing: seeds without a result. refused: why there is none, if the target was refused.
+            network's, timed in one sitting with all others where that was done. finals: those of
+            this sitting alone.
+        missing: seeds without a result. refused: seed -> why its target was refused.
     """
 
     method: str
@@ -46,30 +58,49 @@ class Row:
     accuracy: list[float] = field(default_factory=list)
     cut: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
+    finals: list[float] = field(default_factory=list)
     held: list[bool] = field(default_factory=list)
     macs: list[float] = field(default_factory=list)
     parameters: list[float] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
-    refused: str | None = None
+    refused: dict[int, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
-        return not self.missing and self.refused is None
+        return not self.missing and not self.refused
 
 
 @dataclass
 class Cell:
-    """All methods at one target on one runtime."""
+    """All methods at one target on one runtime.
+
+    Attributes:
+        ours: the method that is held against the `rivals`. Ablations are rows, but neither.
+    """
 
     runtime: str
     target: float
     rows: dict[str, Row]
     dense: list[float]
     trained_on: list[float]
+    ours: str | None = None
+    rivals: tuple[str, ...] = ()
 
     def row(self, method: str) -> Row:
         return self.rows[method]
+
+    @property
+    def rivals_here(self) -> list[str]:
+        return [method for method in self.rivals if method in self.rows]
+
+    @property
+    def contestants(self) -> list[str]:
+        return [m for m in self.rows if m == self.ours or m in self.rivals]
+
+    def missing(self) -> int:
+        """Runs of ours and the rivals that are not there."""
+        return sum(len(self.rows[m].missing) for m in self.contestants)
 
     def best(self, methods: Sequence[str]) -> str | None:
         """The complete method of highest mean accuracy among `methods`."""
@@ -78,12 +109,29 @@ class Cell:
 
     def decided(self) -> bool:
         """Whether the best method beats chance by more than one standard error."""
-        best = self.best(list(self.rows))
-        chance = self.rows.get(CHANCE)
-        if best is None or chance is None or not chance.complete or best == CHANCE:
+        best = self.best(self.contestants)
+        if best is None or best == CHANCE:
             return False
-        found = Difference.of(self.rows[best].accuracy, chance.accuracy)
-        return found.mean > found.error
+        found = self.between(best, CHANCE)
+        return found is not None and found.mean > found.error
+
+    def between(self, first: str, second: str) -> Difference | None:
+        """`first` minus `second`; None unless both are complete."""
+        rows = [self.rows.get(method) for method in (first, second)]
+        found = [row.accuracy for row in rows if row is not None and row.complete]
+        return Difference.of(*found) if len(found) == 2 else None
+
+    def lost(self, method: str) -> Difference | None:
+        """Points lost against the untouched network trained on; None unless all seeds are there."""
+        row = self.rows.get(method)
+        if row is None or not row.complete or len(self.trained_on) != len(row.accuracy):
+            return None
+        return Difference.of(self.trained_on, row.accuracy)
+
+    def margin(self) -> Difference | None:
+        """Ours minus the best rival; None where one of the two is not complete."""
+        rival = self.best(self.rivals_here)
+        return None if self.ours is None or rival is None else self.between(self.ours, rival)
 
 
 def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
@@ -101,15 +149,18 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
         finals = read_json(path, kind="final latencies")["ratio"] if path.exists() else {}
         for target in experiment.targets:
             rows = {}
-            for method in experiment.methods:
-                rows[method] = row = Row(method)
+            for name, method in experiment.methods.items():
+                if not method.runs_at(runtime, target):
+                    continue
+                rows[name] = row = Row(name)
                 for seed in experiment.seeds:
-                    run = Run(method, runtime, target, seed)
+                    run = Run(name, runtime, target, seed)
                     stored = home / "runs" / f"{run.key}.json"
                     if not stored.exists():
                         row.missing.append(seed)
                         continue
-                    _add(row, seed, read_json(stored, kind="run"), finals.get(run.key))
+                    report = _read(stored, stored.stat().st_mtime_ns)
+                    _add(row, seed, report, finals.get(run.key))
             cells.append(
                 Cell(
                     runtime,
@@ -117,14 +168,26 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
                     rows,
                     [dense[s]["accuracy"] for s in experiment.seeds if s in dense],
                     [dense[s]["trained_on"]["accuracy"] for s in experiment.seeds if s in dense],
+                    experiment.ours,
+                    tuple(experiment.with_role("rival")),
                 )
             )
     return cells
 
 
+_NEEDED = ("kind", "reason", "baseline", "final", "after_removal", "contract", "seconds")
+
+
+@functools.cache
+def _read(path: Path, modified_ns: int) -> dict[str, Any]:
+    """What the tables need of a report; every claim and table reads the same thousands of files."""
+    report = read_json(path, kind="run")
+    return {key: report[key] for key in _NEEDED if key in report}
+
+
 def _add(row: Row, seed: int, report: dict[str, Any], final_ratio: float | None) -> None:
     if report.get("kind") == "refused":
-        row.refused = report["reason"]
+        row.refused[seed] = report["reason"]
         return
     before, after = report["baseline"], report["final"]
     row.seeds.append(seed)
@@ -133,6 +196,8 @@ def _add(row: Row, seed: int, report: dict[str, Any], final_ratio: float | None)
     row.ratio.append(
         after["latency_ms"] / before["latency_ms"] if final_ratio is None else final_ratio
     )
+    if final_ratio is not None:
+        row.finals.append(final_ratio)
     row.held.append(report["contract"] == "held")
     row.macs.append(after["macs"] / before["macs"])
     row.parameters.append(after["parameters"] / before["parameters"])

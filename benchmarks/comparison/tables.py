@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.comparison.experiment import Experiment
-from benchmarks.comparison.summary import Cell, Difference, Row, mean_and_spread, read_cells
+from benchmarks.comparison.summary import (
+    CHANCE,
+    Cell,
+    Difference,
+    Row,
+    mean_and_spread,
+    read_cells,
+)
 
 PHASES = {
     "lpnet": "LPNet",
@@ -31,18 +38,14 @@ HEAD = [
 
 
 def _row(cell: Cell, row: Row) -> list[str]:
-    if row.refused is not None:
-        return [f"`{row.method}`", f"refused: {row.refused}", *["-"] * (len(HEAD) - 2)]
     if not row.accuracy:
-        return [f"`{row.method}`", "*missing*", *["-"] * (len(HEAD) - 2)]
-    mark = "" if not row.missing else f" ({len(row.accuracy)} seeds, {len(row.missing)} missing)"
-    lost = "-"
-    if row.complete and len(cell.trained_on) == len(row.accuracy):
-        lost = _points(Difference.of(cell.trained_on, row.accuracy))
+        return [f"`{row.method}`", _gaps(row), *["-"] * (len(HEAD) - 2)]
+    mark = "" if row.complete else f" ({len(row.accuracy)} seeds, {_gaps(row)})"
+    lost = cell.lost(row.method)
     return [
         f"`{row.method}`",
         _percent(row.accuracy) + mark,
-        lost,
+        "-" if lost is None else _points(lost),
         _percent(row.cut),
         _spread(row.ratio, "{:.3f}"),
         f"{sum(row.held)} of {len(row.held) + len(row.missing)}",
@@ -50,6 +53,14 @@ def _row(cell: Cell, row: Row) -> list[str]:
         _spread(row.parameters, "{:.2f}"),
         *(_seconds(row, phase) for phase in PHASES),
     ]
+
+
+def _gaps(row: Row) -> str:
+    """What is not there, and why."""
+    if not row.refused:
+        return f"{len(row.missing)} missing" if row.accuracy else "*missing*"
+    words = f"{len(row.refused)} refused: {next(iter(row.refused.values()))}"
+    return f"{words}; {len(row.missing)} missing" if row.missing else words
 
 
 def _seconds(row: Row, phase: str) -> str:
@@ -69,6 +80,18 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{form.format(mean)} ± {form.format(spread)}" if len(values) > 1 else form.format(mean)
 
 
+def verdict(cell: Cell) -> str:
+    """What a cell says: missing runs, undecided, or whether ours is ahead."""
+    if missing := cell.missing():
+        return f"*incomplete*: {missing} runs are missing"
+    if CHANCE in cell.rows and not cell.decided():
+        return "*undecided*: chance is within one standard error of the best"
+    margin = cell.margin()
+    if margin is None or margin.mean < 0:
+        return "lost"
+    return "won beyond one standard error" if margin.mean > margin.error else "won"
+
+
 def experiment_text(experiment: Experiment, results: Path) -> str:
     """All cells of an experiment: a heading line and a table each."""
     parts = []
@@ -76,9 +99,99 @@ def experiment_text(experiment: Experiment, results: Path) -> str:
         words = f"**{round(100 * cell.target)} % of the latency on {cell.runtime}**"
         if cell.dense:
             words += f": untouched {_percent(cell.dense)}, trained on {_percent(cell.trained_on)}"
-        best = cell.best(list(cell.rows))
-        if best is not None and not cell.decided():
-            words += "; *undecided*: chance is within one standard error of the best"
-        lines = [HEAD, ["---"] * len(HEAD), *cell_table(cell)]
-        parts.append(words + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+        found = verdict(cell)
+        if found.startswith("*"):
+            words += f"; {found}"
+        parts.append(words + "\n\n" + _markdown(HEAD, cell_table(cell)))
     return "\n\n".join(parts)
+
+
+def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
+    """One line per cell: ours, the best rival, uniform widths and chance, and who is ahead."""
+    head = ["task", "runtime", "latency", "trained on", "ours", "lost", "best rival", "margin",
+            "uniform", "chance", ""]  # fmt: skip
+    rows = []
+    for experiment in experiments:
+        for cell in read_cells(experiment, results):
+            best = cell.best(cell.rivals_here)
+            lost, margin = cell.lost(cell.ours or ""), cell.margin()
+            rows.append(
+                [
+                    experiment.task or experiment.name,
+                    cell.runtime,
+                    f"{round(100 * cell.target)} %",
+                    _percent(cell.trained_on) if cell.trained_on else "-",
+                    _accuracy(cell, cell.ours),
+                    "-" if lost is None else _points(lost),
+                    "-" if best is None else f"`{best}` {_accuracy(cell, best)}",
+                    "-" if margin is None else _points(margin),
+                    _accuracy(cell, "uniform"),
+                    _accuracy(cell, CHANCE),
+                    verdict(cell),
+                ]
+            )
+    return _markdown(head, rows)
+
+
+def matrix_text(experiment: Experiment, results: Path) -> str:
+    """Accuracy of every method at every target, one table per runtime; empty without any run."""
+    cells = read_cells(experiment, results)
+    parts = []
+    for runtime in dict.fromkeys(cell.runtime for cell in cells):
+        mine = [cell for cell in cells if cell.runtime == runtime]
+        if not any(row.accuracy or row.refused for cell in mine for row in cell.rows.values()):
+            continue
+        head = ["method", *(f"{round(100 * cell.target)} %" for cell in mine)]
+        rows = [
+            [f"`{method}`", *(_accuracy(cell, method) for cell in mine)]
+            for method in experiment.methods
+            if any(method in cell.rows for cell in mine)
+        ]
+        name = experiment.task or experiment.name
+        parts.append(f"**{name} on {runtime}**\n\n{_markdown(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _accuracy(cell: Cell, method: str | None) -> str:
+    """Of a method in a cell; a dash where it does not run."""
+    row = cell.rows.get(method or "")
+    if row is None:
+        return "-"
+    if not row.accuracy:
+        return "refused" if row.refused else "*missing*"
+    return _percent(row.accuracy) + ("" if row.complete else f" ({len(row.accuracy)} seeds)")
+
+
+def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
+    """One line per ablation: its mean paired difference from ours and 95 % interval."""
+    head = ["task", "runtime", "latency", "changed", "ours", "then", "difference",
+            "95 % interval", "seeds", ""]  # fmt: skip
+    rows = []
+    for experiment in experiments:
+        for cell in read_cells(experiment, results):
+            for method in experiment.with_role("ablation"):
+                if method not in cell.rows:
+                    continue
+                found = cell.between(method, cell.ours or "")
+                numbers = ["-", "-", "0"]
+                if found is not None:
+                    low, high = found.interval()
+                    numbers = [f"{found.mean:+.2f}", f"{low:+.2f} to {high:+.2f}", str(found.pairs)]
+                where = [experiment.task or experiment.name, cell.runtime]
+                rows.append(
+                    [
+                        *where,
+                        f"{round(100 * cell.target)} %",
+                        f"`{method}`",
+                        _accuracy(cell, cell.ours),
+                        _accuracy(cell, method),
+                        *numbers,
+                        "" if found is None or not low <= 0 <= high else "may be chance",
+                    ]
+                )
+    return _markdown(head, rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -3,7 +3,8 @@
 Measured: an experiment on NNI's local service, with the search space of `experiment.yaml`: four pruners
 by name, two latency targets as shares of the untouched network's. Each trial prunes a residual network
 trained on scikit-learn's digits, removes the channels, fine-tunes and reports its accuracy and its
-latency, timed in turn with the untouched network. NNI's own pruners, which know no latency, get the
+latency, timed in turn with the untouched network. All trials train for the same number of optimizer
+steps, those in which a pruner learns included. NNI's own pruners, which know no latency, get the
 smallest uniform ratio that LPNet finds sufficient. One seed, 450 validation images: the accuracies show
 that trials work, and rank nobody. The dashboard listens on the loopback interface only.
 """
@@ -40,7 +41,9 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--trials", type=int, default=None, help="default: the YAML's")
     options.add_argument("--port", type=int, default=0, help="of the dashboard; 0 takes a free one")
     options.add_argument("--dense-epochs", type=int, default=12)
-    options.add_argument("--epochs", type=int, default=4, help="of a trial's fine-tuning")
+    options.add_argument(
+        "--epochs", type=int, default=4, help="of a trial's fine-tuning; more if less was learned"
+    )
     options.add_argument("--steps", type=int, default=84, help="in which pruners learn")
     options.add_argument("--samples", type=int, default=40, help="sub-networks for LPNet")
     options.add_argument("--seconds", type=float, default=0.4, help="per measurement")
@@ -124,7 +127,10 @@ def check_loopback(pid: int) -> None:
 
 
 def row_of(job: Any, work: Path) -> dict[str, Any]:
-    """Status, parameters, final metrics and timings of a trial; None where it left nothing."""
+    """Status, parameters, final metrics and timings of a trial; None where it left nothing.
+
+    `steps` are all optimizer steps of the trial, `pruning_steps` those until its channels were gone.
+    """
     final = job.finalMetricData[0].data if job.finalMetricData else None
     while isinstance(final, str):
         final = json.loads(final)
@@ -138,6 +144,8 @@ def row_of(job: Any, work: Path) -> dict[str, Any]:
         "latency_ms": found.get("latency_ms"),
         "latency_ratio": found.get("latency_ratio"),
         "parameter_count": found.get("parameters"),
+        "steps": found.get("steps"),
+        "pruning_steps": found.get("pruning_steps"),
         "measurement": read_json(timings, kind="measurement") if timings.exists() else None,
     }
 

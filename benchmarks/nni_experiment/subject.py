@@ -35,6 +35,11 @@ def data_of(limit: int | None = None) -> Data:
     return load_data("digits", batch_size=BATCH, limit=limit)
 
 
+def epoch_steps(data: Data) -> int:
+    """Batches of one pass over the training images."""
+    return len(data.train_loader)  # type: ignore[arg-type]
+
+
 def network_of(work: Path | None = None) -> nn.Module:
     """The network, fresh or as `prepare` trained it."""
     weights = None if work is None else work / WEIGHTS
@@ -46,8 +51,12 @@ def training_step(batch: Any, model: nn.Module) -> Tensor:
     return nn.functional.cross_entropy(model(images), labels)
 
 
-def training_func(data: Data) -> Callable[..., None]:
-    """The training function NNI's `TorchEvaluator` takes, over these images."""
+def training_func(data: Data, taken: list[None] | None = None) -> Callable[..., None]:
+    """The training function NNI's `TorchEvaluator` takes, over these images.
+
+    Args:
+        taken: gets an entry for each optimizer step.
+    """
 
     def train(
         model: nn.Module,
@@ -64,6 +73,10 @@ def training_func(data: Data) -> Callable[..., None]:
                 optimizers.zero_grad()
                 training_step(batch, model).backward()
                 optimizers.step()
+                if lr_schedulers is not None:
+                    lr_schedulers.step()
+                if taken is not None:
+                    taken.append(None)
                 done += 1
                 if max_steps is not None and done >= max_steps:
                     return
@@ -72,15 +85,26 @@ def training_func(data: Data) -> Callable[..., None]:
     return train
 
 
-def fine_tune(model: nn.Module, data: Data, *, epochs: int, learning_rate: float) -> None:
-    """Plain SGD with a learning rate that falls to zero along a cosine."""
+def fine_tune(
+    model: nn.Module,
+    data: Data,
+    *,
+    steps: int,
+    learning_rate: float,
+    after_epoch: Callable[[], None] = lambda: None,
+) -> None:
+    """Plain SGD with a learning rate that falls to zero along a cosine, for so many optimizer steps.
+
+    `after_epoch` is called after each pass over the images, and at the end.
+    """
     optimizer = torch.optim.SGD(
         model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs))
-    for _ in range(epochs):
-        training_func(data)(model, optimizer, training_step, None, None, 1)
-        schedule.step()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    train, epoch = training_func(data), epoch_steps(data)
+    for start in range(0, steps, epoch):
+        train(model, optimizer, training_step, schedule, min(epoch, steps - start))
+        after_epoch()
 
 
 def prepare(
@@ -97,7 +121,8 @@ def prepare(
     torch.manual_seed(seed)
     data = data_of(limit)
     network = network_of()
-    fine_tune(network, data, epochs=epochs, learning_rate=LEARNING_RATE)
+    steps = epochs * epoch_steps(data)
+    fine_tune(network, data, steps=steps, learning_rate=LEARNING_RATE)
     network.eval()
     work.mkdir(parents=True, exist_ok=True)
     with atomic_path(work / WEIGHTS) as part:

@@ -91,9 +91,8 @@ def mobilenet_v2(
     stem = strided[0]
     if in_channels != 3:
         features: Any = network.features
-        features[0][0] = nn.Conv2d(
-            in_channels, stem.out_channels, 3, stem.stride, padding=1, bias=False
-        )
+        side = int(stem.stride[0])
+        features[0][0] = nn.Conv2d(in_channels, stem.out_channels, 3, side, padding=1, bias=False)
         nn.init.kaiming_normal_(features[0][0].weight, mode="fan_out")
     if pretrained:
         load_backbone(network)

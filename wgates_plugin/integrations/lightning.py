@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, device_of
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.catalogue.torchvision_import import import_torchvision
 from wgates_plugin.errors import ConfigError, MissingExtraError, TrainingError
 from wgates_plugin.integrations.torch_pruning import WGatesPruner
@@ -92,8 +92,13 @@ class WGatesCallback(_Callback):
 
     def _make(self, module: nn.Module, average: Callable[[Tensor], Tensor] | None) -> WGatesPruner:
         network = self._target(module)
-        device = device_of(network)
-        inputs = map_tensors(lambda tensor: tensor.to(device), self.example_inputs)
+        weight = next(network.parameters())
+
+        def like_weights(tensor: Tensor) -> Tensor:
+            return tensor.to(weight if tensor.is_floating_point() else weight.device)
+
+        # A Trainer of precision "bf16-true" or "64-true" has cast the network.
+        inputs = map_tensors(like_weights, self.example_inputs)
         return WGatesPruner(network, inputs, average=average, **self.options)
 
     # Hooks, in the order in which the Trainer calls them
@@ -160,7 +165,10 @@ class WGatesCallback(_Callback):
         """Gradients are complete, accumulated ones included: step the gates."""
         if self.pruner is None or self.plan is not None:
             return
-        self.monitor = self.pruner.regularize(self.pruner.model)
+        # The scaler's `unscale_` has been at the weights' gradients only.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        self.monitor = self.pruner.regularize(self.pruner.model, scale=scale)
         pl_module.log_dict({f"gates/{name}": value for name, value in self.monitor.items()})
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.run_folder import RunFolder, first_batch_digest, weights_digest
 from wgates_plugin.strategies.base import Task
+from wgates_plugin.strategies.budgeting import uniform_widths
 from wgates_plugin.strategies.table import make_strategy
 from wgates_plugin.surgery import rebuild
 from wgates_plugin.targets import (
@@ -213,6 +214,15 @@ class Job:
             return Budget.of(*self.count_limits())
         return Budget.of(Limit(self.bounded(lpnet), self.aim_ms), *self.count_limits())
 
+    def strategy_budget(self) -> Budget:
+        """What the strategy is held to: the budget, its latency in MACs if the settings say so."""
+        budget = self.budget(self.lpnet)
+        if self.lpnet is None or self.settings.efficiency == "latency":
+            return budget
+        model = MacsModel(self.space)
+        uniform = torch.tensor(uniform_widths(self.space, budget, self.grid), dtype=torch.float64)
+        return Budget.of(Limit(model, float(model(uniform))), *self.count_limits())
+
     def bounded(self, lpnet: LPNet) -> EfficiencyModel:
         """What of `lpnet` is held to the aim: its prediction, or its interval's upper end."""
         return lpnet.upper() if self.bound == "upper" else lpnet
@@ -225,7 +235,7 @@ class Job:
         return Task(
             copy.deepcopy(self.dense).to(self.fabric.device),
             self.space,
-            self.budget(self.lpnet),
+            self.strategy_budget(),
             self.example_inputs,
             self.train_loader,
             grid=self.grid,

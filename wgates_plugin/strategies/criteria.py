@@ -4,6 +4,11 @@ Every criterion scores channels of a torch-pruning group; scores are added up by
 averaged over tied conv groups, which gives one score per unit of a `ChannelSpace`. The groups are
 made from the space's records, so that nothing is traced. Some criteria do not compute what their
 papers say in torch-pruning 1.6.1: they are repaired here (see `criteria_repaired.py`) or refused.
+
+No criterion counts the weights of depthwise convolutions, which lose their channels with their group
+all the same: torch-pruning's importances know the pruning functions of dense and grouped
+convolutions, linear layers and norms only, so that `group-norm`, `lamp`, `taylor` and `hessian` pass
+them over in silence. The repaired ones do as well, so that scores stay comparable with theirs.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from wgates_plugin.strategies.criteria_repaired import (
     TaylorImportance,
     gradients_of,
 )
+from wgates_plugin.strategies.ratios import structure_of
 
 Importance = Callable[[Any], Tensor | None]
 
@@ -107,7 +113,7 @@ REFUSED: dict[str, str] = {
 }
 """Name -> why it is not offered."""
 
-SCOPES = ("global", "local")
+SCOPES = ("global", "local", "isomorphic")
 
 _FLAWED: tuple[tuple[type, str], ...] = (
     (TaylorImportance, ""),  # repaired ones come first: they are subclasses
@@ -144,7 +150,9 @@ def plan_by_criterion(
         criterion: a name from `CRITERIA`, or an importance of torch-pruning or of yours.
         data: batches (inputs, targets), for criteria that need gradients.
         scope: "global" ranks all groups together, their scores first brought to mean 1 in each (LAMP
-            is made comparable by its own rule); "local" takes the same share from every group.
+            is made comparable by its own rule); "local" takes the same share from every group;
+            "isomorphic" ranks groups of equal structure together, and takes the same share of each
+            such set (Fang et al., ECCV 2024).
         loss: of logits and targets, a mean over the batch. seed: of `random`.
 
     Raises:
@@ -186,6 +194,8 @@ def decide_by_criterion(
         return PruningPlan.top(space, ranks, widths, strategy=name), ranks
     if name != "lamp" and not isinstance(criterion, tp.importance.LAMPImportance):
         scores = _within_groups(space, scores, lambda mine: mine / mine.mean().clamp_min(1e-12))
+    if scope == "isomorphic":
+        scores = _ranks_among_equals(network, space, scores)
     start = threshold_widths(space, scores, budget, grid)
     return budgeting.plan_for_budget(space, scores, start, budget, grid, strategy=name), scores
 
@@ -233,6 +243,11 @@ def criterion_scores(
             return importance_scores(network, space, importance)
 
 
+def flaw_of(importance: object) -> str:
+    """Why an importance is not taken as torch-pruning ships it; empty for one that is."""
+    return next((reason for kind, reason in _FLAWED if isinstance(importance, kind)), "")
+
+
 def importance_scores(
     network: nn.Module,
     space: ChannelSpace,
@@ -249,11 +264,8 @@ def importance_scores(
         ConfigError: one that torch-pruning ships flawed.
         PlanError: it says nothing, or no finite numbers, about a group.
     """
-    for kind, reason in _FLAWED:
-        if isinstance(importance, kind):
-            if reason:
-                raise ConfigError("importance", [f"{type(importance).__name__}: {reason}"])
-            break
+    if reason := flaw_of(importance):
+        raise ConfigError("importance", [f"{type(importance).__name__}: {reason}"])
     scores = torch.zeros(space.total_units)
     silent = []
     for index, group in enumerate(space.groups):
@@ -354,6 +366,22 @@ def _within_groups(
         change(scores[space.unit_slice(index)]) for index in range(len(space.groups))
     ]
     return torch.cat(list(parts))
+
+
+def _ranks_among_equals(network: nn.Module, space: ChannelSpace, scores: Tensor) -> Tensor:
+    """Ranks of units (total_units,) among all groups of their group's structure.
+
+    One threshold over such ranks takes the same share of each set of groups.
+    """
+    sets: dict[object, list[int]] = {}
+    for index, group in enumerate(space.groups):
+        units = space.unit_slice(index)
+        mine = sets.setdefault(structure_of(group, network), [])
+        mine += range(units.start, units.stop)
+    ranks = torch.empty_like(scores)
+    for units_of_set in sets.values():
+        ranks[units_of_set] = _ranks(scores[units_of_set])
+    return ranks
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ class CriterionSettings:
 
     Attributes:
         scope: "global" ranks all groups together; "local" takes the same share of each, which are
-            uniform widths.
+            uniform widths; "isomorphic" takes the same share of each set of groups of one structure,
+            ranked together.
     """
 
     scope: str = "global"

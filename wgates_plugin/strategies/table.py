@@ -17,6 +17,7 @@ from wgates_plugin.strategies.gdp import GDPStrategy
 from wgates_plugin.strategies.knapsack import KnapsackStrategy
 from wgates_plugin.strategies.metapruning import MetaPruningStrategy
 from wgates_plugin.strategies.scop import ScopStrategy
+from wgates_plugin.strategies.slim import SlimStrategy
 from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -25,6 +26,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "functionality": FunctionalityStrategy,
     "metapruning": MetaPruningStrategy,
     "scop": ScopStrategy,
+    "slim": SlimStrategy,
     "knapsack": KnapsackStrategy,
     **criterion_strategies(),
 }

@@ -20,15 +20,25 @@ Efficiency = EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel
 
 
 def contradictions(
-    choices: dict[str, LayerChoice], efficiency: object, target: object, *, by_ratio: bool
+    choices: dict[str, LayerChoice],
+    efficiency: object,
+    target: object,
+    *,
+    by_ratio: bool,
+    grid: int = 1,
 ) -> list[str]:
     problems = []
     ratios = [name for name, choice in choices.items() if choice.ratio is not None]
-    if not by_ratio and ratios:
-        shown = ", ".join(f"`{name}`" for name in ratios[:3]) + " ..." * (len(ratios) > 3)
+    exact = [name for name in ratios if choices[name].shared is None]
+    if by_ratio and exact and grid > 1:
         problems.append(
-            f"sparse_ratio of {shown} together with a target: the target decides how much each layer "
-            "loses; drop one of them (max_sparse_ratio and min_sparse_ratio may stay)"
+            f"grid {grid} together with sparse_ratio of {_shown(exact)}: a ratio says to the channel "
+            "how much a layer loses; drop one of them, or give a target or a global_group_id"
+        )
+    if not by_ratio and ratios:
+        problems.append(
+            f"sparse_ratio of {_shown(ratios)} together with a target: the target decides how much "
+            "each layer loses; drop one of them (max_sparse_ratio and min_sparse_ratio may stay)"
         )
     if by_ratio and efficiency is not None:
         problems.append("efficiency without a target: give `target` in the model's unit")
@@ -44,6 +54,10 @@ def contradictions(
             "in the config list"
         )
     return problems
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:3]) + " ..." * (len(names) > 3)
 
 
 def duration_problems(

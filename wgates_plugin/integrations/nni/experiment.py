@@ -26,11 +26,14 @@ from wgates_plugin.integrations.nni.choices import ConfigList
 from wgates_plugin.integrations.nni.config import make_config
 from wgates_plugin.integrations.nni.pruner import WGatesPruner
 from wgates_plugin.integrations.nni.slim import FoldedSlimPruner
-from wgates_plugin.integrations.nni.strategies import StrategyPruner
+from wgates_plugin.integrations.nni.strategies import NEED_A_TARGET, StrategyPruner
 from wgates_plugin.strategies.budgeting import uniform_widths
 from wgates_plugin.strategies.table import STRATEGIES
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.tracing import trace
+
+TRAINING_STEPS = 100
+"""Steps of pruners that learn, where the parameters do not say."""
 
 KEYS = ("pruner", "target", "target_fraction", "sparse_ratio", "training_steps", "grid")
 
@@ -129,7 +132,7 @@ def build_pruner(
     Args:
         parameters: `pruner`, a key of `PRUNERS`; one of `sparse_ratio`, `target` (in the unit of
             `efficiency`) and `target_fraction` (of what the untouched network costs); optionally
-            `training_steps` (100) and `grid` (1), the channel multiple that widths under a target
+            `training_steps` (100) and, under a target, `grid` (1), the channel multiple that widths
             keep to.
         evaluator: for pruners that learn; its optimizer belongs to `model`.
         efficiency: what the target limits, such as an `LPNet`; by default MACs.
@@ -151,7 +154,7 @@ def build_pruner(
         model,
         example_inputs,
         evaluator,
-        parameters.get("training_steps", 100),
+        parameters.get("training_steps", TRAINING_STEPS),
         parameters.get("sparse_ratio"),
         _budget(space, parameters, efficiency),
         space,
@@ -177,6 +180,14 @@ def _problems(parameters: Mapping[str, Any]) -> list[str]:
         most = 1.0 if key != "target" else float("inf")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < most:
             problems.append(f"{key} is {value!r}, needs a number above 0 and below {most:g}")
+    if "sparse_ratio" in parameters:
+        if name in NEED_A_TARGET:
+            problems.append(NEED_A_TARGET[name])
+        if parameters.get("grid", 1) != 1:
+            problems.append(
+                f"grid {parameters['grid']!r} together with sparse_ratio: a ratio says to the channel "
+                "how much a layer loses; leave out grid, or give a target"
+            )
     for key in ("training_steps", "grid"):
         value = parameters.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

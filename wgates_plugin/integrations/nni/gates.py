@@ -129,14 +129,26 @@ def trained_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
 def load_wrapped(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the unwrapped network's state dict: wrapped weights belong to their wrappers."""
     for name, value in state.items():
-        path, _, key = name.rpartition(".")
-        module = network.get_submodule(path)
-        wrapper = wrapper_of(module)
-        for owner in (module, wrapper):
-            for table in () if owner is None else (owner._parameters, owner._buffers):
-                held = table.get(key)
-                if held is not None:
-                    held.copy_(value)
+        for held in _held(network, name):
+            held.copy_(value)
+
+
+def unwrapped_state(network: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """These entries of the unwrapped network's state dict as they are now, copied."""
+    found = {name: _held(network, name) for name in names}
+    return {name: held[0].detach().clone() for name, held in found.items() if held}
+
+
+def _held(network: nn.Module, name: str) -> list[Tensor]:
+    """The tensors that stand for an entry of the state dict; first the one that is trained."""
+    path, _, key = name.rpartition(".")
+    module = network.get_submodule(path)
+    wrapper = module._modules.get("_nni_wrapper")
+    owners = [owner for owner in (wrapper, module) if owner is not None]
+    tables: list[Mapping[str, Tensor | None]] = []
+    for owner in owners:
+        tables += [owner._parameters, owner._buffers]
+    return [held for table in tables if (held := table.get(key)) is not None]
 
 
 def wrapped_gates(

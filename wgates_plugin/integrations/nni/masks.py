@@ -9,6 +9,7 @@ channels are gone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -186,6 +187,16 @@ def closed_units(network: nn.Module, space: ChannelSpace, masks: AnyMasks) -> Te
             kept = ~_closed_channels(found[slot.module], masks.get(slot.module, {}))[owned]
             closed[units[kept]] = False
     return closed
+
+
+def still_open(space: ChannelSpace, closed: Tensor) -> ChannelSpace:
+    """The space with caps, and where need be floors, at what `closed` (total_units,) leaves open."""
+    groups = []
+    for index, group in enumerate(space.groups):
+        left = int((~closed[space.unit_slice(index)]).sum()) * group.ties
+        cap = min(group.cap, max(left, group.ties))
+        groups.append(dataclasses.replace(group, cap=cap, floor=min(group.floor, cap)))
+    return dataclasses.replace(space, groups=tuple(groups))
 
 
 def _closed_channels(module: nn.Module, targets: Mapping[str, Tensor | None]) -> Tensor:

@@ -15,15 +15,16 @@ from torch import nn
 
 from wgates_plugin.calling import ExampleInputs, left_as_found
 from wgates_plugin.errors import ConfigError, SurgeryError
-from wgates_plugin.integrations.nni.masks import AnyMasks
-from wgates_plugin.integrations.nni.removal import check_masks, compare, masked_output
+from wgates_plugin.integrations.nni.given_masks import GivenMasks, check_masks, read_masks
+from wgates_plugin.integrations.nni.removal import compare, masked_output
 
 
 class ModelSpeedup(TheirModelSpeedup):
     """NNI's own, with what keeps it from today's torch put right; arguments and result are theirs.
 
     Its tracer fails from torch 2.2 on, so the graph comes from `torch.fx.symbolic_trace` unless one
-    is given. Its dry runs happen in eval mode: in train mode they move BatchNorm statistics.
+    is given. Its dry runs happen in eval mode: in train mode they move BatchNorm statistics. A file of
+    masks is read as plain tensors, so that nothing in it can execute code.
 
     What it removes is its own affair: it also takes channels that only *look* constant, so that
     plain masks of convolutions lead to another function than the masked network's. `speedup` checks.
@@ -42,11 +43,12 @@ class ModelSpeedup(TheirModelSpeedup):
         graph_module: torch.fx.GraphModule | None = None,
         **options: Any,
     ) -> None:
+        masks = read_masks(masks_or_file, map_location=map_location)
         with _evaluating(model):
             super().__init__(
                 model,
                 dummy_input,
-                masks_or_file,
+                masks,
                 map_location,
                 batch_dim,
                 batch_size,
@@ -78,17 +80,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = modes.get(name, modes[""])
 
 
-def speedup(model: nn.Module, masks: AnyMasks, example_inputs: ExampleInputs) -> nn.Module:
+def speedup(model: nn.Module, masks: GivenMasks, example_inputs: ExampleInputs) -> nn.Module:
     """`ModelSpeedup` with these masks, in place, silently, compared with the masked network.
 
-    It takes many times as long as `remove`.
+    It takes many times as long as `remove`. Masks may be the path of a file, as there.
 
     Raises:
+        FileFormatError: the file cannot be read as plain tensors.
         ConfigError: the masks do not fit the network, or empty a layer.
         SurgeryError: torch.fx cannot trace the network, ModelSpeedup fails, or what it leaves
             computes something else; the model is then not to be used any more.
     """
-    check_masks(model, masks)
+    masks = check_masks(model, read_masks(masks))
     if isinstance(example_inputs, dict):
         raise ConfigError("speedup", ["example_inputs by name: ModelSpeedup takes positions only"])
     empty = [

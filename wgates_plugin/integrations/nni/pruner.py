@@ -40,6 +40,7 @@ from wgates_plugin.integrations.nni.masks import (
     needed_targets,
     open_readers,
     out_targets,
+    still_open,
 )
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.budgeting import check_feasible, plan_for_budget
@@ -105,7 +106,9 @@ class WGatesPruner(Pruner):
         by_ratio = target is None and not isinstance(efficiency, Budget)
         read = read_config(model, config_list)
         choices, problems = read.choices, list(read.problems)
-        problems += contradictions(choices, efficiency, target, by_ratio=by_ratio)
+        problems += contradictions(
+            choices, efficiency, target, by_ratio=by_ratio, grid=settings.grid
+        )
         problems += duration_problems(training_steps, evaluator, settings)
         if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
             problems.append(
@@ -149,7 +152,8 @@ class WGatesPruner(Pruner):
         self.space, self.budget = space, budget
         self.left_out = selection.left_out
         self.plan: PruningPlan | None = None
-        self.gates = wrapped_gates(model, space, budget, settings, steps=training_steps or None)
+        self._settings = settings
+        self._renew_gates()
         self._undo: Callable[[], None] | None = None
         self._last_step: int | None = None
         self._steps_done = 0
@@ -176,7 +180,8 @@ class WGatesPruner(Pruner):
     ) -> WGatesPruner:
         """Go on from another compressor: its wrappers stay, its evaluator is used if it has one.
 
-        What it has masked stays masked. See the class for `options`.
+        What it has masked stays masked, and counts towards ratio and target. See the class for
+        `options`.
         """
         was_wrapped = compressor._is_wrapped
         try:
@@ -192,6 +197,18 @@ class WGatesPruner(Pruner):
                 compressor.wrap_model()
             raise
         return pruner
+
+    def _closed(self) -> Tensor:
+        """Units (total_units,) that earlier links of a chain have masked."""
+        return closed_units(self.bound_model, self.space, self.get_masks())
+
+    def _renew_gates(self) -> None:
+        """Gates that start from the weights as they are now, under the masks there are."""
+        space = still_open(self.space, self._closed())
+        steps = self.training_steps or None
+        self.gates = wrapped_gates(
+            self.bound_model, space, self.budget, self._settings, steps=steps
+        )
 
     def _sort(self, model: nn.Module) -> None:
         """Wrappers in `named_modules()` order: NNI keeps them in the order of a set."""
@@ -235,6 +252,7 @@ class WGatesPruner(Pruner):
                 ],
             )
         if self.training_steps == 0 and not max_epochs and not max_steps:
+            self._renew_gates()
             self._decide()
             return self.bound_model, self.get_masks()
         if isinstance(self.evaluator, LightningEvaluator) and max_steps is not None:
@@ -270,6 +288,7 @@ class WGatesPruner(Pruner):
         if self.plan is not None:  # an earlier link of a chain: its masks work by themselves
             return
         self._check_unchanged()
+        self._renew_gates()
         self.gates.attach()
         if self.training_steps == 0:
             self._decide()
@@ -354,16 +373,17 @@ class WGatesPruner(Pruner):
             index = torch.from_numpy(self.space.unit_index(name, "out"))
             owned = index < self.space.total_units
             scores[index[owned]] = held["weight"].flatten()[owned]
-        grid = self.gates.settings.grid
-        widths = widths_of(self.space, scores, grid)
-        plan = plan_for_budget(self.space, scores, widths, self.budget, grid, strategy="wgates")
+        earlier, grid = self._closed(), self._settings.grid
+        # What is closed already counts towards ratio and target, before anything else goes.
+        scores[earlier] = scores.min() - 1e-6
+        space = still_open(self.space, earlier)
+        widths = widths_of(space, scores, grid)
+        plan = plan_for_budget(space, scores, widths, self.budget, grid, strategy="wgates")
         return self._masks_of(plan)
 
     def _masks_of(self, plan: PruningPlan) -> Masks:
         """The masks that carry `plan` out, and what a chain has masked before."""
-        # What earlier links of a chain have closed scores lowest, and stays closed in any case.
-        earlier = closed_units(self.bound_model, self.space, self.get_masks())
-        self.plan = PruningPlan.from_masks(self.space, plan.mask & ~earlier, **plan.note)
+        self.plan = plan
         wrappers = self._module_wrappers
         spaces = {
             name: {key: wrappers[name].pruning_target_spaces[key] for key in keys}

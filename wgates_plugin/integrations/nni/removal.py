@@ -10,6 +10,7 @@ from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import ConfigError, SurgeryError
+from wgates_plugin.integrations.nni.given_masks import GivenMasks, check_masks, read_masks
 from wgates_plugin.integrations.nni.masks import (
     AnyMasks,
     closed_units,
@@ -23,7 +24,7 @@ from wgates_plugin.verification import TOLERANCE, check_traced, relative_error
 
 def remove(
     model: nn.Module,
-    masks: AnyMasks,
+    masks: GivenMasks,
     example_inputs: ExampleInputs,
     *,
     align: bool = False,
@@ -35,15 +36,18 @@ def remove(
     one of two coupled layers gave up) is kept as zeros.
 
     Args:
+        masks: {layer: {"weight": tensor, ...}}, 1 = kept, shaped as the parameters, or the path of a
+            file that `torch.save` wrote of it.
         align: when channels that masks close come to life again behind them (a BatchNorm turns zero
             into its shift), remove them all the same. The function then changes by these shifts.
 
     Raises:
+        FileFormatError: the file cannot be read as plain tensors.
         ConfigError: the masks do not fit the network, or would empty a layer; all problems at once.
         SurgeryError: closed channels come to life again, and `align` is False.
         TraceError: the network cannot be traced.
     """
-    check_masks(model, masks)
+    masks = check_masks(model, read_masks(masks))
     traced = DependencyTrace(model, example_inputs)
     space = traced.space()
     if not traced.keeps_channel_order:
@@ -145,42 +149,6 @@ def _read_channels(module: nn.Module, mask: Tensor) -> Tensor:
     # (C_out, C_in/groups, ...) -> (groups, C_out/groups, C_in/groups, ...)
     split = (mask != 0).view(groups, mask.shape[0] // groups, *mask.shape[1:])
     return split.sum([1, *range(3, split.dim())]).flatten().cpu() > 0
-
-
-def check_masks(model: nn.Module, masks: AnyMasks) -> None:
-    """Collect all that does not fit the network, and refuse it at once.
-
-    Raises:
-        ConfigError: the network is wrapped, or a mask has no parameter, another shape or values.
-    """
-    found = dict(model.named_modules())
-    problems = []
-    if any("_nni_wrapper" in module._modules for module in found.values()):
-        problems.append("the network is still wrapped by NNI; call `pruner.unwrap_model()` first")
-        raise ConfigError("masks", problems)
-    for name, targets in masks.items():
-        module = found.get(name)
-        if module is None:
-            problems.append(f"`{name}` is not in the network; the masks are for another one")
-            continue
-        for key, mask in targets.items():
-            if mask is None:
-                continue
-            if key.startswith("_"):
-                problems.append(f"`{name}`: a mask of `{key}` removes no channel; mask weights")
-                continue
-            parameter = module._parameters.get(key)
-            if parameter is None:
-                problems.append(f"`{name}` has no parameter `{key}`")
-            elif mask.shape != parameter.shape:
-                problems.append(
-                    f"`{name}.{key}` has shape {tuple(parameter.shape)}, its mask "
-                    f"{tuple(mask.shape)}; the network changed since the masks were made"
-                )
-            elif not ((mask == 0) | (mask == 1)).all():
-                problems.append(f"`{name}.{key}`: the mask holds other values than 0 and 1")
-    if problems:
-        raise ConfigError("masks", problems)
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni.asked import Efficiency
 from wgates_plugin.integrations.nni.choices import ConfigList
-from wgates_plugin.integrations.nni.gates import load_wrapped
+from wgates_plugin.integrations.nni.gates import load_wrapped, unwrapped_state
 from wgates_plugin.integrations.nni.masks import Masks
 from wgates_plugin.integrations.nni.pruner import WGatesPruner
 from wgates_plugin.strategies.base import Decision, Task
@@ -25,18 +26,28 @@ from wgates_plugin.targets import Target
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.settings import TrainingSettings
 
+NEED_A_TARGET: dict[str, str] = {
+    "metapruning": (
+        "`metapruning` searches widths and hands over freshly initialised weights; a sparse_ratio "
+        "leaves no widths to search, so that trained weights would be thrown away for nothing; "
+        "give a `target` and no sparse_ratio, or another strategy"
+    )
+}
+"""Strategy -> why it is refused under ratios."""
+
 
 class StrategyPruner(WGatesPruner):
     """A strategy by name: `compress()` lets it decide on `data` and gives masks in NNI's form.
 
-    What it learns, it learns in a training of its own; the weights it trained are those of the
-    network afterwards. `WGatesPruner` learns in the evaluator's training instead.
+    It decides on the weights that the network has when `compress()` is called. What it learns, it
+    learns in a training of its own; the weights it trained are those of the network afterwards
+    (`metapruning`'s are fresh ones). `WGatesPruner` learns in the evaluator's training instead.
 
     Args:
         strategy: a key of `wgates_plugin.strategies.STRATEGIES`; its own settings are `options`.
         data: batches (inputs, targets), with a length.
         epochs, training, loss: of its phase; without effect where it does not learn.
-        grid: channel multiple that widths keep to.
+        grid: channel multiple that widths keep to, under a target.
         model, config_list, example_inputs, efficiency, target, min_channels: as in `WGatesPruner`;
             example inputs are by default the first batch.
 
@@ -72,6 +83,8 @@ class StrategyPruner(WGatesPruner):
         problems = strategy_problems(strategy, options or {})
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             problems.append(f"epochs {epochs!r}: needs a whole number from 0")
+        if strategy in NEED_A_TARGET and target is None and not isinstance(efficiency, Budget):
+            problems.append(NEED_A_TARGET[strategy])
         if problems:
             raise ConfigError("StrategyPruner", problems)
         self.strategy, self._name = make_strategy(strategy, options), strategy
@@ -85,7 +98,7 @@ class StrategyPruner(WGatesPruner):
                     "network's modules before it is traced; use `prune_to_target`"
                 ],
             )
-        # NNI's wrappers take the parameters away; the strategy gets the network as it was.
+        # NNI's wrappers take the parameters away; the strategy gets this, with the weights of then.
         self._plain = copy.deepcopy(model)
         self._example, self._data, self._epochs, self._seed = example_inputs, data, epochs, seed
         self._training, self._loss = training or TrainingSettings(), loss
@@ -120,9 +133,13 @@ class StrategyPruner(WGatesPruner):
 
     def _decide(self) -> None:
         epochs = self._epochs if STRATEGIES[self._name].has_phase else 0
+        network = copy.deepcopy(self._plain).to(next(self.bound_model.parameters()).device)
+        network.load_state_dict(
+            unwrapped_state(self.bound_model, network.state_dict()), strict=False
+        )
         self.decision = self.strategy.decide(
             Task(
-                self._plain,
+                network,
                 self.space,
                 self.budget,
                 self._example,

@@ -8,23 +8,26 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 
-from wgates_plugin.calling import ExampleInputs, left_as_found
+from wgates_plugin import modules as kinds
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel
 from wgates_plugin.efficiency.belonging import check_inputs
 from wgates_plugin.errors import ConfigError
-from wgates_plugin.integrations.torch_pruning import options
+from wgates_plugin.integrations.torch_pruning import checks, options
 from wgates_plugin.integrations.torch_pruning.goals import (
     BudgetGoal,
     Goal,
     RatioGoal,
     as_budget,
     goal_problems,
+    target_problems,
 )
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.budgeting import check_feasible
 from wgates_plugin.verification import check_traced
 
 Scheduler = Callable[[float, int], Sequence[float]]
@@ -44,6 +47,11 @@ class TracedPruner(tp.pruner.BasePruner):
     """
 
     current_step: int
+
+    @property
+    def _subject(self) -> str:
+        """What error messages call this."""
+        return type(self).__name__
 
     def _open(
         self,
@@ -73,40 +81,45 @@ class TracedPruner(tp.pruner.BasePruner):
         """Check all words at once (`problems`: those of the caller), trace, and set the goal."""
         budgeted = efficiency is not None or target is not None
         problems = (
-            options.refused_options(others)
-            + options.ratio_problems(
+            checks.refused_options(others)
+            + checks.ratio_problems(
                 budgeted,
                 pruning_ratio,
                 pruning_ratio_dict,
                 max_pruning_ratio,
                 iterative_steps,
                 isomorphic,
+                global_pruning,
             )
+            + checks.limit_problems(min_channels, min_fraction, floors, caps)
             + goal_problems(efficiency, target)
             + options.problems_of(
                 lambda: options.listed_layers(model, ignored_layers),
                 lambda: options.parameter_dims(model, unwrapped_parameters),
                 lambda: options.check_root_types(root_module_types),
+                lambda: options.check_ratio_modules(model, pruning_ratio_dict),
+            )
+            + checks.schedule_problems(
+                iterative_pruning_ratio_scheduler,
+                1.0 if budgeted else 0.5 if pruning_ratio is None else pruning_ratio,
+                pruning_ratio_dict,
+                iterative_steps,
             )
             + problems
         )
         if problems:
-            raise ConfigError(type(self).__name__, problems)
+            raise ConfigError(self._subject, problems + target_problems(target))
         self._grid, self._inputs = grid, example_inputs
         self._dims = options.parameter_dims(model, unwrapped_parameters)
         layers = options.listed_layers(model, ignored_layers)
         self._trace = DependencyTrace(model, example_inputs, parameter_dims=self._dims)
-        self._init_base(
-            model,
-            [layer for layer in layers if isinstance(layer, nn.Module)],
-            global_pruning=global_pruning,
-            pruning_ratio=0.5 if pruning_ratio is None else pruning_ratio,
-            max_pruning_ratio=max_pruning_ratio,
-            iterative_steps=iterative_steps,
-            iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
-            round_to=grid if grid > 1 else None,
-            isomorphic=isomorphic,
-        )
+        self.model, self.DG = model, self._trace.graph
+        self.global_pruning, self.isomorphic = global_pruning, isomorphic
+        self.pruning_ratio = 0.5 if pruning_ratio is None else pruning_ratio
+        self.max_pruning_ratio = max_pruning_ratio
+        self.round_to = grid if grid > 1 else None
+        self.iterative_steps = iterative_steps
+        self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
         limits: dict[str, Any] = {
             "min_channels": min_channels,
             "min_fraction": max(min_fraction, 1.0 - max_pruning_ratio),
@@ -121,35 +134,65 @@ class TracedPruner(tp.pruner.BasePruner):
         if not self._trace.keeps_channel_order:
             check_traced(model, space, example_inputs)
         self.space = self._now = space
+        self._set_what_siblings_have(layers)
         budget = as_budget(space, efficiency, target) if budgeted else None
         if budget is not None:
             check_inputs(budget, example_inputs)
-        self._goal = self._make_goal(
-            budget,
-            options.Ratios(
-                self.pruning_ratio, pruning_ratio_dict or {}, global_pruning, isomorphic
-            ),
-        )
+            check_feasible(space, budget, grid)
+        with options.told_as(self._subject):
+            self._goal = self._make_goal(
+                budget,
+                options.Ratios(
+                    self.pruning_ratio, pruning_ratio_dict or {}, global_pruning, isomorphic
+                ),
+            )
         self.plan: PruningPlan | None = None
 
-    def _init_base(self, model: nn.Module, ignored: list[nn.Module], **words: Any) -> None:
-        inputs = (self._inputs,) if isinstance(self._inputs, Tensor) else self._inputs
-        with left_as_found(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.requires_grad_(True)  # frozen parameters would make groups vanish silently
-            super().__init__(
-                model,
-                inputs,
-                importance=None,
-                ignored_layers=ignored,
-                unwrapped_parameters=list(self._dims),
-                in_channel_groups={},  # torch-pruning's mutable defaults leak between pruners
-                out_channel_groups={},
-                num_heads={},
-                channel_groups={},
-                **words,
-            )
-        self.DG = self._trace.graph
+    def _set_what_siblings_have(self, ignored_layers: Sequence[Any]) -> None:
+        """The other attributes of `BasePruner`, whose constructor would trace the network again."""
+        graph = self.DG
+        self.importance: Any = None
+        self.ignored_layers = [
+            inner
+            for layer in ignored_layers
+            if isinstance(layer, nn.Module)
+            for inner in layer.modules()
+        ]
+        self.ignored_params: list[nn.Parameter] = []
+        self.root_module_types = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, tp.ops.TORCH_LSTM]
+        self.current_step = 0
+        steps, scheduler = self.iterative_steps, self.iterative_pruning_ratio_scheduler
+        self.per_step_pruning_ratio = scheduler(self.pruning_ratio, steps)
+        self.pruning_ratio_dict: dict[Any, Any] = {}
+        # Attention heads are not pruned here.
+        self.num_heads: dict[nn.Module, int] = {}
+        self.init_num_heads: dict[nn.Module, int] = {}
+        self.initial_total_heads = 0
+        self.prune_num_heads, self.prune_head_dims = False, True
+        self.head_pruning_ratio = 0.0
+        self.per_step_head_pruning_ratio = [0.0] * (steps + 1)
+        self.head_pruning_ratio_dict: dict[Any, Any] = {}
+        self._layer_to_scope: dict[Any, Any] = {}
+        self._scope_initial_channels: dict[Any, Any] = {}
+        self.in_channel_groups: dict[nn.Module, int] = {}
+        self.out_channel_groups: dict[nn.Module, int] = {}
+        self.layer_init_in_ch: dict[Any, Any] = {}
+        self.layer_init_out_ch: dict[Any, Any] = {}
+        for module in graph.module2node:
+            if tp.ops.module2type(module) not in graph.REGISTERED_PRUNERS:
+                continue
+            self.layer_init_out_ch[module] = graph.get_out_channels(module)
+            self.layer_init_in_ch[module] = graph.get_in_channels(module)
+            if kinds.is_depthwise(module):
+                continue
+            pruner = graph.get_pruner_of_module(module)
+            for found, groups in (
+                (self.in_channel_groups, pruner.get_in_channel_groups(module)),
+                (self.out_channel_groups, pruner.get_out_channel_groups(module)),
+            ):
+                if groups > 1:
+                    found[module] = groups
+        self.initial_total_channels = sum(group.units for group in self.space.groups)
 
     def _make_goal(self, budget: Budget | None, ratios: options.Ratios) -> Goal:
         steps, scheduler = self.iterative_steps, self.iterative_pruning_ratio_scheduler
@@ -159,7 +202,7 @@ class TracedPruner(tp.pruner.BasePruner):
         full = torch.tensor(self.space.full_widths, dtype=torch.float64)
         if float(budget.excess(full)) <= 0:
             warnings.warn(
-                f"{type(self).__name__}: the network is within its budget as it is "
+                f"{self._subject}: the network is within its budget as it is "
                 f"({budget.describe(full)}); nothing will be removed",
                 stacklevel=3,
             )

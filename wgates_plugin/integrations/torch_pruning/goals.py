@@ -12,7 +12,8 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, check_target
 from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.efficiency.counts import MacsModel
-from wgates_plugin.errors import ConfigError
+from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.integrations.torch_pruning.options import SUBJECT
 from wgates_plugin.strategies.budgeting import fit_to_budget
 from wgates_plugin.strategies.ratios import Scope, ratio_budget, ratio_widths
 from wgates_plugin.strategies.wgates import WeightScores, ranks_within
@@ -130,6 +131,16 @@ def goal_problems(efficiency: object, target: float | None) -> list[str]:
     return []
 
 
+def target_problems(target: object) -> list[str]:
+    """What is wrong with the target alone; by itself it is a `TargetError`, see `as_budget`."""
+    try:
+        if target is not None:
+            check_target(target, "the model's unit")
+    except TargetError as error:
+        return [str(error)]
+    return []
+
+
 def as_budget(
     space: ChannelSpace,
     efficiency: EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel] | None,
@@ -142,7 +153,7 @@ def as_budget(
         TargetError: the target is no positive number.
     """
     if problems := goal_problems(efficiency, target):
-        raise ConfigError("WGatesPruner", problems)
+        raise ConfigError(SUBJECT, problems)
     if isinstance(efficiency, Budget):
         check_models(space, efficiency)
         return efficiency

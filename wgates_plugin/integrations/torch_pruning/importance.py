@@ -117,7 +117,7 @@ class WGatesImportance(tp.importance.Importance):
     def __call__(self, group: Any) -> Tensor | None:
         graph = group._DG
         if graph is None:
-            raise PlanError("WGatesImportance: the group belongs to no dependency graph")
+            raise PlanError(f"{type(self).__name__}: the group belongs to no dependency graph")
         history = graph.pruning_history()[self._skip :]
         if len(history) != self._seen:
             self._left, self._seen = units_left(self.space, history), len(history)
@@ -154,7 +154,7 @@ class WGatesImportance(tp.importance.Importance):
         size = graph.get_out_channels(module) if side == "out" else graph.get_in_channels(module)
         if size != len(present):
             raise PlanError(
-                f"WGatesImportance: `{name}` has {size} channels, its scores know {len(present)}; "
+                f"{type(self).__name__}: `{name}` has {size} channels, its scores know {len(present)}; "
                 "the network changed since the gates learned, or is another one"
             )
         return np.asarray(present[np.asarray(item.idxs, dtype=np.int64)])
@@ -171,7 +171,7 @@ class GDPImportance(WGatesImportance):
         gates: `PolarisedGates` that learned.
 
     Raises:
-        PlanError: as `WGatesImportance`.
+        PlanError: they never learned, or were not absorbed; and as `WGatesImportance` when called.
 
     Example:
         >>> from wgates_plugin import trace
@@ -199,4 +199,9 @@ class GDPImportance(WGatesImportance):
             )
         if gates.step == 0:
             raise PlanError("GDPImportance: the gates never learned; train with `regularize` first")
+        if not gates.absorbed:
+            raise PlanError(
+                "GDPImportance: the gates are not absorbed, so that the network does not compute "
+                "what they learned; call `gates.absorb()` when their phase is over, then make this"
+            )
         self._set(gates.space, gates.unit_scores() - 0.5, 0)

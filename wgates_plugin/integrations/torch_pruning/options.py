@@ -1,10 +1,11 @@
-"""torch-pruning's constructor words: what they mean for gates, and which cannot be honoured."""
+"""torch-pruning's constructor words: what they mean for gates."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,56 +16,19 @@ from wgates_plugin.channels import ChannelGroup, ChannelSpace
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies.ratios import Scope, make_scopes, structure_of
 
-SUBJECT = "WGatesPruner"
-
-_HEADS = (
-    "attention heads are not pruned: removing some would leave the module's own head count behind "
-    "(see the README on networks beyond CNNs)"
-)
-_STRENGTH = (
-    "no coefficient weighs the budget here, its pressure is found while training "
-    '(`settings=WGatesSettings(constraint="linear", alpha=...)` sets one)'
-)
-_WRAP = "wrap the network in a module whose forward takes the example inputs and returns the tensor"
-_CONV_GROUPS = "conv groups are found by tracing and kept alike in every one"
-
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "customized_pruners": (
-        (None, {}),
-        "a gate cannot stand for the removal inside a layer it does not know; leave that layer out "
-        "with `ignored_layers`",
-    ),
-    "forward_fn": ((None,), _WRAP),
-    "output_transform": ((None,), _WRAP),
-    "in_channel_groups": ((None, {}), _CONV_GROUPS),
-    "out_channel_groups": ((None, {}), _CONV_GROUPS),
-    "channel_groups": ((None, {}), _CONV_GROUPS),
-    "num_heads": ((None, {}), _HEADS),
-    "prune_num_heads": ((False,), _HEADS),
-    "prune_head_dims": ((True,), _HEADS),
-    "head_pruning_ratio": ((0.0,), _HEADS),
-    "head_pruning_ratio_dict": ((None, {}), _HEADS),
-    "ch_sparsity": ((None,), "renamed by torch-pruning; write `pruning_ratio`"),
-    "ch_sparsity_dict": ((None, {}), "renamed by torch-pruning; write `pruning_ratio_dict`"),
-    "reg": ((), _STRENGTH),
-    "alpha": ((), _STRENGTH),
-    "delta_reg": ((), _STRENGTH),
-    "group_lasso": ((False,), "gates take the place of a norm penalty"),
-}
-"""Word -> (values that ask for nothing, why others cannot be honoured)."""
+SUBJECT = "torch-pruning options"
+"""Subject of errors raised here, until `told_as` puts the class that the user called."""
 
 
-def refused_options(options: Mapping[str, Any]) -> list[str]:
-    """One line per option that cannot be honoured, unknown ones included."""
-    problems = []
-    for name, value in options.items():
-        if name not in REFUSED:
-            problems.append(f"{name}: unknown option")
-            continue
-        neutral, reason = REFUSED[name]
-        if not any(type(value) is type(n) and value == n for n in neutral):
-            problems.append(f"{name}: {reason}")
-    return problems
+@contextmanager
+def told_as(subject: str) -> Iterator[None]:
+    """Errors about options name what the user called."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.subject != SUBJECT:
+            raise
+        raise ConfigError(subject, error.problems) from error.__cause__
 
 
 def problems_of(*checks: Callable[[], object]) -> list[str]:
@@ -88,47 +52,22 @@ class Ratios:
     isomorphic: bool
 
 
-def ratio_problems(
-    budget_given: bool,
-    pruning_ratio: Any,
-    by_module: Mapping[Any, float] | None,
-    max_pruning_ratio: Any,
-    iterative_steps: Any,
-    isomorphic: bool,
-) -> list[str]:
-    """Everything wrong with the ratio words, before the network is looked at."""
-    problems = []
-    if budget_given:
-        given = {
-            "pruning_ratio": pruning_ratio is not None,
-            "pruning_ratio_dict": bool(by_module),
-            "isomorphic": isomorphic,
-        }
-        problems += [
-            f"{name}: the budget decides every width; give either a target or ratios"
-            for name, there in given.items()
-            if there
-        ]
-    named = {"pruning_ratio": pruning_ratio, "max_pruning_ratio": max_pruning_ratio}
-    for value in (by_module or {}).values():
-        named.setdefault(f"pruning_ratio_dict value {value!r}", value)
-    problems += [
-        f"{name} {value!r}: needs a number from 0 to 1"
-        for name, value in named.items()
-        if value is not None and not _is_share(value)
-    ]
-    if (
-        isinstance(iterative_steps, bool)
-        or not isinstance(iterative_steps, int)
-        or iterative_steps < 1
-    ):
-        problems.append(f"iterative_steps {iterative_steps!r}: needs a whole number from 1")
-    return problems
+def plain(model: nn.Module) -> nn.Module:
+    """The network within `torch.compile`'s wrapper, which shares its layers."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
-def _is_share(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0.0 <= value <= 1.0
+def wraps(model: object, network: nn.Module) -> bool:
+    """Is it `network` itself, or a compiled or parallel wrapper of it?"""
+    seen: list[object] = []
+    while isinstance(model, nn.Module) and model not in seen:
+        if model is network:
+            return True
+        seen.append(model)
+        inner = getattr(model, "_orig_mod", None)
+        model = getattr(model, "module", None) if inner is None else inner
+    return False
 
 
 def schedule(scheduler: Callable[[float, int], Sequence[float]], goal: float, steps: int) -> Any:
@@ -137,7 +76,16 @@ def schedule(scheduler: Callable[[float, int], Sequence[float]], goal: float, st
     Raises:
         ConfigError: it gives too few numbers, or does not rise from 0 to the goal.
     """
-    found = tuple(float(value) for value in scheduler(goal, steps))
+    try:
+        found = tuple(float(value) for value in scheduler(goal, steps))
+    except TypeError as error:
+        raise ConfigError(
+            SUBJECT,
+            [
+                f"iterative_pruning_ratio_scheduler: fails for ratio {goal} in {steps} steps "
+                f"({error}); needs a function (ratio, steps) -> ratios after each step"
+            ],
+        ) from error
     rising = all(a <= b + 1e-12 for a, b in itertools.pairwise(found))
     if len(found) != steps + 1 or not rising or not math.isclose(found[-1], goal, abs_tol=1e-9):
         raise ConfigError(
@@ -178,6 +126,23 @@ def scopes_of(
     return make_scopes(space, of)
 
 
+def check_ratio_modules(network: nn.Module, by_module: Mapping[Any, float] | None) -> None:
+    """Refuse keys of `pruning_ratio_dict` that are no modules of the network.
+
+    Raises:
+        ConfigError: names them.
+    """
+    own = set(network.modules())
+    problems = [
+        f"pruning_ratio_dict: {type(module).__name__} {module!r:.60} is no module of the network"
+        for key in by_module or {}
+        for module in (key if isinstance(key, tuple) else (key,))
+        if not isinstance(module, nn.Module) or module not in own
+    ]
+    if problems:
+        raise ConfigError(SUBJECT, problems)
+
+
 def _ratios_by_group(
     network: nn.Module, space: ChannelSpace, ratios: Ratios
 ) -> dict[str, tuple[int, float]]:
@@ -188,12 +153,6 @@ def _ratios_by_group(
     for number, (key, ratio) in enumerate(ratios.by_module.items()):
         modules = key if isinstance(key, tuple) else (key,)
         for module in modules:
-            if not isinstance(module, nn.Module) or module not in names:
-                problems.append(
-                    f"pruning_ratio_dict: {type(module).__name__} {module!r:.60} is no module of "
-                    "the network"
-                )
-                continue
             inner = {names[m] for m in module.modules() if m in names}
             touched = [
                 group.name

@@ -14,7 +14,7 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
-from wgates_plugin.integrations.torch_pruning import options
+from wgates_plugin.integrations.torch_pruning import checks, options
 from wgates_plugin.integrations.torch_pruning.base import (
     Efficiency,
     Scheduler,
@@ -35,10 +35,11 @@ from wgates_plugin.surgery import check_shapes, removals
 class WGatesPruner(TracedPruner):
     """W-Gates as a `torch_pruning` pruner: gates learn in your loop, `step()` removes exactly.
 
-    Gates are attached on construction and taken off by the last `step()` or `detach()`. Between
-    `loss.backward()` and `optimizer.step()`, call `regularize(model)` once. With a `target` the
-    budget decides every width; without one, `pruning_ratio` does, as in torch-pruning, and the gates
-    learn which channels.
+    Gates are attached on construction and taken off by the last `step()` or `detach()`. They act
+    from the first training pass on: until then, and again after each of several steps, evaluation
+    sees the network as it is. Between `loss.backward()` and `optimizer.step()`, call
+    `regularize(model)` once. With a `target` the budget decides every width; without one,
+    `pruning_ratio` does, as in torch-pruning, and the gates learn which channels.
 
     Args:
         model: the network to prune, in place at `step()`.
@@ -110,12 +111,23 @@ class WGatesPruner(TracedPruner):
         average: Callable[[Tensor], Tensor] | None = None,
         **others: Any,
     ) -> None:
+        model = options.plain(model)
         settings = settings or WGatesSettings()
-        problems = options.problems_of(
-            lambda: settings if round_to is None else replace(settings, grid=round_to)
-        )
+        problems = []
+        if round_to is not None and not checks.is_whole(round_to, least=1):
+            problems.append(f"round_to {round_to!r}: needs a whole number from 1")
+        problems += checks.importance_problems(model, importance)
         if importance is not None and settings.start == "open":
             problems.append('importance: ranks where gates start, which start="open" leaves no say')
+        if steps is not None and not checks.is_whole(steps, least=1):
+            problems.append(f"steps {steps!r}: needs a whole number from 1")
+        if steps is None and settings.start == "open":
+            problems.append(
+                'steps None: start="open" slides the target over the gate phase; needs its length, '
+                "a whole number from 1"
+            )
+        if average is not None and not callable(average):
+            problems.append(f"average {average!r}: needs a function of the gates' gradient")
         self._settings = settings
         self._gate_steps, self._average = steps, average
         if not problems and round_to is not None:
@@ -169,6 +181,7 @@ class WGatesPruner(TracedPruner):
             average=self._average,
             ranking=ranking,
             opening=self._goal.opening(self.model, self._now, ranking, step, self.plan is None),
+            waiting=True,
         ).attach()
         self.importance = self._live_importance
 
@@ -178,31 +191,42 @@ class WGatesPruner(TracedPruner):
         return WGatesImportance._of(self._now, self.gates.unit_scores(), done)(group)
 
     def regularize(
-        self, model: nn.Module, loss: Tensor | None = None, **others: Any
+        self, model: nn.Module, loss: Tensor | None = None, *, scale: float = 1.0, **others: Any
     ) -> dict[str, float]:
         """Add the budget's gradient, step the gates; returns the step's monitor values.
 
-        `loss` is there for torch-pruning's signature.
+        Where the gradient is not finite (an overflow under a loss scaler), the gates stay as they
+        are, which `skipped` counts.
+
+        Args:
+            model: the network, or a compiled or parallel wrapper of it.
+            loss: there for torch-pruning's signature.
+            scale: what the loss was multiplied by, `scaler.get_scale()` under a `GradScaler`. Its
+                `unscale_` does not reach the gates.
 
         Raises:
             PlanError: another model, or nothing is left to learn.
             ConfigError: a sibling's word that has no meaning here.
         """
         if others:
-            words = options.refused_options(others)
-            raise ConfigError("WGatesPruner.regularize", words)
-        if model is not self.model and getattr(model, "module", None) is not self.model:
+            words = checks.refused_options(others)
+            raise ConfigError(f"{self._subject}.regularize", words)
+        if not options.wraps(model, self.model):
             raise PlanError(
-                "WGatesPruner.regularize: another model than the one the pruner was made for"
+                f"{self._subject}.regularize: another model than the one the pruner was made for"
             )
         if self.current_step >= self.iterative_steps:
             raise PlanError(
-                "WGatesPruner.regularize: this network is pruned already; fine-tune it without "
+                f"{self._subject}.regularize: this network is pruned already; fine-tune it without "
                 "the pruner, or make a new one to prune more"
             )
-        monitor = self.gates.regularize()
-        self._learned = True
+        monitor = self.gates.regularize(scale=scale)
+        self._learned = self._learned or self.gates.step > 0
         return monitor
+
+    def discard(self) -> None:
+        """Forget what the gates collected since the last `regularize`: for a batch you skip."""
+        self.gates.discard()
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Decide the plan, take the gates off and remove the closed channels exactly.
@@ -214,6 +238,7 @@ class WGatesPruner(TracedPruner):
         Raises:
             PlanError: the gates never learned, all steps are done, the interactive step before was
                 left unfinished, or the network changed since it was traced.
+            TrainingError: its weights are not finite. The pruner can be used on.
         """
         self._refuse_step()
         scores, plan = self.gates.unit_scores(), self._decide()
@@ -230,19 +255,19 @@ class WGatesPruner(TracedPruner):
     def _refuse_step(self) -> None:
         if self._unfinished:
             raise PlanError(
-                "WGatesPruner.step: the interactive step before was not finished, the network is "
+                f"{self._subject}.step: the interactive step before was not finished, the network is "
                 "half pruned; go through all of its groups, or load the network anew"
             )
         if self.current_step >= self.iterative_steps:
             raise PlanError(
-                "WGatesPruner.step: this network is pruned already, in "
+                f"{self._subject}.step: this network is pruned already, in "
                 f"{self.iterative_steps} step(s); make a new pruner to prune more"
             )
         # Later steps may follow at once, with the scores that the first phase learned.
         again = self._learned and self._settings.start == "target"
         if self.gates.step == 0 and not again:
             raise PlanError(
-                "WGatesPruner.step: the gates never learned; call `regularize(model)` between "
+                f"{self._subject}.step: the gates never learned; call `regularize(model)` between "
                 "`loss.backward()` and `optimizer.step()` in your training loop first"
             )
         found = dict(self.model.named_modules())
@@ -250,13 +275,13 @@ class WGatesPruner(TracedPruner):
         replaced = sorted(n for n in names if n in found and found[n] not in self._trace.names)
         if replaced:
             raise PlanError(
-                f"WGatesPruner.step: the network changed since it was traced: `{replaced[0]}` is "
+                f"{self._subject}.step: the network changed since it was traced: `{replaced[0]}` is "
                 "another module now; make a new pruner"
             )
         check_shapes(self.model, self._now)
 
     def _decide(self) -> PruningPlan:
-        scores = self.gates.unit_scores()
+        scores = self.gates.decided_scores()
         widths = self._goal.widths(self._now, scores, self.current_step + 1)
         if widths is None:
             return self.gates.plan()
@@ -288,7 +313,7 @@ class WGatesPruner(TracedPruner):
             space = self._trace.space(ignored_layers=ignored)
         except TraceError as error:
             raise PlanError(
-                f"WGatesPruner.step: step {self.current_step} of {self.iterative_steps} left "
+                f"{self._subject}.step: step {self.current_step} of {self.iterative_steps} left "
                 f"nothing to prune ({error}); ask for fewer steps or a smaller ratio"
             ) from error
         limits = {group.name: group for group in self.space.groups}
@@ -310,12 +335,12 @@ class WGatesPruner(TracedPruner):
     def reset(self) -> None:
         """torch-pruning's reset of the step counter: refused once something was removed."""
         if self.current_step:
-            raise PlanError("WGatesPruner.reset: channels are gone; make a new pruner instead")
+            raise PlanError(f"{self._subject}.reset: channels are gone; make a new pruner instead")
 
     def manual_prune_width(self, *_: Any, **__: Any) -> None:
         """Refused: gates decide all groups together."""
         raise PlanError(
-            "WGatesPruner.manual_prune_width: a width set by hand would leave the gates behind; "
+            f"{self._subject}.manual_prune_width: a width set by hand would leave the gates behind; "
             "use `floors` and `caps`, or `pruning_ratio_dict`"
         )
 
@@ -339,7 +364,7 @@ class WGatesPruner(TracedPruner):
             PlanError: an interactive step is under way.
         """
         if self._unfinished:
-            raise PlanError("WGatesPruner.state_dict: an interactive step is not finished")
+            raise PlanError(f"{self._subject}.state_dict: an interactive step is not finished")
         kept = None if self.plan is None else [list(units) for units in self.plan.kept]
         return {
             "step": self.current_step,
@@ -363,11 +388,11 @@ class WGatesPruner(TracedPruner):
             learned, history, gates = bool(state["learned"]), state["history"], state["gates"]
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
-                f"WGatesPruner state: a field is missing or wrong ({error!r})"
+                f"{self._subject} state: a field is missing or wrong ({error!r})"
             ) from None
         if step > self.iterative_steps:
             raise PlanError(
-                f"WGatesPruner state: {step} steps are done, this pruner makes "
+                f"{self._subject} state: {step} steps are done, this pruner makes "
                 f"{self.iterative_steps}; use the options the state was made with"
             )
         if kept is not None:
@@ -381,14 +406,14 @@ class WGatesPruner(TracedPruner):
                 self.gates.load_state_dict(gates)
             except (KeyError, RuntimeError, ValueError) as error:
                 raise PlanError(
-                    f"WGatesPruner state: its gates do not fit this network ({error}); use the "
+                    f"{self._subject} state: its gates do not fit this network ({error}); use the "
                     "network and options the state was made with"
                 ) from error
 
     def _refuse_reload(self, what: str) -> None:
         if self.plan is not None or self._unfinished:
             raise PlanError(
-                f"WGatesPruner.{what}: this network is pruned already; load into a pruner of a "
+                f"{self._subject}.{what}: this network is pruned already; load into a pruner of a "
                 "fresh network"
             )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,28 +12,65 @@ from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.errors import PlanError
+from wgates_plugin.integrations.torch_pruning import checks
 from wgates_plugin.integrations.torch_pruning.base import Efficiency, TracedPruner, linear
+from wgates_plugin.integrations.torch_pruning.options import plain
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
+from wgates_plugin.strategies.criteria import CRITERIA
+from wgates_plugin.strategies.metapruning import MetaPruningStrategy
+from wgates_plugin.strategies.metapruning.genes import Genes, check_searchable
 from wgates_plugin.strategies.table import STRATEGIES, make_strategy, strategy_problems
 from wgates_plugin.surgery import check_shapes, removals
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.settings import TrainingSettings
 from wgates_plugin.transforms import apply_steps
 
+logger = logging.getLogger("wgates_plugin")
+
+_FRESH = (
+    "metapruning gives the network fresh weights, untrained at the widths it found: train it from "
+    'scratch after `step()`, or choose options={"weights": "inherit"} to keep trained ones'
+)
+
+
+def _goal_problems(strategy: str, budgeted: bool) -> list[str]:
+    if strategy != "metapruning" or budgeted:
+        return []
+    return [
+        "strategy 'metapruning': searches widths within a budget, and ratios fix them: its search "
+        "would be for nothing and the trained weights lost; give a `target`, or choose "
+        "another strategy for ratios"
+    ]
+
+
+def _data_problems(strategy: str, data: Any) -> list[str]:
+    """Criteria by weights alone look at no data; all others need batches and their number."""
+    if strategy in CRITERIA and not CRITERIA[strategy].needs_data:
+        return []
+    try:
+        count = len(data)
+    except TypeError:
+        count = None
+    if count and isinstance(data, Iterable):
+        return []
+    got = "no batches" if count == 0 else f"{type(data).__name__}"
+    return [f"data: got {got}; `{strategy}` needs batches (inputs, targets), with a length"]
+
 
 class StrategyPruner(TracedPruner):
     """A strategy by name: `step()` lets it decide on your data and removes exactly.
 
     What it learns, it learns in `step()`, in `epochs` over `data`; the weights it trained are those
-    of the network afterwards. `WGatesPruner` learns in a loop of yours instead.
+    of the network afterwards. `WGatesPruner` learns in a loop of yours instead. "metapruning" takes
+    no ratios, and leaves an untrained network unless it is told to inherit weights.
 
     Args:
         model: the network to prune, in place at `step()`.
         example_inputs: one batch as a tensor, a tuple of arguments or a dict.
         strategy: a key of `wgates_plugin.strategies.STRATEGIES`; its own settings are `options`.
-        data: batches (inputs, targets), with a length.
+        data: batches (inputs, targets), with a length; None for criteria of weights alone.
         epochs, training, loss: of its phase; without effect where it does not learn.
         round_to: channel multiple of every width that is cut.
         efficiency, target, and all other words: as in `WGatesPruner`.
@@ -60,7 +99,7 @@ class StrategyPruner(TracedPruner):
         model: nn.Module,
         example_inputs: ExampleInputs,
         strategy: str,
-        data: Iterable[Any],
+        data: Iterable[Any] | None = None,
         *,
         options: Mapping[str, Any] | None = None,
         epochs: int = 1,
@@ -84,13 +123,24 @@ class StrategyPruner(TracedPruner):
         caps: Mapping[str, int] | None = None,
         **others: Any,
     ) -> None:
+        model = plain(model)
         problems = strategy_problems(strategy, options or {})
-        if others.pop("iterative_steps", 1) != 1:
-            problems.append("iterative_steps: a strategy decides once; step() again is refused")
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-            problems.append(f"epochs {epochs!r}: needs a whole number from 0")
-        if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
-            problems.append(f"round_to {round_to!r}: needs a whole number from 1")
+        if not problems:
+            problems += _goal_problems(strategy, target is not None or efficiency is not None)
+            problems += _data_problems(strategy, data)
+        if (steps := others.pop("iterative_steps", 1)) != 1:
+            problems.append(f"iterative_steps {steps!r}: a strategy decides once; leave it at 1")
+        for word, value, least in (
+            ("epochs", epochs, 0),
+            ("seed", seed, 0),
+            ("round_to", round_to, 1),
+        ):
+            if not (checks.is_whole(value, least=least) or (word == "round_to" and value is None)):
+                problems.append(f"{word} {value!r}: needs a whole number from {least}")
+        if training is not None and not isinstance(training, TrainingSettings):
+            problems.append(f"training {training!r}: needs TrainingSettings")
+        if loss is not None and not callable(loss):
+            problems.append(f"loss {loss!r}: needs a function of logits and targets")
         if not problems:
             self.strategy = make_strategy(strategy, options)
             if self.strategy.prepare(copy.deepcopy(model), example_inputs):
@@ -104,7 +154,7 @@ class StrategyPruner(TracedPruner):
             model,
             example_inputs,
             problems,
-            grid=round_to if isinstance(round_to, int) and round_to > 0 else 1,
+            grid=round_to or 1,
             efficiency=efficiency,
             target=target,
             pruning_ratio=pruning_ratio,
@@ -123,11 +173,17 @@ class StrategyPruner(TracedPruner):
             caps=caps,
             others=others,
         )
+        if isinstance(self.strategy, MetaPruningStrategy):
+            mine = self.strategy.settings
+            genes = Genes.of(self.space, self._grid, mine.least_share, mine.share_step)
+            check_searchable(genes, self._goal.budget(self.space, 1), self._grid, seed)
+            if mine.weights == "scratch":
+                warnings.warn(f"{self._subject}: {_FRESH}", stacklevel=2)
 
     def regularize(self, model: nn.Module, loss: Any = None, **_: Any) -> None:
         """Refused: strategies learn in `step()`."""
         raise PlanError(
-            "StrategyPruner.regularize: the strategy learns by itself in `step()`; take the call "
+            f"{self._subject}.regularize: the strategy learns by itself in `step()`; take the call "
             "out of the loop, or use WGatesPruner, which learns in it"
         )
 
@@ -136,14 +192,16 @@ class StrategyPruner(TracedPruner):
 
         Raises:
             PlanError: done already, or the network changed since it was traced.
+            TrainingError: the strategy's own; whatever is raised while it decides leaves network
+                and pruner as they were.
         """
         if self.current_step:
             raise PlanError(
-                "StrategyPruner.step: this network is pruned already; make a new pruner to prune more"
+                f"{self._subject}.step: this network is pruned already; make a new pruner to prune more"
             )
         check_shapes(self.model, self.space)
-        self.current_step = 1
         plan = self._decide()
+        self.current_step = 1
         groups = self._removals(plan)
         if interactive:
             return groups
@@ -152,16 +210,17 @@ class StrategyPruner(TracedPruner):
         return None
 
     def _decide(self) -> PruningPlan:
+        """Let the strategy decide; the network gets its weights once all has gone well."""
         device = next(self.model.parameters()).device
         epochs = self._epochs if STRATEGIES[self._name].has_phase else 0
         budget = self._goal.budget(self.space, 1)
-        self.decision = self.strategy.decide(
+        decision = self.strategy.decide(
             Task(
                 copy.deepcopy(self.model),
                 self.space,
                 budget,
                 self._inputs,
-                self._data,
+                [] if self._data is None else self._data,
                 grid=self._grid,
                 epochs=epochs,
                 total_epochs=max(1, epochs),
@@ -171,29 +230,34 @@ class StrategyPruner(TracedPruner):
                 progress=False,
             )
         )
-        scores = self.decision.scores
-        self.model.load_state_dict(self.decision.network.to(device).state_dict())
+        scores = decision.scores
         widths = self._goal.widths(self.space, scores, 1)
-        if widths is not None:
-            return PruningPlan.top(self.space, scores, widths, strategy=self._name)
-        return plan_for_budget(
-            self.space, scores, self.decision.widths, budget, self._grid, strategy=self._name
-        )
+        if widths is None:
+            plan = plan_for_budget(
+                self.space, scores, decision.widths, budget, self._grid, strategy=self._name
+            )
+        else:
+            plan = PruningPlan.top(self.space, scores, widths, strategy=self._name)
+        self.model.load_state_dict(decision.network.to(device).state_dict())
+        self.decision = decision
+        return plan
 
     def _removals(self, plan: PruningPlan) -> Iterator[Any]:
         yield from removals(self.model, plan, traced=self._trace)
         apply_steps(self.model, self.strategy.finish(self.model, plan, self._inputs))
         self.plan = plan
+        if self.decision.facts.get("weights") == "scratch":
+            logger.warning("%s: %s", self._subject, _FRESH)
 
     def manual_prune_width(self, *_: Any, **__: Any) -> None:
         """Refused: a strategy decides all groups together."""
         raise PlanError(
-            "StrategyPruner.manual_prune_width: use `floors` and `caps`, or `pruning_ratio_dict`"
+            f"{self._subject}.manual_prune_width: use `floors` and `caps`, or `pruning_ratio_dict`"
         )
 
     def load_pruning_history(self, pruning_history: Any) -> None:
         """Refused: a plan is what lasts here."""
         raise PlanError(
-            "StrategyPruner.load_pruning_history: save `pruner.plan` and carry it out with "
+            f"{self._subject}.load_pruning_history: save `pruner.plan` and carry it out with "
             "`wgates_plugin.remove`, or load the history into WGatesPruner"
         )

@@ -129,6 +129,7 @@ class PolarisedGates:
         self.gating = Gating(network, space, self._gates)
         self.step = 0
         self.settled: tuple[int, ...] | None = None
+        self.absorbed = False
         self.facts: dict[str, Any] = {}
         self._closed_at = torch.full((count,), -1, device=device)
         self._mean = torch.zeros(count, device=device)
@@ -163,6 +164,7 @@ class PolarisedGates:
         if self.settled is None:
             self._settle()
         network = self.detach()
+        self.absorbed = True
         return absorb(network, self.space, self.unit_scores())
 
     @torch.no_grad()

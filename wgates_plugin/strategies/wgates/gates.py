@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,18 @@ from wgates_plugin.strategies.wgates.functions import (
     surrogate,
     widths_of,
 )
-from wgates_plugin.strategies.wgates.scores import SCORES, ranks_within, starting_offsets
+from wgates_plugin.strategies.wgates.scores import (
+    SCORES,
+    no_autocast,
+    ranks_within,
+    starting_offsets,
+)
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
+
+logger = logging.getLogger("wgates_plugin")
+
+MOST_SKIPPED = 100
+"""Updates without a finite gradient in a row: a loss scaler has found its scale long before."""
 
 
 class WGates:
@@ -31,12 +42,17 @@ class WGates:
     `plan()` and `detach()`. Gates see the task's gradient through the weights they multiply, and the
     budget's through the widths they leave open.
 
+    A gradient that is not finite (an overflow under a loss scaler, a bad batch) steps no gate; for a
+    batch of which you skip the step yourself, call `discard()`. Scores are float32 under mixed precision.
+
     Args:
         average: called on the gates' gradient before use; several ranks pass their all-reduce here,
             which keeps gates and plan identical on all of them.
         steps: gate steps to come, needed for `start="open"` whose target slides.
         ranking: merit of each unit (total_units,) to start from, in place of filter norms.
         opening: widths (G,) to start from, in place of those that fit the budget.
+        waiting: act only from the first training pass on; until then, evaluation sees the network
+            as it is.
     """
 
     def __init__(
@@ -50,6 +66,7 @@ class WGates:
         average: Callable[[Tensor], Tensor] | None = None,
         ranking: Tensor | None = None,
         opening: Sequence[int] | None = None,
+        waiting: bool = False,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
         self.settings = settings or WGatesSettings()
@@ -68,6 +85,9 @@ class WGates:
         self.gating = Gating(network, space, self._gates)
         self.step = 0
         self.balance = 0.0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._waiting = waiting
         self._leaf: Tensor | None = None
         self._live_scores: Tensor | None = None
 
@@ -95,14 +115,20 @@ class WGates:
 
     def detach(self) -> nn.Module:
         """Take the gates off and hand the plain network back."""
-        self._leaf = self._live_scores = None
+        self.discard()
         return self.gating.detach()
+
+    def discard(self) -> None:
+        """Forget the gradient collected since the last `regularize()`: for a batch that is skipped."""
+        self._leaf = self._live_scores = None
 
     def _gates(self) -> Tensor:
         """Open gates as 0/1 (total_units,). In training a leaf collects their gradient."""
         if not (torch.is_grad_enabled() and self.network.training):
             with torch.no_grad():
-                return self._open(self.scores())
+                scores = self.scores()
+                return torch.ones_like(scores) if self._waiting else self._open(scores)
+        self._waiting = False
         if self._leaf is None:
             # Kept over several forward passes, so that accumulated gradients add up.
             self._live_scores = self.scores()
@@ -132,13 +158,18 @@ class WGates:
             ]
         )
 
-    def regularize(self) -> dict[str, float]:
+    def regularize(self, *, scale: float = 1.0) -> dict[str, float]:
         """Add the budget's gradient to the task's, step the gates, and report the step.
 
-        Call once per optimizer step, after `loss.backward()`.
+        Call once per optimizer step, after `loss.backward()`. Where the gradient is not finite the
+        gates stay as they are, which `skipped` counts.
+
+        Args:
+            scale: what the loss was multiplied by (`GradScaler.get_scale()`). A constant scale
+                makes next to no difference, for gates step by Adam; one that changes does.
 
         Raises:
-            TrainingError: no gradient reached the gates.
+            TrainingError: no gradient reached the gates, or no finite one for 100 calls in a row.
         """
         leaf, scores = self._leaf, self._live_scores
         if leaf is None or scores is None or leaf.grad is None:
@@ -146,18 +177,40 @@ class WGates:
                 "gates: no gradient reached them; run the attached network in train mode and call "
                 "`loss.backward()` before `regularize()`"
             )
-        task = leaf.grad if self.average is None else self.average(leaf.grad)
-        if not torch.isfinite(task).all():
-            raise TrainingError(f"gates: gradient not finite at gate step {self.step}")
-        violations, pull = self._efficiency_gradient(scores, task)
-        gradient = (task + pull.to(task)) * surrogate(scores.detach())
-        self.optimizer.zero_grad(set_to_none=True)
-        scores.backward(gradient=gradient)
-        self.optimizer.step()
+        self.discard()
+        with no_autocast(leaf.device):
+            task = leaf.grad if self.average is None else self.average(leaf.grad)
+            task = task / scale
+            # Averaged first, so that all ranks skip together.
+            if not (torch.isfinite(task).all() and torch.isfinite(scores).all()):
+                return self._skip(scores)
+            violations, pull = self._efficiency_gradient(scores, task)
+            gradient = (task + pull.to(task)) * surrogate(scores.detach())
+            self.optimizer.zero_grad(set_to_none=True)
+            scores.backward(gradient=gradient)
+            self.optimizer.step()
         self.constraint.update(violations)
-        self._leaf = self._live_scores = None
         self.step += 1
+        self._skipped_in_a_row = 0
         return self._monitor(scores.detach(), violations)
+
+    def _skip(self, scores: Tensor) -> dict[str, float]:
+        """Report a step that was not made."""
+        if self._skipped_in_a_row == 0:
+            logger.warning(
+                "gates: gradient not finite at gate step %d; this update is skipped", self.step
+            )
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"gates: gradient not finite at gate step {self.step}, in {MOST_SKIPPED} calls in a "
+                "row; look at the loss and the weights for values that are not finite"
+            )
+        widths = torch.tensor(
+            widths_of(self.space, scores, self.settings.grid), dtype=torch.float64
+        )
+        return self._monitor(scores.detach(), self.current_budget().violations(widths))
 
     def _efficiency_gradient(self, scores: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """(violations (K,), gradient per unit (total_units,))."""
@@ -190,6 +243,7 @@ class WGates:
             "open_share": sum(counts) / self.space.total_units,
             # Far from the threshold the surrogate all but vanishes: such gates are out of reach.
             "dead_share": float((scores.abs() > 0.475).float().mean()),
+            "skipped": float(self.skipped),
         }
 
     @torch.no_grad()
@@ -197,12 +251,35 @@ class WGates:
         """The scores as they stand, (total_units,)."""
         return self.scores().detach().clone()
 
+    def decided_scores(self) -> Tensor:
+        """`unit_scores()`, to decide by.
+
+        Raises:
+            TrainingError: the network's weights are not finite, and say nothing.
+        """
+        scores = self.unit_scores()
+        if not torch.isfinite(scores).all():
+            bad = [
+                group.name
+                for index, group in enumerate(self.space.groups)
+                if not torch.isfinite(scores[self.space.unit_slice(index)]).all()
+            ]
+            raise TrainingError(
+                f"gates: the weights of {len(bad)} group(s) (`{bad[0]}`) are not finite, so that "
+                "nothing can be decided by them; go back to weights from before the loss broke down"
+            )
+        return scores
+
     def widths(self) -> tuple[int, ...]:
         return widths_of(self.space, self.unit_scores(), self.settings.grid)
 
     def plan(self, budget: Budget | None = None) -> PruningPlan:
-        """The decided plan: today's widths moved onto the budget, best scores kept."""
-        scores = self.unit_scores()
+        """The decided plan: today's widths moved onto the budget, best scores kept.
+
+        Raises:
+            TrainingError: the network's weights are not finite.
+        """
+        scores = self.decided_scores()
         return budgeting.plan_for_budget(
             self.space,
             scores,
@@ -220,6 +297,7 @@ class WGates:
             "constraint": self.constraint.state_dict(),
             "step": self.step,
             "balance": self.balance,
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,3 +305,5 @@ class WGates:
         self.optimizer.load_state_dict(state["optimizer"])
         self.constraint.load_state_dict(state["constraint"])
         self.step, self.balance = int(state["step"]), float(state["balance"])
+        self.skipped = int(state.get("skipped", 0))
+        self._waiting = self._waiting and self.step == 0

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.strategies.wgates.functions import (
-    squash,
-)
+from wgates_plugin.strategies.wgates.functions import squash
+
+
+@contextmanager
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """Mixed precision off within, on the CPU and on `device`.
+
+    A step moves a score by about the learning rate, which half precision would round away.
+    """
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class WeightScores(nn.Module):
@@ -20,7 +29,8 @@ class WeightScores(nn.Module):
     For a producer with flattened filters `W* (C_out, fan_in)` the score of filter c is
     `standardise(W*)[c] @ theta / fan_in`, with one learnable `theta (fan_in,)` per producer. Coupled
     producers add up, and a fixed offset per unit says where training starts (both ours): a score
-    that starts at the filter's rank by norm cannot close a whole layer in one step.
+    that starts at the filter's rank by norm cannot close a whole layer in one step. All of it is
+    computed in float32, under mixed precision and for weights of any precision.
     """
 
     def __init__(self, network: nn.Module, space: ChannelSpace) -> None:
@@ -37,11 +47,13 @@ class WeightScores(nn.Module):
                 target = torch.where(units >= 0, units + space.offsets[index], space.total_units)
                 self._producers.append((module, target))
                 fan_in = weight.numel() // kinds.out_channels_of(module)
-                self.thetas.append(nn.Parameter(torch.zeros(fan_in, device=weight.device)))
+                zeros = torch.zeros(fan_in, device=weight.device, dtype=torch.float32)
+                self.thetas.append(nn.Parameter(zeros))
         device = self.thetas[0].device
-        self.register_buffer("offset", torch.full((space.total_units,), 0.25, device=device))
+        options = {"device": device, "dtype": torch.float32}
+        self.register_buffer("offset", torch.full((space.total_units,), 0.25, **options))
         ties = [float(group.ties) for group in space.groups for _ in range(group.units)]
-        self.register_buffer("ties", torch.tensor(ties, device=device))
+        self.register_buffer("ties", torch.tensor(ties, **options))
         self.offset: Tensor
         self.ties: Tensor
 
@@ -50,17 +62,19 @@ class WeightScores(nn.Module):
 
     def raw(self) -> Tensor:
         """What the weights add to the offset, before squashing: (total_units,)."""
-        total = self.offset.new_zeros(self.space.total_units + 1)  # last: channels no group owns
-        for (module, target), theta in zip(self._producers, self.thetas, strict=True):
-            total = total.index_add(0, target, filter_scores(_flat(module), theta))
-        return total[:-1] / self.ties
+        with no_autocast(self.offset.device):
+            total = self.offset.new_zeros(self.space.total_units + 1)  # last: of no group
+            for (module, target), theta in zip(self._producers, self.thetas, strict=True):
+                flat = _flat(module).to(theta.dtype)
+                total = total.index_add(0, target, filter_scores(flat, theta))
+            return total[:-1] / self.ties
 
     @torch.no_grad()
     def norms(self) -> Tensor:
         """L2 norm of each unit's filters relative to its layer's mean, summed over producers."""
         total = self.offset.new_zeros(self.space.total_units + 1)
         for module, target in self._producers:
-            norm = _flat(module).norm(dim=1)
+            norm = _flat(module).to(total.dtype).norm(dim=1)
             total.index_add_(0, target, norm / norm.mean().clamp_min(1e-12))
         return total[:-1]
 

@@ -1,0 +1,239 @@
+"""What is claimed of the comparison: cells won, margins, losses, targets held, the ablation.
+
+It is about every committed experiment with a `task`. A cell counts once all of its runs are there (a
+refused target is a run) and if the best method beats chance; cells that do not count are shown beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.claims import Claim
+from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment
+from benchmarks.comparison.summary import CHANCE, TIGHT, Cell, Difference, read_cells
+from wgates_plugin.recipe_checks import read as read_file
+
+FREE = "free-gates"
+"""The ablation that learns one score per channel instead of computing it from the weights."""
+
+UNIFORM = "uniform"
+HALF = 0.5
+SOURCE = "results/comparison/"
+
+Read = Callable[[Path], float | None]
+
+
+def compared(folder: Path = FOLDER) -> list[Experiment]:
+    """The experiments of the comparison, by name."""
+    paths = sorted(folder.glob("*.yaml"))
+    return [load_experiment(path) for path in paths if read_file(path).get("task")]
+
+
+def contests(experiments: Iterable[Experiment], folder: Path) -> list[Cell]:
+    """All cells in which ours meets rivals other than chance."""
+    cells = [cell for experiment in experiments for cell in read_cells(experiment, folder)]
+    return [cell for cell in cells if set(cell.contestants) - {cell.ours, CHANCE}]
+
+
+def counting(experiments: Iterable[Experiment], folder: Path) -> list[Cell]:
+    """Contests that are complete and decided."""
+    return [c for c in contests(experiments, folder) if not c.missing() and c.decided()]
+
+
+def share(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def won(cell: Cell) -> bool:
+    """Ours is at least as accurate, on average over seeds, as the best rival."""
+    margin = cell.margin()
+    return margin is not None and margin.mean >= 0
+
+
+def won_beyond_one_error(cell: Cell) -> bool:
+    margin = cell.margin()
+    return margin is not None and margin.mean > margin.error
+
+
+def share_of(experiments: Sequence[Experiment], good: Callable[[Cell], bool]) -> Read:
+    return lambda folder: share([good(cell) for cell in counting(experiments, folder)])
+
+
+def complete_share(experiments: Sequence[Experiment]) -> Read:
+    def read(folder: Path) -> float | None:
+        cells = contests(experiments, folder)
+        stored = any(row.seeds for cell in cells for row in cell.rows.values())
+        return share([not cell.missing() for cell in cells]) if stored else None
+
+    return read
+
+
+def decided_share(experiments: Sequence[Experiment]) -> Read:
+    """Of the complete cells."""
+
+    def read(folder: Path) -> float | None:
+        return share([c.decided() for c in contests(experiments, folder) if not c.missing()])
+
+    return read
+
+
+def final_share(experiments: Sequence[Experiment], good: Callable[[float, float], bool]) -> Read:
+    """Share of the runs timed in the sittings at the end whose (latency, target) is `good`."""
+
+    def read(folder: Path) -> float | None:
+        return share(
+            [
+                good(ratio, cell.target)
+                for experiment in experiments
+                for cell in read_cells(experiment, folder)
+                for row in cell.rows.values()
+                for ratio in row.finals
+            ]
+        )
+
+    return read
+
+
+def worst_at_half(
+    experiment: Experiment,
+    found: Callable[[Cell], Difference | None],
+    worst: Callable[[list[float]], float],
+) -> Read:
+    """Mean of the difference at half of the latency, on the runtime where it is worst for us."""
+
+    def read(folder: Path) -> float | None:
+        cells = [c for c in read_cells(experiment, folder) if c.target == HALF]
+        values = [difference.mean for c in cells if (difference := found(c)) is not None]
+        return worst(values) if values else None
+
+    return read
+
+
+def margin_over_uniform(cell: Cell) -> Difference | None:
+    return None if cell.ours is None else cell.between(cell.ours, UNIFORM)
+
+
+def lost_by_ours(cell: Cell) -> Difference | None:
+    return None if cell.ours is None else cell.lost(cell.ours)
+
+
+def weights_against_free(experiment: Experiment) -> Callable[[Path], Difference | None]:
+    """Ours minus free gates; of several cells, their mean per seed."""
+
+    def read(folder: Path) -> Difference | None:
+        pairs = []
+        for cell in read_cells(experiment, folder):
+            ours, free = (cell.rows.get(name) for name in (cell.ours or "", FREE))
+            if free is None:
+                continue
+            if ours is None or not (ours.complete and free.complete):
+                return None
+            pairs.append((ours.accuracy, free.accuracy))
+        if not pairs:
+            return None
+        first, second = (
+            [sum(by_seed) / len(pairs) for by_seed in zip(*side, strict=True)]
+            for side in zip(*pairs, strict=True)
+        )
+        return Difference.of(first, second)
+
+    return read
+
+
+def _of_task(experiment: Experiment) -> list[Claim]:
+    task = experiment.task
+    source = f"{SOURCE}{experiment.name}/"
+    claims = []
+    if UNIFORM in experiment.methods and HALF in experiment.targets:
+        claims += [
+            Claim(
+                f"margin_over_uniform_50/{task}",
+                1.0 if experiment.rgb else None,
+                "higher",
+                f"{source}; points, on the worse of the runtimes that are complete",
+                worst_at_half(experiment, margin_over_uniform, min),
+            ),
+            Claim(
+                f"accuracy_loss_50/{task}",
+                1.0 if experiment.rgb else 0.3,
+                "lower",
+                f"{source}; points against the untouched network trained on for as many epochs, "
+                "on the worse of the runtimes that are complete",
+                worst_at_half(experiment, lost_by_ours, max),
+            ),
+        ]
+    if FREE in experiment.methods:
+        difference = weights_against_free(experiment)
+
+        def mean(folder: Path) -> float | None:
+            found = difference(folder)
+            return None if found is None else found.mean
+
+        def interval(folder: Path) -> tuple[float, float] | None:
+            found = difference(folder)
+            return None if found is None or found.pairs < 2 else found.interval()
+
+        claims.append(
+            Claim(
+                f"weight_dependent_vs_free_gates/{task}",
+                None,
+                "higher",
+                f"{source}; no bar: points, paired over {len(experiment.seeds)} seeds, 95 % interval",
+                mean,
+                interval=interval,
+            )
+        )
+    return claims
+
+
+def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
+    return [
+        Claim(
+            "wgates_wins_share",
+            1.0,
+            "higher",
+            f"{SOURCE}; of the complete and decided cells (task, target, runtime)",
+            share_of(experiments, won),
+        ),
+        Claim(
+            "wgates_wins_beyond_one_se_share",
+            0.5,
+            "higher",
+            f"{SOURCE}; of the same cells; error of the differences paired by seed",
+            share_of(experiments, won_beyond_one_error),
+        ),
+        Claim(
+            "comparison_cells_complete_share",
+            1.0,
+            "higher",
+            f"{SOURCE}; cells of which no run is missing; the others count for nobody",
+            complete_share(experiments),
+        ),
+        Claim(
+            "comparison_cells_decided_share",
+            None,
+            "higher",
+            f"{SOURCE}; no bar: complete cells whose best method beats chance by an error",
+            decided_share(experiments),
+        ),
+        Claim(
+            "target_held_share/comparison",
+            1.0,
+            "higher",
+            f"{SOURCE}; all stored runs of all methods, timed in one sitting",
+            final_share(experiments, lambda ratio, target: ratio <= target),
+        ),
+        Claim(
+            "target_tight_share",
+            0.9,
+            "higher",
+            f"{SOURCE}; the same runs at {TIGHT:.0%} of the target or more",
+            final_share(experiments, lambda ratio, target: ratio >= TIGHT * target),
+        ),
+        *(claim for experiment in experiments for claim in _of_task(experiment)),
+    ]
+
+
+COMPARED = compared()
+COMPARISON_CLAIMS = tuple(comparison_claims(COMPARED))

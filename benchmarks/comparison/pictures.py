@@ -1,0 +1,83 @@
+"""Accuracy over measured latency, and over MACs beside it: one picture per task and runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.comparison.experiment import Experiment
+from benchmarks.comparison.summary import CHANCE, Cell, Row, mean_and_spread, read_cells
+from wgates_plugin.report.theme import Theme, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AXES = {"ratio": "measured latency over untouched", "macs": "MACs over untouched"}
+"""Attribute of a row -> what it is called."""
+
+
+def cells_by_runtime(experiment: Experiment, results: Path) -> dict[str, list[Cell]]:
+    """Cells of the runtimes on which anything ran, the lowest target first."""
+    found: dict[str, list[Cell]] = {}
+    for cell in sorted(read_cells(experiment, results), key=lambda cell: cell.target):
+        found.setdefault(cell.runtime, []).append(cell)
+    return {
+        runtime: cells
+        for runtime, cells in found.items()
+        if any(row.accuracy for cell in cells for row in cell.rows.values())
+    }
+
+
+def draw_trade_off(title: str, cells: Sequence[Cell], theme: Theme) -> Figure:
+    """Means over seeds with their standard deviation both ways; a line per method over the targets."""
+    figure, panels = new_figure(4.2, columns=len(AXES))
+    for panel, (attribute, words) in zip(panels, AXES.items(), strict=True):
+        _draw(panel, cells, attribute, theme)
+        panel.set_xlabel(words)
+    panels[0].set_ylabel("accuracy, %")
+    panels[0].set_title(title)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    return figure
+
+
+def _draw(panel: Axes, cells: Sequence[Cell], attribute: str, theme: Theme) -> None:
+    trained_on = max((cell.trained_on for cell in cells), key=len)
+    if trained_on:
+        level = 100 * mean_and_spread(trained_on)[0]
+        panel.axhline(level, color=theme.target, linewidth=1.2, linestyle="--", label="not pruned")
+    looks = {
+        CHANCE: (theme.second, 1.4, "chance"),
+        "uniform": (theme.text, 1.4, "uniform widths"),
+        cells[0].ours: (theme.after, 2.0, "W-Gates"),
+    }
+    others = [m for m in dict.fromkeys(m for c in cells for m in c.rivals_here) if m not in looks]
+    # Ours comes last, on top of everything.
+    for number, method in enumerate([*others, *looks]):
+        rows = [c.rows[method] for c in cells if method in c.rows and c.rows[method].accuracy]
+        if not rows:
+            continue
+        colour, width, label = looks.get(method, (theme.before, 0.8, "other methods"))
+        _line(panel, rows, attribute, colour, width, label if method in looks or not number else "")
+    panel.grid(axis="y")
+
+
+def _line(
+    panel: Axes, rows: Sequence[Row], attribute: str, colour: str, width: float, label: str
+) -> None:
+    across = [mean_and_spread(getattr(row, attribute)) for row in rows]
+    up = [mean_and_spread([100 * value for value in row.accuracy]) for row in rows]
+    panel.errorbar(
+        [mean for mean, _ in across],
+        [mean for mean, _ in up],
+        yerr=[spread for _, spread in up],
+        xerr=[spread for _, spread in across],
+        color=colour,
+        linewidth=width,
+        elinewidth=0.8,
+        marker="o",
+        markersize=2 + 1.5 * width,
+        label=label or "_",
+    )

@@ -1,0 +1,246 @@
+"""What the comparison claims and shows, from made-up runs with known answers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+from xml.etree import ElementTree
+
+import pytest
+from comparison_helpers import filled
+
+from benchmarks import pictures, scoreboard, tables
+from benchmarks.comparison import claims as subject
+from benchmarks.comparison.claims import compared, comparison_claims
+from benchmarks.comparison.experiment import Experiment, load_experiment
+from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
+from benchmarks.comparison.summary import Difference, read_cells
+from benchmarks.comparison.tables import ablations_table, matrix_text, verdicts_table
+from wgates_plugin.files import read_json, write_json
+from wgates_plugin.report.theme import LIGHT
+
+LOW = [0.80, 0.81, 0.79]
+GOOD = [0.900, 0.905, 0.910]
+BETTER = [0.910, 0.915, 0.921]
+NOISY = [0.95, 0.85, 0.93]
+
+
+def values(experiments: list[Experiment], results: Path) -> dict[str, float | None]:
+    return {claim.name: claim.value(results) for claim in comparison_claims(experiments)}
+
+
+def several(folder: Path, cells: dict[str, dict[str, Any]]) -> tuple[list[Experiment], Path]:
+    """One experiment and task per entry, all in one results folder."""
+    made = [
+        filled(folder, runs, name=name, task=name, ours="wgates", ablations=["free-gates"])
+        for name, runs in cells.items()
+    ]
+    return made, folder / "results"
+
+
+def test_cells_are_won_lost_undecided_and_incomplete(tmp_path: Path) -> None:
+    experiments, results = several(
+        tmp_path,
+        {
+            "won": {"wgates": BETTER, "l1": GOOD, "random": LOW},
+            "narrow": {"wgates": NOISY, "l1": GOOD, "random": LOW},
+            "lost": {"wgates": GOOD, "l1": BETTER, "random": LOW},
+            "undecided": {"wgates": BETTER, "l1": GOOD, "random": NOISY},
+            "incomplete": {"wgates": BETTER, "l1": GOOD[:1], "random": LOW},
+        },
+    )
+    found = values(experiments, results)
+    assert found["wgates_wins_share"] == pytest.approx(2 / 3)
+    assert found["wgates_wins_beyond_one_se_share"] == pytest.approx(1 / 3)
+    assert found["comparison_cells_complete_share"] == pytest.approx(4 / 5)
+    assert found["comparison_cells_decided_share"] == pytest.approx(3 / 4)
+    lines = verdicts_table(experiments, results).splitlines()[2:]
+    words = [line.split("|")[-2].strip() for line in lines]
+    assert words == [
+        "won beyond one standard error",
+        "won",
+        "lost",
+        "*undecided*: chance is within one standard error of the best",
+        "*incomplete*: 2 runs are missing",
+    ]
+
+
+def test_equal_accuracy_is_a_win_but_not_beyond_an_error(tmp_path: Path) -> None:
+    same = {"wgates": GOOD, "l1": GOOD, "random": LOW}
+    found = values(*several(tmp_path, {"same": same}))
+    assert found["wgates_wins_share"] == 1.0
+    assert found["wgates_wins_beyond_one_se_share"] == 0.0
+
+
+def test_a_refused_rival_is_out_and_ours_refused_is_lost(tmp_path: Path) -> None:
+    no = ["out of reach"] * 3
+    experiments, results = several(
+        tmp_path,
+        {
+            "theirs": {"wgates": GOOD, "l1": no, "l2": LOW, "random": LOW},
+            "ours": {"wgates": no, "l1": GOOD, "random": LOW},
+        },
+    )
+    found = values(experiments, results)
+    assert found["comparison_cells_complete_share"] == 1.0
+    assert found["wgates_wins_share"] == 0.5
+
+
+def test_an_ablation_is_nobodys_rival(tmp_path: Path) -> None:
+    cells = {"wgates": GOOD, "free-gates": BETTER, "l1": LOW, "random": LOW}
+    found = values(*several(tmp_path, {"t": cells}))
+    assert found["wgates_wins_share"] == 1.0
+    # Nor is its own experiment a contest: ours against chance alone is no win.
+    cells = {"wgates": GOOD, "free-gates": BETTER, "random": LOW}
+    found = values(*several(tmp_path / "other", {"t": cells}))
+    assert found["wgates_wins_share"] is None
+
+
+def test_margin_and_loss_are_those_of_the_worse_runtime(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": GOOD, "uniform": LOW, "random": LOW}
+    both = [{"runtime": "eager"}, {"runtime": "onnxruntime"}]
+    one = filled(tmp_path, runs, ours="wgates", task="t", rgb=True, runtimes=both)
+    results = tmp_path / "results"
+    found = values([one], results)
+    assert found["margin_over_uniform_50/t"] == pytest.approx(10.5)
+    assert found["accuracy_loss_50/t"] == pytest.approx(100 * (0.92 - 0.905))
+    home = results / "comparison" / one.name / "runs"
+    for path in list(home.glob("*eager*")):
+        report = read_json(path, kind="run")
+        report["final"]["accuracy"] -= 0.02 * path.name.startswith("wgates")
+        write_json(path.with_name(path.name.replace("eager", "onnxruntime")), report)
+    found = values([one], results)
+    assert found["margin_over_uniform_50/t"] == pytest.approx(8.5)
+    assert found["accuracy_loss_50/t"] == pytest.approx(3.5)
+
+
+def test_bars_depend_on_colour(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": GOOD, "uniform": LOW}
+    grey = filled(tmp_path, runs, ours="wgates", name="grey", task="grey")
+    rgb = filled(tmp_path, runs, ours="wgates", name="rgb", task="rgb", rgb=True)
+    bars = {claim.name: claim.bar for claim in comparison_claims([grey, rgb])}
+    assert bars["margin_over_uniform_50/grey"] is None
+    assert bars["margin_over_uniform_50/rgb"] == 1.0
+    assert bars["accuracy_loss_50/grey"] == 0.3
+    assert bars["accuracy_loss_50/rgb"] == 1.0
+
+
+def test_held_and_tight_are_read_in_the_last_sitting(tmp_path: Path) -> None:
+    """The runs' own reports say 0.49 of the latency; the sitting at the end says otherwise."""
+    runs: dict[str, Any] = {"wgates": GOOD, "l1": GOOD}
+    one = filled(tmp_path, runs, ours="wgates", task="t", finals=[0.499, 0.47, 0.501])
+    found = values([one], tmp_path / "results")
+    assert found["target_held_share/comparison"] == pytest.approx(2 / 3)
+    assert found["target_tight_share"] == pytest.approx(2 / 3)
+    untimed = filled(tmp_path / "more", runs, ours="wgates", task="t")
+    assert values([untimed], tmp_path / "more" / "results")["target_held_share/comparison"] is None
+
+
+def test_weights_against_free_gates_has_students_interval(tmp_path: Path) -> None:
+    """Differences of 1, 2 and 3 points: mean 2, standard error 1 / sqrt(3), t(2) = 4.3027."""
+    ours, free = [0.91, 0.92, 0.93], [0.90, 0.90, 0.90]
+    runs: dict[str, Any] = {"wgates": ours, "free-gates": free, "random": LOW}
+    one = filled(tmp_path, runs, ours="wgates", ablations=["free-gates"], task="t")
+    (claim,) = (c for c in comparison_claims([one]) if c.name.endswith("free_gates/t"))
+    assert claim.bar is None
+    assert claim.value(tmp_path / "results") == pytest.approx(2.0)
+    assert claim.interval is not None
+    half = 4.3026527 / math.sqrt(3)
+    assert claim.interval(tmp_path / "results") == pytest.approx((2 - half, 2 + half))
+    assert Difference.of([0.9], [0.8]).interval() == (-math.inf, math.inf)
+
+
+def test_the_scoreboard_shows_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: dict[str, Any] = {"wgates": [0.91, 0.92, 0.93], "free-gates": [0.9] * 3}
+    one = filled(tmp_path, runs, ours="wgates", ablations=["free-gates"], task="t")
+    monkeypatch.setattr(scoreboard, "CLAIMS", tuple(comparison_claims([one])))
+    found = {entry.claim: entry for entry in scoreboard.entries(tmp_path / "results")}
+    shown = found["weight_dependent_vs_free_gates/t"]
+    assert shown.holds  # what has no bar is shown
+    assert shown.to_json()["interval"] == shown.interval
+    assert "interval" not in found["wgates_wins_share"].to_json()
+    assert "2 (-0.484 to 4.48)" in tables.score_table(tmp_path / "results")
+
+
+def test_ablations_are_compared_with_ours(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {
+        "wgates": [0.91, 0.92, 0.93],
+        "worse": [0.90, 0.909, 0.919],
+        "same": [0.912, 0.918, 0.93],
+        "gone": [0.9],
+    }
+    one = filled(tmp_path, runs, ours="wgates", ablations=["worse", "same", "gone"], task="t")
+    lines = ablations_table([one], tmp_path / "results").splitlines()[2:]
+    worse, same, gone = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert (worse[3], worse[6], worse[8], worse[9]) == ("`worse`", "-1.07", "3", "")
+    assert (same[6], same[9]) == ("+0.00", "may be chance")
+    assert gone[5:9] == ["90.00 % (1 seeds)", "-", "-", "0"]
+
+
+def test_every_method_is_in_the_matrix(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": GOOD, "l1": GOOD[:2], "l2": [], "wide": ["no", "no", "no"]}
+    one = filled(tmp_path, runs, ours="wgates", task="t")
+    text = matrix_text(one, tmp_path / "results")
+    assert "| `wgates` | 90.50 ± 0.50 % |" in text
+    assert "| `l1` | 90.25 ± 0.35 % (2 seeds) |" in text
+    assert "| `l2` | *missing* |" in text
+    assert "| `wide` | refused |" in text
+    assert matrix_text(one, tmp_path / "nothing") == ""
+
+
+def test_changed_results_are_read_anew(tmp_path: Path) -> None:
+    filled(tmp_path, {"wgates": GOOD}, ours="wgates")
+    (first,) = read_cells(load_experiment(tmp_path / "small.yaml"), tmp_path / "results")
+    filled(tmp_path, {"wgates": LOW}, ours="wgates")
+    (second,) = read_cells(load_experiment(tmp_path / "small.yaml"), tmp_path / "results")
+    assert first.row("wgates").accuracy == GOOD
+    assert second.row("wgates").accuracy == LOW
+
+
+def test_only_experiments_with_a_task_are_compared() -> None:
+    names = [experiment.name for experiment in compared()]
+    assert "systems" not in names
+    assert "imagefolder" not in names
+    assert {"fashion_resnet20", "ablations_fashion_resnet20"} <= set(names)
+    claims = [claim.name for claim in scoreboard.CLAIMS]
+    assert len(set(claims)) == len(claims)
+    assert "weight_dependent_vs_free_gates/emoji_mobilenet_v2" in claims
+
+
+def test_trade_offs_are_drawn_over_latency_and_macs(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs: dict[str, Any] = {"wgates": GOOD, "l1": LOW, "fpgm": LOW, "random": LOW}
+    one = filled(tmp_path, runs, ours="wgates", task="t")
+    cells = cells_by_runtime(one, tmp_path / "results")["eager"]
+    figure = draw_trade_off("t on eager", cells, LIGHT)
+    latency, macs = (cast(Any, panel) for panel in figure.axes)
+    places = {bar.get_label(): bar.lines[0].get_data() for bar in latency.containers}
+    assert places["W-Gates"][0] == pytest.approx([0.49])
+    assert places["W-Gates"][1] == pytest.approx([90.5])
+    assert macs.containers[-1].lines[0].get_data()[0] == pytest.approx([0.5])
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["not pruned", "other methods", "chance", "W-Gates"]
+
+
+def test_pictures_of_the_comparison_lie_beside_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    one = filled(tmp_path, {"wgates": GOOD, "random": LOW}, ours="wgates", task="t")
+    monkeypatch.setattr(pictures, "COMPARED", [one])
+    results = tmp_path / "results"
+    written = pictures.draw(results)
+    home = results / "comparison" / "small"
+    assert written == [home / "eager.svg", home / "eager-dark.svg"]
+    before = written[0].read_bytes()
+    assert ElementTree.fromstring(before).tag.endswith("svg")
+    pictures.draw(results)
+    assert written[0].read_bytes() == before
+    assert pictures.draw(tmp_path / "nothing") == []
+    assert "small: no runs" in capsys.readouterr().out
+
+
+def test_nothing_stored_claims_nothing(tmp_path: Path) -> None:
+    assert set(values(list(subject.COMPARED), tmp_path).values()) == {None}

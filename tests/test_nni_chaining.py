@@ -1,0 +1,111 @@
+"""`from_compressor`: what an earlier compressor closed stays closed, and counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
+pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI import Lightning
+
+import torch
+from networks import example, tiny
+from nni.compression.pruning import L1NormPruner
+from nni_helpers import evaluator
+from torch import Tensor, nn
+
+from wgates_plugin import trace
+from wgates_plugin.efficiency import MacsModel
+from wgates_plugin.integrations.nni import WGatesPruner, remove
+from wgates_plugin.strategies import WGatesSettings
+from wgates_plugin.strategies.budgeting import holds
+from wgates_plugin.targets import MacsTarget
+from wgates_plugin.verification import TOLERANCE, relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:WGatesPruner. layers that stay whole")
+
+INNER = "1.main.0.0"
+"""A convolution of `tiny("residual")` whose channels are its own."""
+
+
+def closed(masks: Any, name: str = INNER) -> Tensor:
+    """Output channels (C,) that the masks close."""
+    return (masks[name]["weight"] != 0).flatten(1).sum(1) == 0
+
+
+def chained(
+    network: nn.Module, first: float, config: Any, steps: int = 3, **options: Any
+) -> tuple[Tensor, WGatesPruner, Any]:
+    """(what an `L1NormPruner` closed at ratio `first`, the pruner after it, its masks)."""
+    earlier = L1NormPruner(network, [{"op_names": [INNER], "sparse_ratio": first}])
+    _, masks = earlier.compress()
+    before = closed(masks)
+    assert int(before.sum()) == int(len(before) * first)
+    trained = None
+    if steps:
+        earlier.unwrap_model()
+        trained = evaluator(network)
+        trained._init_optimizer_helpers(network)
+        earlier.wrap_model()
+    pruner = WGatesPruner.from_compressor(
+        earlier,
+        config,
+        steps,
+        evaluator=trained,
+        example_inputs=example(),
+        # Fast enough that gates change their minds within three steps.
+        settings=WGatesSettings(learning_rate=0.5),
+        **options,
+    )
+    _, masks = pruner.compress()
+    return before, pruner, masks
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(
+    ("first", "second", "left"), [(0.25, 0.5, 0.5), (0.5, 0.5, 0.5), (0.5, 0.25, 0.5)]
+)
+def test_a_ratio_counts_what_is_closed_already(
+    first: float, second: float, left: float, steps: int
+) -> None:
+    network = tiny("residual")
+    config = [{"op_names": [INNER], "sparse_ratio": second}]
+    before, pruner, masks = chained(network, first, config, steps)
+    now = closed(masks)
+    assert bool(now[before].all())
+    assert int((~now).sum()) == int(len(now) * left)
+    assert pruner.plan is not None
+    widths = dict(zip(pruner.space.names, pruner.plan.widths, strict=True))
+    assert widths[INNER] == int((~now).sum())
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("fraction", [0.4, 0.6, 0.8])
+def test_a_target_counts_what_is_closed_already(fraction: float, steps: int) -> None:
+    network = tiny("residual")
+    space = trace(tiny("residual"), example())
+    cost = MacsModel(space)
+    before, pruner, masks = chained(
+        network, 0.5, [{"op_types": ["Conv2d"]}], steps, target=MacsTarget(fraction=fraction)
+    )
+    assert bool(closed(masks)[before].all())
+    assert pruner.plan is not None
+    widths = list(pruner.plan.widths)
+    assert holds(pruner.budget, widths)
+    # Not more is removed than has to be: no open group has room for another channel.
+    left = int((~before).sum())
+    for place, group in enumerate(pruner.space.groups):
+        most = left if group.name == INNER else group.cap
+        if widths[place] + group.ties <= most:
+            wider = widths.copy()
+            wider[place] += group.ties
+            assert not holds(pruner.budget, wider), group.name
+    with torch.no_grad():
+        masked = network.eval()(example(4))
+        pruner.unwrap_model()
+        remove(network, masks, example())
+        assert relative_error(network.eval()(example(4)), masked) <= TOLERANCE
+    smaller = trace(network, example())
+    full = float(cost(torch.tensor(space.full_widths)))
+    assert float(MacsModel(smaller)(torch.tensor(smaller.full_widths))) <= fraction * full

@@ -1,0 +1,79 @@
+"""Network Slimming as a strategy: BatchNorm scales trained towards zero, the largest stay.
+
+Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (ICCV 2017): the
+training loss plus `sparsity * sum |gamma|` (eq. 1) by its subgradient, then one threshold over the
+scales of all layers. A group of coupled layers goes by the mean of its scales (ours; the paper selects
+channels before each layer instead). Weight decay leaves the scales alone here (ours).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from wgates_plugin.errors import ConfigError
+from wgates_plugin.strategies import budgeting
+from wgates_plugin.strategies.base import Decision, Strategy, Task
+from wgates_plugin.strategies.criteria import importance_scores, threshold_widths
+from wgates_plugin.strategies.phase import run_phase
+from wgates_plugin.training import StepContext
+
+
+@dataclass(frozen=True)
+class SlimSettings:
+    """How scales are trained.
+
+    Attributes:
+        sparsity: weight of the scales' L1 norm in the loss; the paper's value is for 160 epochs.
+    """
+
+    sparsity: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sparsity) and self.sparsity >= 0):
+            raise ConfigError("slim", [f"sparsity is {self.sparsity!r}, needs 0 or more"])
+
+
+class SlimStrategy(Strategy):
+    """A phase of training with L1 on the scales of the prunable channels; frozen weights leave the
+    scales to learn alone."""
+
+    settings_type = SlimSettings
+    summary: ClassVar[str] = "BatchNorm scales trained towards zero (Liu et al., ICCV 2017)"
+    settings: SlimSettings
+
+    def decide(self, task: Task) -> Decision:
+        network, space = task.network, task.space
+        budgeting.check_feasible(space, task.budget, task.grid)
+        inside = {slot.module for group in space.groups for slot in group.slots}
+        scales = [
+            module.weight
+            for name, module in network.named_modules()
+            if name in inside and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        importance = tp.importance.BNScaleImportance(normalizer=None)
+        importance_scores(network, space, importance)  # says before training what has no scale
+        trainer = task.trainer(network, "slim")
+        mine = {id(scale) for scale in scales}
+
+        @torch.no_grad()
+        def step(_: StepContext) -> dict[str, float]:
+            for scale in scales:
+                if scale.grad is not None:
+                    scale.grad.add_(scale.sign(), alpha=self.settings.sparsity)
+            if not task.train_weights:
+                for parameter in network.parameters():
+                    if id(parameter) not in mine:
+                        parameter.grad = None
+            return {"scales": float(torch.cat([s.detach().abs() for s in scales]).mean())}
+
+        monitor = run_phase(task, trainer, {"network": network}, step)
+        scores = importance_scores(network, space, importance)
+        start = threshold_widths(space, scores, task.budget, task.grid)
+        widths = budgeting.fit_to_budget(space, scores, start, task.budget, task.grid)
+        return Decision(network, scores, widths, monitor, trainer.history)
