@@ -28,7 +28,7 @@ BENCHMARKS = {
     "unification_promise": "unification: bytes at equal accuracy against plain pruning",
     "scoreboard": "scoreboard.json from the stored results",
     "tables": "the tables of benchmarks/README.md from the stored results",
-    "pictures": "the pictures of the front page from the stored results",
+    "pictures": "the pictures from the stored results",
 }
 
 

@@ -9,7 +9,12 @@ from typing import Any
 
 from benchmarks import not_faster, scoreboard
 from benchmarks.comparison.claims import COMPARED
-from benchmarks.comparison.tables import ablations_table, matrix_text, verdicts_table
+from benchmarks.comparison.tables import (
+    ablations_table,
+    experiment_text,
+    matrix_text,
+    verdicts_table,
+)
 from benchmarks.nni_experiment.page import table as trials_table
 from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
 from benchmarks.strategy_tables import promises_table, strategy_cost_table, systems_table
@@ -289,6 +294,17 @@ def nni_experiment_table(folder: Path) -> str:
     return trials_table(record["samples"]["trials"], record["numbers"]["dense"])
 
 
+def cell_pages(folder: Path) -> dict[Path, str]:
+    """A page with all cells of every compared experiment of which anything ran, beside its runs."""
+    pages = {}
+    for experiment in COMPARED:
+        home = folder / "comparison" / experiment.name
+        if (home / "runs").is_dir():
+            about = f"# {experiment.name}\n\n{experiment.about[0].upper()}{experiment.about[1:]}."
+            pages[home / "README.md"] = f"{about}\n\n{experiment_text(experiment, folder)}\n"
+    return pages
+
+
 def comparison_table(folder: Path) -> str:
     return verdicts_table([e for e in COMPARED if not e.with_role("ablation")], folder)
 
@@ -347,3 +363,6 @@ def main(argv: Sequence[str] = ()) -> None:
     text = arguments.readme.read_text(encoding="utf-8")
     write_text(arguments.readme, rewritten(text, arguments.results))
     print(f"rewrote {arguments.readme}")
+    for path, page in cell_pages(arguments.results).items():
+        write_text(path, page)
+        print(f"wrote {path}")

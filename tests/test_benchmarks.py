@@ -333,6 +333,8 @@ def test_tables_need_their_markers(tmp_path: Path) -> None:
 def test_committed_results_and_readme_agree() -> None:
     text = (RESULTS.parent / "README.md").read_text()
     assert tables.rewritten(text, RESULTS) == text
+    for path, page in tables.cell_pages(RESULTS).items():
+        assert path.read_text() == page
 
 
 def test_unknown_benchmark_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from benchmarks.comparison import runs
 from benchmarks.comparison.experiment import FOLDER, Run, load_experiment, recipe_of, runs_of
 from benchmarks.comparison.summary import Difference, read_cells
 from benchmarks.comparison.tables import HEAD, experiment_text
+from wgates_plugin.dense_training import WEIGHTS
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.recipe import load_recipe
 
@@ -177,10 +178,9 @@ def test_refused_runs_are_shown_and_are_no_missing_ones(tmp_path: Path) -> None:
 def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """For real: trained, sampled, pruned by every method, timed in one sitting; a second call does
     only what is missing."""
-    path = stored(tmp_path)
-    words = [
-        str(path), "--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "work"),
-    ]  # fmt: skip
+    path = stored(tmp_path, task="t")
+    where = ["--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "work")]
+    words = [str(path), *where]
     comparison.main(words)
     experiment = load_experiment(path)
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
@@ -196,6 +196,14 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert "0 runs to do" not in capsys.readouterr().out
     comparison.main(words)
     assert "0 runs to do" in capsys.readouterr().out
+    assert places.samples("eager").read_text() == samples
+    # Another experiment of the task takes the dense network and the samples as they are.
+    weights = (places.dense_folder(0) / WEIGHTS).read_bytes()
+    other = stored(tmp_path, name="other", task="t")
+    comparison.main([str(other), *where, "--methods", "none"])
+    beside = runs.Places(load_experiment(other), tmp_path / "results", tmp_path / "work")
+    assert json.loads(beside.dense_result(0).read_text())["accuracy"] == dense["accuracy"]
+    assert (places.dense_folder(0) / WEIGHTS).read_bytes() == weights
     assert places.samples("eager").read_text() == samples
 
 

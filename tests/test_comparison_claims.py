@@ -189,6 +189,20 @@ def test_every_method_is_in_the_matrix(tmp_path: Path) -> None:
     assert matrix_text(one, tmp_path / "nothing") == ""
 
 
+def test_all_cells_get_a_page_beside_their_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: dict[str, Any] = {"wgates": GOOD, "wide": ["too few ms"] * 3, "l1": [], "random": NOISY}
+    one = filled(tmp_path, runs, ours="wgates", task="t")
+    monkeypatch.setattr(tables, "COMPARED", [one])
+    ((path, page),) = tables.cell_pages(tmp_path / "results").items()
+    assert path == tmp_path / "results" / "comparison" / "small" / "README.md"
+    assert "*incomplete*: 3 runs are missing" in page
+    assert "| `wide` | 3 refused: too few ms |" in page
+    assert "| `l1` | *missing* |" in page
+    assert tables.cell_pages(tmp_path / "nothing") == {}
+
+
 def test_changed_results_are_read_anew(tmp_path: Path) -> None:
     filled(tmp_path, {"wgates": GOOD}, ours="wgates")
     (first,) = read_cells(load_experiment(tmp_path / "small.yaml"), tmp_path / "results")
