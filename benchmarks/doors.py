@@ -47,7 +47,7 @@ SIDE, CLASSES = 64, 10
 LEARNING_RATE = 1e-4
 """Small: a random network that diverges amplifies rounding a thousandfold, whatever is removed."""
 
-GATES = WGatesSettings(learning_rate=0.05)
+GATES = WGatesSettings(learning_rate=0.05, measuring=0)
 Results = Iterator[dict[str, Any]]
 """Per way through the door: {way, relative_error, parameters_left}."""
 

@@ -26,7 +26,7 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.strategies.wgates import WGates
+from wgates_plugin.strategies.wgates import WGates, WGatesSettings
 from wgates_plugin.tracing import trace
 
 CLAIM = "gates add less than 5 % to a training step"
@@ -73,7 +73,7 @@ def steps(network: nn.Module, batch: Tensor, labels: Tensor, seed: int) -> dict[
     made = {"plain": Step(copy.deepcopy(network), None, batch, labels)}
     for name in ("wgates", "activation_masking"):
         own = copy.deepcopy(network)
-        gates = WGates(own, space, budget)
+        gates = WGates(own, space, budget, WGatesSettings(measuring=0))  # that act at once
         if name == "activation_masking":
             ActivationMasking(own, space, gates.gating.source).attach()
         else:

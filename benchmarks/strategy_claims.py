@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.claims import Claim, number
 from benchmarks.comparison.experiment import load_experiment
 from benchmarks.comparison.summary import read_cells
+from benchmarks.records import read_record
 
 SYSTEMS = load_experiment("systems")
 PHASED = ("wgates", "gdp", "scop", "metapruning")
@@ -24,6 +25,31 @@ def held_share(method: str) -> Callable[[Path], float | None]:
         return sum(map(sum, (row.held for row in rows))) / (len(rows) * len(SYSTEMS.seeds))
 
     return read
+
+
+def absorption_error(folder: Path) -> float | None:
+    """The largest error of random gates and of the gates that real phases ended with.
+
+    Of a phase both are taken: the network with gates against the one that absorbed them, and against
+    the one that was planned, cut and finished. None unless there are phases in the record.
+    """
+    record = read_record(folder, "gdp_promise")
+    if record is None or not record["samples"]["accuracy"]:
+        return None
+    found = [float(record["numbers"]["absorption_error"])]
+    for run in record["samples"]["accuracy"].values():
+        found.append(float(run["gdp"]["facts"]["absorption_error"]))
+        if "output_error" in run["gdp"]:
+            found.append(float(run["gdp"]["output_error"]))
+    return max(found)
+
+
+def fitness_over_macs(folder: Path) -> float | None:
+    """Rank correlation of the generated weights' accuracy, less that of plain MACs."""
+    ours, macs = (
+        number("metapruning_promise", key)(folder) for key in ("fitness_spearman", "macs_spearman")
+    )
+    return None if ours is None or macs is None else ours - macs
 
 
 def _promise(name: str, bar: float, better: str, record: str, *keys: str) -> Claim:
@@ -51,7 +77,14 @@ STRATEGY_CLAIMS = (
         )
         for strategy in PHASED
     ),
-    _promise("absorption_error/gdp", 1e-5, "lower", "gdp_promise", "absorption_error"),
+    Claim(
+        "absorption_error/gdp",
+        1e-5,
+        "lower",
+        "results/gdp_promise.json; the largest of random gates and of the phases trained there, from "
+        "the network with gates to the cut one",
+        absorption_error,
+    ),
     _promise("planted_noise_auc/scop", 0.95, "higher", "scop_promise", "planted_noise_auc"),
     _promise("scop_arithmetic_error", 0.3, "lower", "scop_promise", "scop_arithmetic_error"),
     _promise(
@@ -63,6 +96,20 @@ STRATEGY_CLAIMS = (
     ),
     _promise(
         "fitness_spearman/metapruning", 0.8, "higher", "metapruning_promise", "fitness_spearman"
+    ),
+    Claim(
+        "fitness_minus_macs_spearman/metapruning",
+        None,
+        "higher",
+        "results/metapruning_promise.json; no bar: below zero plain MACs rank the widths better",
+        fitness_over_macs,
+    ),
+    Claim(
+        "right_order_at_equal_macs/metapruning",
+        None,
+        "higher",
+        "results/metapruning_promise.json; no bar: share of pairs of equal MACs, half by chance",
+        number("metapruning_promise", "right_order_at_equal_macs"),
     ),
     _promise(
         "bytes_ratio_vs_pruning_at_equal_accuracy/unification",

@@ -17,7 +17,8 @@ from benchmarks.comparison.experiment import FOLDER, Run, load_experiment, recip
 from benchmarks.comparison.summary import Difference, read_cells
 from benchmarks.comparison.tables import HEAD, experiment_text
 from wgates_plugin.dense_training import WEIGHTS
-from wgates_plugin.errors import ConfigError
+from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.files import write_json
 from wgates_plugin.recipe import load_recipe
 
 
@@ -200,11 +201,116 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     # Another experiment of the task takes the dense network and the samples as they are.
     weights = (places.dense_folder(0) / WEIGHTS).read_bytes()
     other = stored(tmp_path, name="other", task="t")
-    comparison.main([str(other), *where, "--methods", "none"])
+    comparison.main([str(other), *where, "--methods", "random"])
     beside = runs.Places(load_experiment(other), tmp_path / "results", tmp_path / "work")
     assert json.loads(beside.dense_result(0).read_text())["accuracy"] == dense["accuracy"]
     assert (places.dense_folder(0) / WEIGHTS).read_bytes() == weights
     assert places.samples("eager").read_text() == samples
+
+
+def test_a_part_is_chosen_by_all_four(tmp_path: Path) -> None:
+    experiment = load_experiment(
+        stored(
+            tmp_path,
+            targets=[0.5, 0.8],
+            seeds=[0, 1],
+            runtimes=[{"runtime": "eager"}, {"runtime": "onnxruntime"}],
+        )
+    )
+    assert comparison.choose(experiment) == list(runs_of(experiment))
+    only = {"methods": ["random"], "seeds": [1], "targets": [0.8], "runtimes": ["onnxruntime"]}
+    assert [run.key for run in comparison.choose(experiment, **only)] == ["random-onnxruntime-80-1"]  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        comparison.choose(experiment, methods=["none"], seeds=[7], targets=[0.7], runtimes=["x"])
+    assert len(caught.value.problems) == 4
+    assert "--seeds 7: not in the experiment; it has 0, 1" in str(caught.value)
+
+
+def test_only_what_the_chosen_runs_need_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(runs, "make_dense", lambda _, __, seed: done.append(seed))
+    monkeypatch.setattr(runs, "make_samples", lambda _, __, block: done.append(block["runtime"]))
+    monkeypatch.setattr(runs, "attempt", lambda _, __, run: done.append(run.key) or run.key)
+    monkeypatch.setattr(runs, "time_finals", lambda _, __, block: done.append(block))
+    blocks = [{"runtime": "eager"}, {"runtime": "onnxruntime"}]
+    path = stored(tmp_path, targets=[0.5, 0.8], seeds=[0, 1], runtimes=blocks)
+    words = [str(path), "--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "work")]
+    part = ["--methods", "random", "--seeds", "1", "--targets", "0.8", "--runtimes", "onnxruntime"]
+    comparison.main([*words, *part])
+    assert done == [1, "onnxruntime", "random-onnxruntime-80-1", blocks[1]]
+    done.clear()
+    places = runs.Places(load_experiment(path), tmp_path / "results", tmp_path / "work")
+    write_json(places.result(Run("random", "onnxruntime", 0.8, 1)), {})
+    comparison.main([*words, *part])
+    assert done == [1, blocks[1]]  # its dense network's accuracies are still missing
+    done.clear()
+    write_json(places.dense_result(1), {})
+    comparison.main([*words, *part])
+    assert done == [blocks[1]]
+
+
+def test_nothing_to_time_leaves_the_last_sitting(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.4, 0.4, 0.4])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    before = places.finals("eager").read_text()
+    runs.time_finals(experiment, places, experiment.runtimes[0])
+    assert places.finals("eager").read_text() == before
+
+
+def test_a_grid_is_probed_once_for_all_runs_and_not_where_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes: list[int] = []
+
+    def probe(_: object) -> dict[str, object]:
+        probes.append(16)
+        return {"grid": 16 * len(probes), "evidence": []}
+
+    monkeypatch.setattr(runs.LatencyStudy, "probe", probe)
+    monkeypatch.setattr(runs.LatencyStudy, "baseline", lambda *_: None)
+    monkeypatch.setattr(runs.LatencyStudy, "sample", lambda *_, **__: None)
+    asked: list[int | None] = []
+    monkeypatch.setattr(
+        runs, "run_recipe", lambda recipe, **_: asked.append(recipe.pruning.grid) or refuse()
+    )
+
+    def refuse() -> None:
+        raise TargetError("not here")
+
+    path = stored(tmp_path)
+    raw = yaml.safe_load(path.read_text())
+    for grid in (4, None):
+        raw["recipe"]["pruning"]["grid"] = grid
+        raw["methods"]["mine"] = {"strategy": "l1", "pruning": {"grid": 2}}
+        raw["name"] = f"grid-{grid}"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        experiment = load_experiment(path)
+        places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+        for _ in range(2):
+            runs.make_samples(experiment, places, experiment.runtimes[0])
+        weights = places.dense_folder(0) / WEIGHTS
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.touch()
+        for run in runs_of(experiment):
+            runs.do_run(experiment, places, run)
+    assert asked == [4, 4, 2, 16, 16, 2]
+    assert probes == [16]
+
+
+def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path, tmp_path)
+    first, second = comparison.choose(experiment)
+    same = {"strategy": "wgates", "options": {}, "gate_epochs": 1, "fine_tune_epochs": 1}
+    write_json(places.result(first), {"settings": same})
+    write_json(places.result(second), {"kind": "refused", "reason": "too few"})
+    assert runs.outdated(experiment, places, [first, second]) == []
+    write_json(places.result(first), {"settings": {**same, "options": {"learning_rate": 0.1}}})
+    (line,) = runs.outdated(experiment, places, [first, second])
+    assert line.startswith(f"{first.key}: stored with other settings (options {{'learning_rate'")
+    assert str(places.result(first)) in line
 
 
 def test_without_ray_it_goes_on_and_says_so(

@@ -20,6 +20,7 @@ from wgates_plugin import ChannelSpace, remove, trace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency import Budget, Limit, LPNet, MacsModel, ParametersModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
+from wgates_plugin.strategies.budgeting import threshold_widths
 from wgates_plugin.strategies.criteria import (
     CRITERIA,
     REFUSED,
@@ -27,7 +28,6 @@ from wgates_plugin.strategies.criteria import (
     criterion_scores,
     importance_scores,
     plan_by_criterion,
-    threshold_widths,
     tp_group,
 )
 from wgates_plugin.strategies.criteria_repaired import (

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import test_pipeline
 import torch
 
 from wgates_plugin.files import load_tensors
 
 SCRIPT = """
+import dataclasses
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
@@ -35,12 +37,15 @@ def decide_and_keep(job):
     decision = decide(job)
     learned = {{"scores": decision.scores, **dict(decision.network.named_parameters())}}
     save_tensors(Path({out!r}) / f"learned-{{rank}}.safetensors", learned)
+    phase = {{"foreseen": job.task().steps, "monitor": decision.monitor, "facts": decision.facts}}
+    write_json(Path({out!r}) / f"phase-{{rank}}.json", phase)
     return decision
 
 
 learning.decide = decide_and_keep
+settings = dataclasses.replace(t.SETTINGS, strategy={strategy!r})
 result = prune_to_target(t.make_network(), t.EXAMPLE, loader, loader, target=MacsTarget(fraction=0.5),
-                         settings=t.SETTINGS, run_folder=Path({out!r}) / "run", progress=False)
+                         settings=settings, run_folder=Path({out!r}) / "run", progress=False)
 write_json(Path({out!r}) / f"plan-{{rank}}.json", result.plan.to_json())
 
 # gloo's threads can abort the interpreter's exit, which is not what is tested here.
@@ -52,9 +57,11 @@ os._exit(0)
 """
 
 
-def test_two_ranks_end_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["wgates", "gdp"])
+def test_two_ranks_end_alike(strategy: str, tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    tests = str(Path(__file__).parent)
+    script.write_text(SCRIPT.format(tests=tests, out=str(tmp_path), strategy=strategy))
     done = subprocess.run(
         [
             sys.executable,
@@ -78,5 +85,12 @@ def test_two_ranks_end_alike(tmp_path: Path) -> None:
     start = dict(test_pipeline.make_network().named_parameters())
     assert not torch.equal(first["conv1.weight"], start["conv1.weight"])
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+    # The shards are half as long as the loader: a phase planned on the loader would end half-way.
+    for rank in (0, 1):
+        phase = json.loads((tmp_path / f"phase-{rank}.json").read_text())
+        assert len(phase["monitor"]) == phase["foreseen"] == 2 * 3
+        if strategy == "gdp":
+            assert phase["monitor"][-1]["violation"] <= 0  # settled within the phase
+            assert phase["facts"]["absorption_error"] <= 1e-5
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["contract"] == "held"

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_target, trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
-from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
+from wgates_plugin.errors import (
+    ConfigError,
+    InfeasibleTargetError,
+    PlanError,
+    SurgeryError,
+    TrainingError,
+)
 from wgates_plugin.integrations.torch_pruning import GDPImportance
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies import Task
 from wgates_plugin.strategies.budgeting import holds
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
 from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
@@ -27,6 +34,7 @@ from wgates_plugin.strategies.gdp.polarisation import (
     smooth_l0_slope,
     soft_threshold,
 )
+from wgates_plugin.strategies.gdp.strategy import GDPStrategy
 from wgates_plugin.surgery import rebuild, remove
 from wgates_plugin.training import TrainingSettings
 from wgates_plugin.verification import relative_error
@@ -205,6 +213,53 @@ def test_needless_training_state_is_refused() -> None:
         gates.regularize()
     with pytest.raises(InfeasibleTargetError, match="out of reach"):
         make(tiny("plain"), share=0.01)
+
+
+def test_frozen_readers_keep_their_weights_for_the_channels_that_stay() -> None:
+    network = tiny("residual")
+    reader = network.get_submodule("1.main.1")  # reads the branch's inner group
+    before = reader.weight.clone()
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.weight.requires_grad_(False)
+    gates = make(network, share=0.4, remove_branches=False)
+    inner = gates.space.unit_slice(gates.space.names.index("1.main.0.0"))
+    assert rigid_units(network, gates.space).all()
+    learn(gates, 20)
+    with torch.no_grad():
+        expected = network.eval()(example()).clone()
+        gates.absorb()
+        assert relative_error(network(example()), expected) <= 1e-6
+    opened = gates.unit_scores()[inner] > 0
+    assert 0 < int(opened.sum()) < len(opened)
+    assert torch.equal(reader.weight[:, opened], before[:, opened])
+    # What stays is what the task would miss most, not what comes first.
+    fisher = gates._fisher[inner]
+    assert fisher[opened].min() >= fisher[~opened].max()
+
+
+def test_a_phase_cut_short_is_settled_before_it_is_absorbed(monkeypatch: Any) -> None:
+    network = tiny("residual")
+    space = trace(network, example())
+    model = MacsModel(space)
+    limit = Limit(model, 0.5 * float(model(torch.tensor(space.full_widths))))
+    data = [(example(8, seed=seed), torch.arange(8) % 5) for seed in range(4)]
+    task = Task(
+        network,
+        space,
+        Budget.of(limit),
+        example(),
+        data,
+        epochs=1,
+        training=TrainingSettings(accelerator="cpu"),
+        progress=False,
+    )
+    monkeypatch.setattr(Task, "steps", 40)
+    decision = GDPStrategy().decide(task)
+    assert decision.facts["absorption_error"] <= 1e-5
+    monkeypatch.setattr(PolarisedGates, "absorb", PolarisedGates.detach)
+    with pytest.raises(SurgeryError, match="absorbed into the weights the outputs differ by"):
+        GDPStrategy().decide(task)
 
 
 def test_state_resumes_in_the_middle() -> None:

@@ -122,7 +122,9 @@ def test_it_learns_what_a_loop_by_hand_learns(tmp_path: Path) -> None:
     gates = callback(efficiency=MacsModel, target=4e4, pruning_ratio=None)
     trainer(tmp_path, 2, gates).fit(module, loader())
     by_hand = tiny("residual").train()
-    pruner = WGatesPruner(by_hand, example(), efficiency=MacsModel, target=4e4, settings=SETTINGS)
+    pruner = WGatesPruner(
+        by_hand, example(), efficiency=MacsModel, target=4e4, settings=SETTINGS, steps=6
+    )
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.02, momentum=0.9)
     for _ in range(2):
         for inputs, labels in loader():

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -358,9 +359,30 @@ def test_what_is_no_population_is_refused() -> None:
     for state in (None, {}, {**toy_search().to_json(), "version": 2}):
         with pytest.raises(FileFormatError, match="no population"):
             toy_search().load_json(state)
-    broken = {**toy_search().to_json(), "generations": [[[1, 2]]]}
-    with pytest.raises(FileFormatError, match="missing or wrong"):
-        toy_search().load_json(broken)
+    row = list(toy_search().ask()[0])
+    broken: list[Any] = [
+        5,
+        [[[1, 2]]],
+        [[[[*row, 1], 0.1]]],
+        [[[[-1, *row[1:]], 0.1]]],
+        [[[[row[0] + 0.5, *row[1:]], 0.1]]],
+        [[["many", 0.1]]],
+        [[[row, math.nan]]],
+        [[[row, "0.1"]]],
+        [[[row, 10**400]]],
+        [[[row, 0.1], [row, 0.2]]],
+    ]
+    for generations in broken:
+        search = toy_search()
+        with pytest.raises(FileFormatError, match=r"missing or wrong.*delete `population\.pt`"):
+            search.load_json({**search.to_json(), "generations": generations})
+        assert search.generations == []
+    for identity in ([], None, "me"):
+        with pytest.raises(FileFormatError, match="its identity is"):
+            toy_search().load_json({**toy_search().to_json(), "identity": identity})
+    search = toy_search()
+    search.load_json({**search.to_json(), "generations": [[[row, 1]]]})
+    assert search.best == (tuple(row), 1.0)
     with pytest.raises(ValueError, match="not asked for"):
         toy_search().tell((1, 1, 1, 1, 1), 0.5)
 
@@ -465,7 +487,45 @@ def test_fitness_is_the_error_of_the_gated_network_with_its_own_statistics() -> 
 def test_data_that_are_no_classes_are_refused_before_training() -> None:
     odd = [(example(4, seed=seed), torch.randn(4, 2)) for seed in range(3)]
     with pytest.raises(TrainingError, match="no classification"):
-        decide(train_loader=odd, loss=lambda logits, _: pytest.fail("it trained"))
+        decide(train_loader=odd)
+    with pytest.raises(TrainingError, match=r"loss gave \(6, 5\), needed a tensor of one number"):
+        decide(loss=lambda logits, _: logits.square())
+
+
+class OneNumber(nn.Module):
+    """A network that answers one number, whose accuracy is 1 whatever it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny("residual")
+        self.answer = nn.Linear(CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self.body(x))
+
+
+def test_a_loss_of_ones_own_judges_the_candidates() -> None:
+    torch.manual_seed(0)
+    network = OneNumber()
+    space = trace(network, example())
+    data = [(images, images.mean((2, 3))[:, :1]) for images, _ in batches(6, 8)]
+    loss = nn.functional.mse_loss
+    task = task_for(network, space, train_loader=data, loss=loss)
+    search = MetaPruningStrategy(SMALL).decide(task).facts["search"]
+    assert search["judged_by"] == "held-out loss"
+    assert 0 < search["best_loss"] == min(g["least"] for g in search["generations"])
+    assert any(g["least"] < g["median"] for g in search["generations"])  # it tells them apart
+    assert decide().facts["search"]["judged_by"] == "held-out error"
+    pruning_net = PruningNet(network, space, hidden=8)
+    fitness = Fitness(pruning_net, data[:3], data[4:], loss=loss)
+    widths = space.least_widths()
+    with torch.no_grad():
+        full = pruning_net.materialised(widths)
+        recalibrate_batchnorm(full, data[:3], images=100)
+        expected = sum(float(loss(full.eval()(x), y)) for x, y in data[4:]) / 2
+    assert fitness(widths) == pytest.approx(expected, rel=1e-5)
+    lost = Fitness(pruning_net, data[:3], data[4:], loss=lambda out, _: out.sum() / 0)
+    assert math.isfinite(lost(widths))
 
 
 def test_without_ray_one_process_judges(monkeypatch: Any, caplog: Any) -> None:
@@ -552,7 +612,7 @@ class Stops(InMemory):
         self.left = after
 
     def save_state(self, name: str, state: dict[str, Any]) -> None:
-        super().save_state(name, copy.deepcopy(state))
+        super().save_state(name, state)
         self.left -= 1
         if self.left == 0:
             raise Interrupted
@@ -579,6 +639,7 @@ def test_a_population_of_other_weights_is_refused() -> None:
     phase = checkpoints.load_state("phase.pt")
     assert phase is not None
     phase["network"] = {k: v + 1 for k, v in phase["network"].items()}
+    checkpoints.save_state("phase.pt", phase)
     with pytest.raises(RunFolderError, match="different: weights"):
         decide(checkpoints=checkpoints)
 

@@ -306,7 +306,7 @@ def test_the_same_plan_as_through_the_torch_pruning_door() -> None:
     pruner = pruner_of(ours, FREE, steps=4, target=MacsTarget(macs=30_000))
     pruner.compress()
     other = sibling.WGatesPruner(
-        theirs, example(), efficiency=MacsModel, target=30_000, settings=SETTINGS
+        theirs, example(), efficiency=MacsModel, target=30_000, settings=SETTINGS, steps=4
     )
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.02)
     theirs.train()
@@ -320,6 +320,27 @@ def test_the_same_plan_as_through_the_torch_pruning_door() -> None:
     assert pruner.plan.kept == other.gates.plan().kept
     pruner.unwrap_model()
     assert same_tensors(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize(("steps", "length"), [(8, None), (None, 8)])
+def test_gates_are_measured_for_a_quarter_of_the_training(
+    steps: int | None, length: int | None
+) -> None:
+    network = tiny("residual")
+    pruner = pruner_of(network, FREE, steps=steps, target=MacsTarget(fraction=0.5))
+    seen: list[float] = []
+    plain = pruner._learn
+
+    def watch() -> None:
+        plain()
+        with torch.no_grad():
+            seen.append(float(pruner.gates.gating.source().mean()))
+
+    pruner._learn = watch
+    _, masks = pruner.compress(max_steps=length)
+    assert [share == 1.0 for share in seen] == [True, *[False] * 7]  # closed after the second step
+    assert (pruner.gates.merits.done, pruner.gates.step) == (2, 8)
+    check_exact(pruner, masks, network)
 
 
 SCRIPT = """

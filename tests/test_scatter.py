@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -15,13 +16,23 @@ from torch import Tensor, nn
 
 from wgates_plugin import PruningPlan, trace
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.errors import PlanError
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
+from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.gating import Gating
+from wgates_plugin.strategies import STRATEGIES, Task, make_strategy, plan_for_budget
 from wgates_plugin.strategies.scop.branches import branch_ends, scatter_steps
 from wgates_plugin.surgery import rebuild, remove, resize
+from wgates_plugin.training import TrainingSettings
 from wgates_plugin.transforms import apply_steps
 from wgates_plugin.transforms.scatter import Scatter
-from wgates_plugin.verification import TOLERANCE, masked_output, relative_error
+from wgates_plugin.transforms.unification import (
+    UnificationSettings,
+    Unified,
+    cut_dead,
+    dead_channels,
+    layer_grids,
+)
+from wgates_plugin.verification import TOLERANCE, masked_output, relative_error, removal_error
 
 RESIDUAL = ("residual", "projection", "depthwise", "grouped", "preactivation")
 WITHOUT_BRANCHES = ("plain", "concat", "concat-depthwise", "squeeze-excite", "flattened", "reused")
@@ -96,6 +107,44 @@ def test_other_couplings_get_no_scatter(name: str) -> None:
     assert scatter_steps(tiny(name), example()) == []
 
 
+class Ending(nn.Module):
+    """A residual branch whose output is changed before it is added."""
+
+    def __init__(self, change: nn.Module, *, subtracted: bool = False) -> None:
+        super().__init__()
+        self.main = nn.Sequential(conv_bn(8, 6), conv(6, 8), nn.BatchNorm2d(8))
+        self.change, self.subtracted = change, subtracted
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.change(self.main(x))
+        return x - branch if self.subtracted else x + branch
+
+
+@pytest.mark.parametrize(("change", "subtracted"), [(nn.ReLU(), False), (nn.Identity(), True)])
+def test_branches_that_end_otherwise_are_said_and_refused_alone(
+    change: nn.Module, subtracted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = make_strategy("scop", {"residual": "scatter"})
+    odd = Ending(change, subtracted=subtracted)
+    alone = randomised(nn.Sequential(conv_bn(3, 8), odd, Head(8)), 0)
+    with pytest.raises(ConfigError, match=r'is "scatter", but sums.*couple groups \(`0\.0`\)'):
+        strategy.prepare(alone, example())
+    both = randomised(nn.Sequential(conv_bn(3, 8), odd, conv_bn(8, 8), *tiny("residual")[1:]), 0)
+    with caplog.at_level(logging.WARNING):
+        steps = strategy.prepare(both, example())
+    assert [list(step["behind"]) for step in steps] == [["3.main.2"]]
+    assert "couple groups (`0.0`); they stay coupled" in caplog.text
+
+
+@pytest.mark.parametrize("name", [*RESIDUAL, *WITHOUT_BRANCHES])
+def test_what_can_be_scattered_is_without_a_word(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        make_strategy("scop", {"residual": "scatter"}).prepare(tiny(name), example())
+    assert not caplog.records
+
+
 def test_branches_of_resnet50_end_in_its_third_convolutions() -> None:
     ends = branch_ends(DependencyTrace(torchvision_network("resnet50"), example(1, 64)))
     assert list(ends) == [
@@ -159,6 +208,49 @@ def test_a_pruned_network_is_traced_and_cut_again() -> None:
         assert relative_error(twice(example()), masked_output(once, second, example())) <= TOLERANCE
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_network_with_scatters_is_pruned_again_by_any_strategy(strategy: str) -> None:
+    network = scattered("residual")
+    network = remove(network, random_plan(trace(network, example()), 1), example())
+    space = trace(network, example(), min_channels=2)
+    model = MacsModel(space)
+    budget = Budget.of(Limit(model, 0.7 * float(model(torch.tensor(space.full_widths)))))
+    task = Task(
+        copy.deepcopy(network),
+        space,
+        budget,
+        example(),
+        [(example(4, seed=seed), torch.arange(4)) for seed in range(3)],
+        epochs=1,
+        total_epochs=1,
+        training=TrainingSettings(accelerator="cpu"),
+        progress=False,
+    )
+    options = {"metapruning": {"population": 4, "generations": 1}, "functionality": {"steps": 2}}
+    decision = make_strategy(strategy, options.get(strategy)).decide(task)
+    plan = plan_for_budget(space, decision.scores, decision.widths, budget)
+    smaller = remove(copy.deepcopy(decision.network), plan, example())
+    assert removal_error(decision.network, smaller, plan, example()) <= TOLERANCE
+
+
+def test_a_scatter_ignores_no_channel_but_zeros_in_front_of_it_are_dead() -> None:
+    network = scattered("residual")
+    space = trace(network, example())
+    assert dead_channels(network, space, example()).widths == space.full_widths
+    branch = dict(network.named_modules())
+    with torch.no_grad():
+        branch["1.main.1"].weight[2:4] = 0.0
+        branch["1.main.2.made"].running_mean[2:4] = 0.0
+        branch["1.main.2.made"].bias[2] = 0.0
+        expected = network(example())
+    plan = dead_channels(network, space, example())
+    assert plan.kept == (tuple(range(6)), (0, 1, 3, 4, 5, 6, 7))
+    grids = layer_grids(network, UnificationSettings(block="1x8"))
+    smaller = cut_dead(Unified(network, grids), plan, example()).network
+    with torch.no_grad():
+        assert relative_error(smaller(example()), expected) <= TOLERANCE
+
+
 def test_onnx_export_computes_the_same() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     from wgates_plugin.latency.onnx_export import export_dynamo, export_torchscript
@@ -177,6 +269,30 @@ def test_a_step_for_another_network_is_refused() -> None:
     steps = [{"transform": "scatter", "behind": {"layer9.bn2": 8}}]
     with pytest.raises(PlanError, match="does not fit"):
         apply_steps(tiny("residual"), steps)
+
+
+BROKEN_STEPS: dict[str, tuple[object, str]] = {
+    "negative": ([{"transform": "scatter", "behind": {"1.main.2": -3}}], "width -3 is no number"),
+    "word": ([{"transform": "scatter", "behind": {"1.main.2": "x"}}], "width 'x' is no number"),
+    "too wide": ([{"transform": "scatter", "behind": {"1.main.2": 16}}], "8 channels, not 16"),
+    "too narrow": ([{"transform": "scatter", "behind": {"1.main.2": 4}}], "8 channels, not 4"),
+    "no names": ([{"transform": "scatter", "behind": ["1.main.2"]}], "where modules and widths"),
+    "the network": ([{"transform": "scatter", "behind": {"": 8}}], "no module ``"),
+    "a block": ([{"transform": "scatter", "behind": {"1.main": 8}}], "no layer of known width"),
+    "no step": (["scatter"], "a step is 'scatter'"),
+    "no name of a step": ([{"transform": ["scatter"]}], "is unknown"),
+    "no steps": ({"transform": "scatter"}, "its steps are"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_STEPS)
+def test_a_broken_step_is_refused_and_changes_nothing(name: str) -> None:
+    steps, why = BROKEN_STEPS[name]
+    network = tiny("residual")
+    modules = [each for each, _ in network.named_modules()]
+    with pytest.raises(PlanError, match=why):
+        apply_steps(network, steps)  # type: ignore[arg-type]
+    assert [each for each, _ in network.named_modules()] == modules
 
 
 def test_counts_know_that_the_stream_stays_whole() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import snapshot
-from networks import CLASSES, Head, conv, example, tiny
+from networks import CLASSES, Head, conv, conv_bn, example, tiny
 from sklearn.covariance import ledoit_wolf as sklearn_ledoit_wolf
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,7 +22,9 @@ from benchmarks.scop_promise import SCHEME, layer_aucs, scheme_falls
 from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_target, trace
 from wgates_plugin.catalogue import Data
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
-from wgates_plugin.errors import ConfigError, TrainingError
+from wgates_plugin.errors import ConfigError, RunFolderError, TrainingError
+from wgates_plugin.pipeline import PruningResult
+from wgates_plugin.pipeline.callables import name_of, untold
 from wgates_plugin.strategies import Task, make_strategy
 from wgates_plugin.strategies.scop import ScopSettings, ScopStrategy
 from wgates_plugin.strategies.scop.gaussian import fit_gaussian, ledoit_wolf
@@ -104,6 +108,8 @@ def test_constant_images_do_no_harm() -> None:
         (lambda x: x.double(), "returns torch.float64"),
         (lambda x: x.numpy(), "returns ndarray"),
         (lambda x: x * float("nan"), "not finite"),
+        (lambda x: x, "the real images themselves"),
+        (lambda x: x.mul_(1), "the real images themselves"),
         (lambda x: x @ torch.ones(3), "fails on a batch of shape"),
     ],
 )
@@ -116,6 +122,14 @@ def test_unusable_generators_are_refused(generator: Callable[..., Any], message:
 def test_a_good_generator_is_taken_as_it_is() -> None:
     images = example(4)
     assert torch.equal(make_source(lambda x: x.flip(0), images)(images), images.flip(0))
+
+
+def test_a_generator_that_writes_on_its_batch_leaves_the_users_images() -> None:
+    images = example(4)
+    before = images.clone()
+    made = make_source(lambda x: x.mul_(0.5), images)(images)
+    assert torch.equal(images, before)
+    assert torch.equal(made, 0.5 * before)
 
 
 class Plain(nn.Module):
@@ -356,6 +370,82 @@ def test_a_generator_is_found_by_its_name() -> None:
     loader = [(example(4, seed=seed), torch.arange(4)) for seed in range(2)]
     task, _ = scop_task(tiny("plain"), loader, epochs=1)
     assert strategy.decide(task).facts["knockoffs"] == "torch:zeros_like"
+
+
+def test_a_generator_that_cannot_be_imported_is_refused_at_once() -> None:
+    for name, words in (("nowhere.at_all:fn", "cannot be found"), ("math:pi", "no callable")):
+        with pytest.raises(ConfigError, match=f"knockoffs is '{name}': .*{words}"):
+            make_strategy("scop", {"knockoffs": name})
+
+
+@pytest.mark.parametrize("strategy", ["scop", "gdp"])
+def test_without_epochs_the_largest_filters_stay_and_it_is_said(
+    strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Sequential(conv_bn(3, 8), Head(8))
+    with torch.no_grad():
+        net[0][0].weight[[1, 4, 6]] *= 9
+    with caplog.at_level(logging.WARNING):
+        task, _ = scop_task(net, [(example(4), torch.arange(4))], epochs=0)
+        decision = make_strategy(strategy).decide(task)
+    assert f"{strategy}: without epochs it learns nothing" in caplog.text
+    assert set(decision.scores.topk(3).indices.tolist()) == {1, 4, 6}
+    assert decision.facts == {"learned": False}
+
+
+class Blurred:
+    """A generator with a setting."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (1 - self.share) * images
+
+
+def shrunk(images: Tensor, *, share: float) -> Tensor:
+    return share * images
+
+
+def test_generators_are_told_apart_by_what_they_hold() -> None:
+    for make in (Blurred, lambda share: functools.partial(shrunk, share=share)):
+        assert name_of(make(0.1)) == name_of(make(0.1)) != name_of(make(0.5))
+    assert name_of(shrunk) == f"{__name__}:shrunk"
+    assert name_of(Blurred(0.1).__call__) != name_of(Blurred(0.2).__call__)
+    options = {"a": shrunk, "b": Blurred(0.1), "c": lambda x: x, "d": 3}
+    assert list(untold(options)) == [f"`c` ({name_of(options['c'])[:-1]})"]
+
+
+def test_a_run_is_not_resumed_with_another_generator(tmp_path: Path) -> None:
+    data = [(example(4, seed=seed), torch.arange(4)) for seed in range(3)]
+
+    def run(name: str, knockoffs: Callable[..., Any], **options: Any) -> PruningResult:
+        return prune_to_target(
+            tiny("residual"),
+            example(),
+            data,
+            data,
+            target=MacsTarget(fraction=0.6),
+            settings=PruningSettings(
+                strategy="scop",
+                options={"knockoffs": knockoffs},
+                gate_epochs=1,
+                fine_tune_epochs=0,
+                measure_seconds=0.01,
+                training=TrainingSettings(accelerator="cpu"),
+            ),
+            run_folder=tmp_path / name,
+            progress=False,
+            **options,
+        )
+
+    first = run("told", Blurred(0.1))
+    assert run("told", Blurred(0.1), resume=True).plan.kept == first.plan.kept
+    with pytest.raises(RunFolderError, match=r"another run \(different: settings"):
+        run("told", Blurred(0.5), resume=True)
+    run("untold", lambda x: 0.5 * x, resume=True)  # nothing is there to be resumed yet
+    with pytest.raises(RunFolderError, match=r"cannot be resumed.*`knockoffs`"):
+        run("untold", lambda x: 0.5 * x, resume=True)
 
 
 @pytest.mark.parametrize(("network", "share", "parameters", "macs"), SCHEME)

@@ -88,6 +88,15 @@ def test_what_has_no_scale_is_said_before_training() -> None:
         make_strategy("slim").decide(task(tiny("biased")))
 
 
+def test_a_norm_without_scales_beside_one_with_them_has_no_part() -> None:
+    subject = network()
+    subject[0].append(nn.BatchNorm2d(16, affine=False))
+    decision = make_strategy("slim").decide(task(subject))
+    norms = [m.weight.detach().abs() for m in decision.network.modules() if hasattr(m, "affine")
+             and m.affine]  # fmt: skip
+    assert torch.equal(decision.scores, torch.cat(norms))
+
+
 def test_the_penalty_cannot_be_negative() -> None:
     with pytest.raises(ConfigError, match="sparsity is -1"):
         make_strategy("slim", {"sparsity": -1.0})

@@ -36,6 +36,8 @@ from wgates_plugin.training import Trainer, TrainingSettings
 from wgates_plugin.verification import TOLERANCE, removal_error
 
 SETTINGS = WGatesSettings(learning_rate=0.05)
+AT_ONCE = WGatesSettings(learning_rate=0.05, measuring=0)
+"""Gates that act and learn from the first step on."""
 
 
 def learn(
@@ -614,7 +616,12 @@ def test_two_ratios_for_coupled_layers_are_refused() -> None:
 def test_global_ranking_keeps_the_share_over_all_groups() -> None:
     network = tiny("plain")
     pruner = WGatesPruner(
-        network, example(), pruning_ratio=0.5, global_pruning=True, max_pruning_ratio=0.75
+        network,
+        example(),
+        pruning_ratio=0.5,
+        global_pruning=True,
+        max_pruning_ratio=0.75,
+        settings=AT_ONCE,
     )
     learn(pruner, network, steps=1)
     with torch.no_grad():  # the first layer's gates all say no, the second's all yes
@@ -627,7 +634,7 @@ def test_global_ranking_keeps_the_share_over_all_groups() -> None:
 
 def test_isomorphic_ranking_is_by_structure() -> None:
     network = tiny("preactivation")
-    pruner = WGatesPruner(network, example(), pruning_ratio=0.5, isomorphic=True)
+    pruner = WGatesPruner(network, example(), pruning_ratio=0.5, isomorphic=True, settings=AT_ONCE)
     learn(pruner, network, steps=1)
     with torch.no_grad():  # of the two inner layers, of like structure, the first says no
         where = [pruner.space.unit_slice(index) for index in range(3)]
@@ -689,7 +696,9 @@ def test_iterative_steps_end_where_one_would(goal: dict[str, Any], between: int)
 
 def test_gates_of_a_later_step_start_from_what_was_learned() -> None:
     network = tiny("plain")
-    pruner = WGatesPruner(network, example(), pruning_ratio=0.5, iterative_steps=2)
+    pruner = WGatesPruner(
+        network, example(), pruning_ratio=0.5, iterative_steps=2, settings=AT_ONCE
+    )
     learn(pruner, network, steps=1)
     order = torch.tensor([3, 1, 4, 0, 5, 7, 2, 6])
     with torch.no_grad():
@@ -698,6 +707,62 @@ def test_gates_of_a_later_step_start_from_what_was_learned() -> None:
     pruner.step()
     assert pruner.plan is not None
     assert pruner.plan.kept[0] == (2, 4, 5, 7)
+
+
+@pytest.mark.parametrize("goal", [{"pruning_ratio": 0.6}, {"target": 3e4}])
+def test_gates_of_every_step_measure_anew(goal: dict[str, Any]) -> None:
+    """Until they have, they hold to what the step before learned."""
+    network = tiny("concat")
+    settings = WGatesSettings(learning_rate=0.05, measuring=2)
+    pruner = WGatesPruner(network, example(), iterative_steps=2, settings=settings, **goal)
+    learn(pruner, network, steps=4)
+    learned = pruner.gates.unit_scores()
+    pruner.step()
+    assert pruner.plan is not None
+    kept = pruner.plan.kept
+    left = [
+        learned[pruner.space.unit_slice(index)][list(kept[index])].argsort().tolist()
+        for index, name in enumerate(pruner.space.names)
+        if name in pruner._now.names
+    ]
+    carried = pruner.gates.unit_scores()
+    assert left == [
+        carried[pruner._now.unit_slice(index)].argsort().tolist()
+        for index in range(len(pruner._now.groups))
+    ]
+    assert pruner.gates.merits.wanted
+    monitor = learn(pruner, network, steps=2)
+    assert monitor["open_share"] == 1.0
+    assert not pruner.gates.merits.wanted
+    assert not torch.equal(pruner.gates.unit_scores(), carried)
+    assert learn(pruner, network, steps=1)["open_share"] < 1.0
+    pruner.step()
+
+
+def test_a_given_importance_leaves_nothing_to_measure() -> None:
+    network = tiny("plain")
+    pruner = WGatesPruner(network, example(), tp.importance.LAMPImportance(), iterative_steps=2)
+    for _ in range(2):
+        assert not pruner.gates.merits.wanted
+        assert learn(pruner, network, steps=1)["open_share"] < 1.0
+        pruner.step()
+
+
+def test_ratios_say_how_wide_and_measuring_says_which() -> None:
+    network = tiny("plain")
+    with torch.no_grad():  # nothing reads the larger half of the first layer
+        network[0][0].weight[4:] *= 10
+        network[1][0].weight[:, 4:] = 0
+    kept = []
+    for measuring in (0, 3):
+        settings = WGatesSettings(measuring=measuring)
+        pruner = WGatesPruner(copy.deepcopy(network), example(), settings=settings)
+        learn(pruner, pruner.model, steps=3, rate=0.0)
+        assert pruner.gates.widths() == (4, 6)
+        pruner.step()
+        assert pruner.plan is not None
+        kept.append(pruner.plan.kept[0])
+    assert kept == [(4, 5, 6, 7), (0, 1, 2, 3)]
 
 
 def test_open_gates_have_to_learn_before_every_step() -> None:
@@ -998,7 +1063,9 @@ def test_the_pipeline_and_this_door_find_the_same_plan(tmp_path: Any) -> None:
         progress=False,
     )
     copied = copy.deepcopy(network)
-    pruner = WGatesPruner(copied, example(), target=target, settings=SETTINGS, min_fraction=0.1)
+    pruner = WGatesPruner(
+        copied, example(), target=target, settings=SETTINGS, min_fraction=0.1, steps=6
+    )
     trainer = Trainer(copied, data, training, total_epochs=2, seed=3)
     trainer.run(after_backward=lambda _: pruner.regularize(copied), progress=False)
     pruner.step()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import same_tensors, snapshot
 from networks import example, tiny
-from test_torch_pruning_door import SETTINGS, law_1, learn, macs
+from test_torch_pruning_door import AT_ONCE, law_1, learn, macs
 from torch import Tensor, nn
 
 from wgates_plugin import trace
@@ -22,7 +23,7 @@ from wgates_plugin.verification import TOLERANCE
 
 
 def pruner_of(name: str = "residual", **options: Any) -> WGatesPruner:
-    options = {"pruning_ratio": 0.5, "settings": SETTINGS, **options}
+    options = {"pruning_ratio": 0.5, "settings": AT_ONCE, **options}
     return WGatesPruner(tiny(name).train(), example(), **options)
 
 
@@ -77,7 +78,7 @@ def test_a_loop_under_autocast_ends_in_an_exact_removal(name: str) -> None:
 @pytest.mark.parametrize("kind", ["weights", "free"])
 def test_scores_and_their_steps_are_those_of_float32(kind: str) -> None:
     """A step of 0.001 at a score of 0.3 is half of what bfloat16 can tell apart."""
-    settings = WGatesSettings(learning_rate=1e-3, scores=kind)
+    settings = WGatesSettings(learning_rate=1e-3, scores=kind, measuring=0)
     pruners = [pruner_of(settings=settings, target=3e4, pruning_ratio=None) for _ in range(2)]
     for seed in range(3):
         for pruner, mixed in zip(pruners, (False, True), strict=True):
@@ -111,7 +112,7 @@ def test_limits_are_computed_without_autocast() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_of_other_precisions_are_scored_in_float32(dtype: torch.dtype) -> None:
     network = tiny("residual").to(dtype).train()
-    pruner = WGatesPruner(network, example().to(dtype), pruning_ratio=0.5, settings=SETTINGS)
+    pruner = WGatesPruner(network, example().to(dtype), pruning_ratio=0.5, settings=AT_ONCE)
     start = scores_of(pruner)
     network(example(8).to(dtype)).float().square().mean().backward()
     pruner.regularize(network)
@@ -132,7 +133,7 @@ def test_gates_do_not_depend_on_the_scale_of_the_loss() -> None:
             backward(pruner, seed, factor)
             pruner.regularize(pruner.model, scale=scale)
     assert torch.equal(scores_of(told), scores_of(plain))  # powers of two are exact
-    assert (scores_of(untold) - scores_of(plain)).abs().max() < 0.01 * SETTINGS.learning_rate
+    assert (scores_of(untold) - scores_of(plain)).abs().max() < 0.01 * AT_ONCE.learning_rate
     plans = []
     for pruner in (plain, told, untold):
         pruner.step()
@@ -253,6 +254,15 @@ def test_gates_act_from_the_first_training_pass_on() -> None:
         assert pruner.current_step == step + 1
 
 
+@pytest.mark.parametrize("steps", [2, 1])  # measured, or in the midst of it
+def test_gates_close_once_they_are_measured(steps: int) -> None:
+    pruner = pruner_of(settings=replace(AT_ONCE, measuring=2))
+    learn(pruner, pruner.model, steps=steps)
+    gated = evaluated(pruner.model)
+    pruner.detach()
+    assert torch.equal(evaluated(pruner.model), gated) == (steps == 1)
+
+
 def test_gates_of_a_resumed_phase_act_at_once() -> None:
     pruner = pruner_of()
     learn(pruner, pruner.model, steps=2)
@@ -272,10 +282,12 @@ def compiled(network: nn.Module) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_learns_the_same() -> None:
-    plain, other = pruner_of("plain"), pruner_of("plain")
+@pytest.mark.parametrize("measuring", [0, 1])
+def test_a_compiled_model_learns_the_same(measuring: int) -> None:
+    settings = replace(AT_ONCE, measuring=measuring)
+    plain, other = (pruner_of("plain", settings=settings) for _ in range(2))
     model = compiled(other.model)
-    for seed in range(2):
+    for seed in range(3):
         backward(plain, seed)
         plain.regularize(plain.model)
         backward(other, seed, call=model)

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks import unification_promise
 from benchmarks.unification_promise import bytes_at
 from tests import networks
 from wgates_plugin import trace
-from wgates_plugin.errors import ConfigError, FileFormatError, SurgeryError
-from wgates_plugin.files import load_tensors
+from wgates_plugin.errors import ConfigError, FileFormatError, RunFolderError, SurgeryError
+from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.pipeline import prune_to_target
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.recipe_checks import checked
@@ -290,6 +291,16 @@ FORGERIES: dict[str, Any] = {
     "negative frame": lambda h: h["frames"][0].__setitem__(1, -1),
     "no frames": lambda h: h.pop("frames"),
     "words": lambda h: h.update(tensors="words"),
+    "empty but endless shape": lambda h: h["tensors"][1].update(shape=[0, 10**30]),
+    "empty but overflowing shape": lambda h: h["tensors"][1].update(shape=[0, 2**62, 2**62]),
+    "infinite shape": lambda h: h["tensors"][1].update(shape=[math.inf]),
+    "half a size": lambda h: h["tensors"][1].update(shape=[5.5]),
+    "infinite frame": lambda h: h["frames"][0].__setitem__(1, math.inf),
+    "frame of a foreign digit": lambda h: h["frames"][0].__setitem__(0, "kinds-²-0"),
+    "endless rows": lambda h: h["tensors"][0]["grid"].update(rows=[1] * 15 + [10**30]),
+    "overflowing rows": lambda h: h["tensors"][0]["grid"].update(rows=[2**62] * 16),
+    "more weights than blocks": lambda h: h["tensors"][0].update(shape=[16, 10**9]),
+    "named twice": lambda h: h["tensors"][1].update(name="w"),
 }
 
 
@@ -299,6 +310,17 @@ def test_a_header_that_lies_is_refused(name: str, tmp_path: Path) -> None:
     assert decoded(forged(data, lambda header: None)).keys() == {"w", "b"}
     with pytest.raises(FileFormatError):
         decoded(forged(data, FORGERIES[name]))
+
+
+def test_a_header_that_only_takes_resources_is_refused(tmp_path: Path) -> None:
+    """Too deep for the parser, or a small frame that unpacks to far too much."""
+    path = tmp_path / "w.wgu"
+    for text, why in ((b"[" * 100_000, "recursion"), (b" " * (2**26 + 1), "longer than")):
+        packed = zstandard.compress(text)
+        sums = (zlib.crc32(packed), len(packed), zlib.crc32(b""))
+        path.write_bytes(struct.pack("<8sHIII", MAGIC, 1, *sums) + packed)
+        with pytest.raises(FileFormatError, match=rf"w\.wgu.*{why}.*write it anew"):
+            load_unified(path)
 
 
 # Training
@@ -446,6 +468,32 @@ def test_bytes_at_equal_accuracy() -> None:
     assert bytes_at(0.88, [*points, (500.0, 0.5)], whole) == pytest.approx(100.0)
 
 
+def test_a_stored_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
+    path, mine = tmp_path / "pruning-0.5.json", UnificationSettings("prune", retrain_epochs=6)
+    settings = unification_promise.settings_of(10_000, 0, mine)
+    assert unification_promise.stored(path, settings) is None
+    write_json(path, {"settings": settings, "result": {"accuracy": 0.9}})
+    assert unification_promise.stored(path, settings) == {"accuracy": 0.9}
+    other = unification_promise.settings_of(10_000, 1, UnificationSettings(retrain_epochs=6))
+    with pytest.raises(RunFolderError, match=r"different: seed, unification\); choose another"):
+        unification_promise.stored(path, other)
+    write_json(path, {"accuracy": 0.9})
+    with pytest.raises(RunFolderError, match="does not say so"):
+        unification_promise.stored(path, settings)
+
+
+def test_less_accuracy_asked_for_means_fewer_bytes() -> None:
+    row: dict[str, Any] = {
+        "dense": {"bytes": 1000.0, "accuracy": 0.9},
+        "pruning": [{"bytes": 100.0, "accuracy": 0.88}],
+        "unification": [{"bytes": 10.0, "accuracy": 0.88}],
+    }
+    asked, beside = (unification_promise.ratio([row], lost) for lost in (0.0, 0.01))
+    assert asked["ratio"] == pytest.approx(1.0)
+    assert beside["accuracy"] == pytest.approx(0.89)
+    assert beside["ratio"] == pytest.approx(100.0 / 100_000**0.5)
+
+
 # Settings and layers
 
 
@@ -469,6 +517,36 @@ def test_small_and_unknown_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="no layer to unify among 3"):
         layer_grids(network, UnificationSettings(ignored_layers=("1",)))
     assert not layer_grids(network, UnificationSettings(), skip_small=True)
+
+
+def test_frozen_layers_are_left_alone() -> None:
+    network = networks.tiny("residual")
+    layer = network.get_submodule("1.main.1")
+    layer.weight.requires_grad_(False)
+    before = layer.weight.clone()
+    settings = UnificationSettings(rho=(1e-2,), retrain_epochs=1)
+    unified = unify(network, batches(), settings=settings, training=QUICK, progress=False)
+    assert "1.main.1.weight" not in unified.grids
+    assert unified.grids
+    after = unified.network.get_submodule("1.main.1").weight
+    assert torch.equal(after, before)
+    assert not after.requires_grad
+    network.requires_grad_(False)
+    with pytest.raises(ConfigError, match="as are frozen ones"):
+        layer_grids(network, settings)
+
+
+def test_computed_weights_are_refused_by_name() -> None:
+    for computed in (
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+    ):
+        network = networks.tiny("residual")
+        computed(network.get_submodule("1.main.1"))
+        with pytest.raises(ConfigError, match=r"layer `1\.main\.1`: its weight is computed"):
+            layer_grids(network, UnificationSettings())
+        ignored = UnificationSettings(ignored_layers=("1.main.1",))
+        assert "1.main.1.weight" not in layer_grids(network, ignored)
 
 
 # Channels

@@ -33,9 +33,11 @@ def make(
     steps: int | None = None,
     **settings: Any,
 ) -> WGates:
+    """Gates that learn from the first step on; `test_wgates_measuring` has those that look first."""
     network = (network or tiny(name)).train()
     space = trace(network, example())
     budget = Budget.of(Limit(MacsModel(space), share * full_cost(space)))
+    settings = {"measuring": 0, **settings}
     return WGates(network, space, budget, WGatesSettings(**settings), steps=steps).attach()
 
 
@@ -362,7 +364,8 @@ def test_floors_and_grid_bind_while_learning() -> None:
     space = trace(network, example(), floors={"0.0": 5})
     model = MacsModel(space)
     budget = Budget.of(Limit(model, 0.9 * full_cost(space)))
-    gates = WGates(network, space, budget, WGatesSettings(grid=4, learning_rate=0.2)).attach()
+    settings = WGatesSettings(grid=4, learning_rate=0.2, measuring=0)
+    gates = WGates(network, space, budget, settings).attach()
     with torch.no_grad():
         gates.scores.offset.fill_(-0.4)  # as if learning had closed everything
     assert gates.widths() == (8, 4)
@@ -382,7 +385,8 @@ def test_several_limits_hold_together() -> None:
         Limit(model, share * float(model(widths)))
         for model, share in ((MacsModel(space), 0.6), (ParametersModel(space), 0.4))
     ]
-    gates = WGates(network, space, Budget.of(*limits), WGatesSettings(learning_rate=0.05)).attach()
+    settings = WGatesSettings(learning_rate=0.05, measuring=0)
+    gates = WGates(network, space, Budget.of(*limits), settings).attach()
     for seed in range(5):
         train_step(gates, seed)
     chosen = torch.tensor(gates.plan().widths)

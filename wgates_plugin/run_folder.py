@@ -43,8 +43,11 @@ class RunFolder:
     def is_writer(self) -> bool:
         return self.fabric.global_rank == 0
 
-    def claim(self, identity: dict[str, Any], *, resume: bool) -> None:
+    def claim(self, identity: dict[str, Any], *, resume: bool, untold: Iterable[str] = ()) -> None:
         """Start the folder for the job described by `identity`, or take it up again.
+
+        Args:
+            untold: what `identity` cannot tell from something else; with it nothing is resumed.
 
         Raises:
             RunFolderError: it holds another job, or a job and `resume` was not asked for.
@@ -53,14 +56,16 @@ class RunFolder:
         path = self.file("run.json")
         problem = None
         if self.is_writer:
-            problem = self._claim_problem(identity, path, resume)
+            problem = self._claim_problem(identity, path, resume, ", ".join(untold))
             if problem is None and not path.exists():
                 write_json(path, identity)
         problem = self.fabric.broadcast(problem)
         if problem:
             raise RunFolderError(problem)
 
-    def _claim_problem(self, identity: dict[str, Any], path: Path, resume: bool) -> str | None:
+    def _claim_problem(
+        self, identity: dict[str, Any], path: Path, resume: bool, untold: str
+    ) -> str | None:
         if self.path.exists() and not self.path.is_dir():
             return f"run folder `{self.path}`: is a file; choose another path"
         if not path.exists():
@@ -91,6 +96,12 @@ class RunFolder:
             return (
                 f"run folder `{self.path}`: already holds this run; resume it (`resume=True`, "
                 "`--resume`) or choose another folder"
+            )
+        if untold:
+            return (
+                f"run folder `{self.path}`: cannot be resumed, since whether the option {untold} is "
+                "the one it was begun with cannot be told; give a function that a module holds, or "
+                "an object that can be pickled, and start anew in another folder"
             )
         return None
 

@@ -4,7 +4,8 @@ An experiment (benchmarks/experiments/*.yaml) is a network, data, runtimes, targ
 `python -m benchmarks comparison NAME` does what is missing of it: dense networks (and these trained on
 for as many epochs as pruning takes), latency samples, one run per method, target and seed, each by the
 same pipeline, and at the end all final networks timed in one sitting. It can be stopped at any moment.
-`--profile gpu` lays the experiment's block of that name over it, and keeps the results apart.
+`--methods`, `--seeds`, `--targets` and `--runtimes` do a part: only what these runs need is trained and
+sampled. `--profile gpu` lays the experiment's block of that name over it, and keeps the results apart.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.comparison import runs
-from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment, runs_of
+from benchmarks.comparison.experiment import (
+    FOLDER,
+    Experiment,
+    Run,
+    load_experiment,
+    runs_of,
+    runtime_name,
+)
 from benchmarks.records import parser
-from wgates_plugin.errors import MissingExtraError
+from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency.base import require
 
 CLAIM = "at equal measured latency, no other method keeps more accuracy"
@@ -36,6 +45,8 @@ def main(argv: Sequence[str] = ()) -> None:
     options.add_argument("--scratch", type=Path, default=SCRATCH, help="where run folders go")
     options.add_argument("--methods", nargs="+", help="only these")
     options.add_argument("--seeds", nargs="+", type=int, help="only these")
+    options.add_argument("--targets", nargs="+", type=float, help="only these")
+    options.add_argument("--runtimes", nargs="+", help="only these")
     options.add_argument("--workers", type=int, default=1, help="processes of one thread")
     options.add_argument(
         "--ray",
@@ -47,6 +58,13 @@ def main(argv: Sequence[str] = ()) -> None:
     options.add_argument("--finals", action="store_true", help="only time the final networks")
     arguments = options.parse_args(list(argv))
     experiment = load_experiment(arguments.experiment, arguments.profile)
+    chosen = choose(
+        experiment,
+        methods=arguments.methods,
+        seeds=arguments.seeds,
+        targets=arguments.targets,
+        runtimes=arguments.runtimes,
+    )
     places = runs.Places(experiment, arguments.results, arguments.scratch)
     torch.set_num_threads(1)
     if arguments.only:
@@ -54,13 +72,11 @@ def main(argv: Sequence[str] = ()) -> None:
         print(runs.attempt(experiment, places, run), flush=True)
         return
     if not arguments.finals:
-        runs.prepared(experiment, places)
-        todo = [
-            run
-            for run in runs.missing(experiment, places)
-            if (not arguments.methods or run.method in arguments.methods)
-            and (not arguments.seeds or run.seed in arguments.seeds)
-        ]
+        for line in runs.outdated(experiment, places, chosen):
+            print(line, flush=True)
+        missing = set(runs.missing(experiment, places))
+        todo = [run for run in chosen if run in missing]
+        runs.prepared(experiment, places, chosen)
         print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
         commands = [
             [sys.executable, "-m", "benchmarks", "comparison", *argv, "--only", run.key]
@@ -74,7 +90,45 @@ def main(argv: Sequence[str] = ()) -> None:
             for run in todo:
                 print(runs.attempt(experiment, places, run), flush=True)
     for block in experiment.runtimes:
-        runs.time_finals(experiment, places, block)
+        if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
+            runs.time_finals(experiment, places, block)
+
+
+def choose(
+    experiment: Experiment,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    targets: Sequence[float] | None = None,
+    runtimes: Sequence[str] | None = None,
+) -> list[Run]:
+    """The experiment's runs of these methods, seeds, targets and runtimes; None takes all.
+
+    Raises:
+        ConfigError: the experiment has no such one; all at once.
+    """
+    asked: dict[str, tuple[Sequence[object] | None, list[Any]]] = {
+        "methods": (methods, list(experiment.methods)),
+        "seeds": (seeds, experiment.seeds),
+        "targets": (targets, experiment.targets),
+        "runtimes": (runtimes, [runtime_name(block) for block in experiment.runtimes]),
+    }
+    problems = [
+        f"--{what} {value}: not in the experiment; it has {', '.join(map(str, known))}"
+        for what, (values, known) in asked.items()
+        for value in values or ()
+        if value not in known
+    ]
+    if problems:
+        raise ConfigError(f"experiment {experiment.name}", problems)
+    return [
+        run
+        for run in runs_of(experiment)
+        if (methods is None or run.method in methods)
+        and (seeds is None or run.seed in seeds)
+        and (targets is None or run.target in targets)
+        and (runtimes is None or run.runtime in runtimes)
+    ]
 
 
 def _caller() -> Callable[[list[str]], None]:

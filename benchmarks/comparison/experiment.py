@@ -213,8 +213,13 @@ def recipe_of(
     *,
     weights: Path | None = None,
     samples: Path | None = None,
+    grid: int | None = None,
 ) -> Recipe:
-    """The whole recipe of one run, from a trained dense network and shared latency samples."""
+    """The whole recipe of one run, from a trained dense network and shared latency samples.
+
+    Args:
+        grid: the channel multiple where neither experiment nor method give one.
+    """
     method = experiment.methods[run.method]
     block = next(b for b in experiment.runtimes if runtime_name(b) == run.runtime)
     raw = copy.deepcopy(experiment.recipe)
@@ -232,6 +237,8 @@ def recipe_of(
         "strategy": method.strategy,
         "options": method.options,
     }
+    if grid is not None and raw["pruning"].get("grid") is None:
+        raw["pruning"]["grid"] = grid
     if samples is not None:
         raw["pruning"]["samples_file"] = str(samples)
     return checked(raw, subject=f"experiment {experiment.name}")

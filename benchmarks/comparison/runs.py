@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks.comparison.experiment import (
 from wgates_plugin.dense_training import WEIGHTS, trained
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.errors import TargetError, WGatesError
-from wgates_plugin.files import load_tensors, write_json
+from wgates_plugin.files import load_tensors, read_json, write_json
 from wgates_plugin.latency import RuntimeSettings, get_runtime
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.timing import measure
@@ -62,6 +63,9 @@ class Places:
 
     def samples(self, runtime: str) -> Path:
         return self.shared / f"samples-{runtime}.jsonl"
+
+    def grid(self, runtime: str) -> Path:
+        return self.shared / f"grid-{runtime}.json"
 
     def finals(self, runtime: str) -> Path:
         return self.results / f"finals-{runtime}.json"
@@ -105,7 +109,7 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
 
 def make_samples(experiment: Experiment, places: Places, block: dict[str, Any]) -> None:
     """Latency samples of one runtime: they depend on structure alone and serve every run."""
-    seed = experiment.seeds[0]
+    seed = experiment.seeds[0]  # its weights have no part in it
     recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
     network, data, _, settings = prepare(recipe)
     space = trace(
@@ -119,11 +123,11 @@ def make_samples(experiment: Experiment, places: Places, block: dict[str, Any]) 
     )
     study = LatencyStudy(network, space, data.example_input, LatencyTarget(fraction=1.0, **block))
     samples = study.open_samples(places.samples(runtime_name(block)))
+    grid = settings.grid or _probed(study, places.grid(runtime_name(block)))
     if len(samples.usable) >= settings.samples:
         return
     if study.reference_ms is None:
         study.baseline(settings.measure_seconds)
-    grid = settings.grid or int(study.probe()["grid"])
     study.sample(
         count=settings.samples,
         grid=grid,
@@ -131,6 +135,19 @@ def make_samples(experiment: Experiment, places: Places, block: dict[str, Any]) 
         seconds_per_sample=settings.seconds_per_sample,
         active=Learner(space, seed=settings.seed).active() if settings.active else None,
     )
+
+
+def _probed(study: LatencyStudy, path: Path) -> int:
+    """The runtime's channel multiple, probed once for all runs: a probe is noisy, and two methods
+    on two grids could not be compared."""
+    if not path.exists():
+        write_json(path, study.probe())
+    return int(read_json(path, kind="channel grid")["grid"])
+
+
+def _grid(places: Places, runtime: str) -> int | None:
+    path = places.grid(runtime)
+    return int(read_json(path, kind="channel grid")["grid"]) if path.exists() else None
 
 
 def do_run(experiment: Experiment, places: Places, run: Run) -> None:
@@ -145,6 +162,7 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
         folder,
         weights=places.dense_folder(run.seed) / WEIGHTS,
         samples=places.samples(run.runtime),
+        grid=_grid(places, run.runtime),
     )
     try:
         report = run_recipe(recipe, resume=folder.exists(), progress=False).report
@@ -167,8 +185,14 @@ def time_finals(
 ) -> None:
     """Latencies of all final networks of one runtime, timed in one sitting, in random order.
 
-    Each is interleaved with the untouched network; the ratio of the median pass counts.
+    Each is interleaved with the untouched network; the ratio of the median pass counts. Nothing is
+    written where there is nothing to time.
     """
+    todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
+    todo = [run for run in todo if _artefact(places, run) is not None]
+    trained_ones = [s for s in experiment.seeds if (places.dense_folder(s) / WEIGHTS).exists()]
+    if not todo or not trained_ones:
+        return
     runtime = get_runtime(
         runtime_name(block),
         RuntimeSettings(
@@ -176,15 +200,13 @@ def time_finals(
         ),
         **block.get("options", {}),
     )
-    seed = experiment.seeds[0]
+    seed = trained_ones[0]
     network, data, _, _ = prepare(dense_recipe(experiment, seed, places.dense_folder(seed)))
     weights = places.dense_folder(seed) / WEIGHTS
     network.load_state_dict(load_tensors(weights, kind="dense network"))
     reference = runtime.load(network.eval(), data.example_input)
     baseline = measure(reference, seconds=3 * seconds).latency_ms
     found: dict[str, list[dict[str, Any]]] = {}
-    todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
-    todo = [run for run in todo if _artefact(places, run) is not None]
     order = random.Random(0)
     for _ in range(passes):
         order.shuffle(todo)
@@ -225,12 +247,42 @@ def missing(experiment: Experiment, places: Places) -> list[Run]:
     return [run for run in runs_of(experiment) if not places.result(run).exists()]
 
 
-def prepared(experiment: Experiment, places: Places) -> None:
-    """Everything that runs share."""
-    for seed in experiment.seeds:
-        make_dense(experiment, places, seed)
+def prepared(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> None:
+    """Everything that the chosen runs share, as far as one of them is still to do.
+
+    Of a seed whose runs are all there, the dense network's accuracies are still asked for.
+    """
+    todo = [run for run in chosen if not places.result(run).exists()]
+    for seed in dict.fromkeys(run.seed for run in chosen):
+        if any(run.seed == seed for run in todo) or not places.dense_result(seed).exists():
+            make_dense(experiment, places, seed)
     for block in experiment.runtimes:
-        make_samples(experiment, places, block)
+        if any(run.runtime == runtime_name(block) for run in todo):
+            make_samples(experiment, places, block)
+
+
+COMPARED = ("strategy", "options", "gate_epochs", "fine_tune_epochs", "train_weights", "efficiency")
+"""Settings of a stored run that must be those of its experiment."""
+
+
+def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> list[str]:
+    """A line for each stored run whose settings are no longer those of the experiment."""
+    lines = []
+    for run in chosen:
+        path = places.result(run)
+        theirs = read_json(path, kind="run").get("settings") if path.exists() else None
+        if not isinstance(theirs, dict):
+            continue  # not run, or refused before there were any
+        pruning = recipe_of(experiment, run, places.run_folder(run)).pruning
+        mine = json.loads(json.dumps(dataclasses.asdict(pruning), default=str))
+        other = [k for k in COMPARED if k in theirs and k in mine and theirs[k] != mine[k]]
+        if other:
+            changed = ", ".join(f"{key} {theirs[key]} there, {mine[key]} here" for key in other)
+            lines.append(
+                f"{run.key}: stored with other settings ({changed}); delete `{path}` and "
+                f"`{places.run_folder(run)}` to run it again"
+            )
+    return lines
 
 
 def attempt(experiment: Experiment, places: Places, run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,7 +91,12 @@ class WGatesCallback(_Callback):
                 "WGatesCallback", [f"network `{self.network}`: {error}; give its dotted name"]
             ) from error
 
-    def _make(self, module: nn.Module, average: Callable[[Tensor], Tensor] | None) -> WGatesPruner:
+    def _make(
+        self,
+        module: nn.Module,
+        average: Callable[[Tensor], Tensor] | None,
+        steps: int | None = None,
+    ) -> WGatesPruner:
         network = self._target(module)
         weight = next(network.parameters())
 
@@ -99,7 +105,8 @@ class WGatesCallback(_Callback):
 
         # A Trainer of precision "bf16-true" or "64-true" has cast the network.
         inputs = map_tensors(like_weights, self.example_inputs)
-        return WGatesPruner(network, inputs, average=average, **self.options)
+        options = {"steps": steps, **self.options}
+        return WGatesPruner(network, inputs, average=average, **options)
 
     # Hooks, in the order in which the Trainer calls them
 
@@ -157,7 +164,7 @@ class WGatesCallback(_Callback):
         def average(gradient: Tensor) -> Tensor:
             return torch.as_tensor(trainer.strategy.reduce(gradient, reduce_op="mean"))
 
-        self.pruner = self._make(pl_module, average)
+        self.pruner = self._make(pl_module, average, _steps_of(trainer))
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
 
@@ -209,3 +216,12 @@ class WGatesCallback(_Callback):
         if self.pruner is not None and self.plan is None:
             self.pruner.detach()
             self.pruner = self._removal = None
+
+
+def _steps_of(trainer: Any) -> int | None:
+    """Optimizer steps of a whole `fit`; None where the Trainer cannot say."""
+    try:
+        steps = float(trainer.estimated_stepping_batches)
+    except _lightning().utilities.exceptions.MisconfigurationException:
+        return None  # gradients are accumulated over another number of batches in each epoch
+    return int(steps) if math.isfinite(steps) and steps >= 1 else None

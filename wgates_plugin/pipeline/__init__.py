@@ -11,6 +11,7 @@ from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.pipeline import delivery, learning, preparation, record, unifying
+from wgates_plugin.pipeline.callables import untold
 from wgates_plugin.pipeline.job import Job, PruningResult
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.targets import PruningSettings, Target
@@ -69,7 +70,7 @@ def prune_to_target(
         name or type(network).__name__,
         progress,
     )
-    job.folder.claim(job.identity(), resume=resume)
+    job.folder.claim(job.identity(), resume=resume, untold=untold(job.settings.options))
     if not job.folder.file("report.json").exists():
         _run(job)
     return _result(job)

@@ -22,6 +22,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.files import load_tensors, save_tensors
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.pipeline.callables import name_of
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.run_folder import RunFolder, first_batch_digest, weights_digest
 from wgates_plugin.strategies.base import Task
@@ -172,8 +173,8 @@ class Job:
         }
 
     def settings_as_json(self) -> dict[str, Any]:
-        """The settings as plain values; a callable among the options goes by its name."""
-        words = json.dumps(dataclasses.asdict(self.settings), default=_name_of)
+        """The settings as plain values; a callable among the options by its `name_of`."""
+        words = json.dumps(dataclasses.asdict(self.settings), default=name_of)
         plain: dict[str, Any] = json.loads(words)
         return plain
 
@@ -330,14 +331,6 @@ class Job:
 
     def bar(self, label: str, total: int) -> Bar:
         return Bar(label, total, wanted=self.progress if self.folder.is_writer else False)
-
-
-def _name_of(value: Any) -> str:
-    """ "package.module:name" of a callable, the type's for an object that can be called."""
-    if not callable(value):
-        raise TypeError(f"{value!r} is no plain value")
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _sort_targets(

@@ -6,6 +6,7 @@ not remove anything and does not measure: doors and pipeline settle the widths a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.training.engine import LossFunction, Trainer
+from wgates_plugin.training.launch import default_fabric, share_loader
 from wgates_plugin.training.settings import TrainingSettings
 from wgates_plugin.transforms import Step
 
@@ -34,16 +36,19 @@ class Checkpoints(Protocol):
 
 
 class InMemory:
-    """Checkpoints that live as long as the process, for doors without a run folder."""
+    """Checkpoints that live as long as the process, for doors without a run folder.
+
+    What is kept is a copy, as on disk: tensors that are trained on change nothing in it.
+    """
 
     def __init__(self) -> None:
         self._states: dict[str, dict[str, Any]] = {}
 
     def load_state(self, name: str) -> dict[str, Any] | None:
-        return self._states.get(name)
+        return copy.deepcopy(self._states.get(name))
 
     def save_state(self, name: str, state: dict[str, Any]) -> None:
-        self._states[name] = state
+        self._states[name] = copy.deepcopy(state)
 
 
 @dataclass
@@ -88,8 +93,15 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in the strategy's phase."""
-        return self.epochs * len(self.train_loader)  # type: ignore[arg-type]
+        """Optimizer steps in the strategy's phase, of which every process makes as many.
+
+        Raises:
+            TrainingError: a loader that no trainer takes, see `Trainer`.
+        """
+        if not self.epochs:
+            return 0
+        fabric = self.fabric or default_fabric(self.training)
+        return self.epochs * len(share_loader(self.train_loader, fabric))
 
     def trainer(
         self,

@@ -56,6 +56,34 @@ def uniform_widths(space: ChannelSpace, budget: Budget, grid: int = 1) -> tuple[
     return at(low)
 
 
+def threshold_widths(
+    space: ChannelSpace, scores: Tensor, budget: Budget, grid: int = 1
+) -> tuple[int, ...]:
+    """Widths (G,) of one threshold over all scores, the lowest that keeps the budget.
+
+    Least widths where no threshold does.
+    """
+    ordered = scores.double().sort().values
+
+    def at(place: int) -> tuple[int, ...]:
+        above = scores.double() >= ordered[place] if place < len(ordered) else scores != scores
+        widths = []
+        for index, group in enumerate(space.groups):
+            width = int(above[space.unit_slice(index)].sum()) * group.ties
+            allowed = group.allowed_widths(grid)
+            widths.append(max((w for w in allowed if w <= width), default=allowed[0]))
+        return tuple(widths)
+
+    low, high = 0, len(ordered)  # a higher threshold keeps fewer channels
+    while low < high:
+        middle = (low + high) // 2
+        if holds(budget, at(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    return at(low)
+
+
 def holds(budget: Budget, widths: Sequence[int]) -> bool:
     return float(budget.excess(torch.tensor(widths, dtype=torch.float64))) <= 0
 

@@ -46,6 +46,7 @@ from wgates_plugin.strategies.criteria_repaired import (
     gradients_of,
 )
 from wgates_plugin.strategies.ratios import structure_of
+from wgates_plugin.transforms.scatter import Scatter, ScatterPruner
 
 Importance = Callable[[Any], Tensor | None]
 
@@ -196,7 +197,7 @@ def decide_by_criterion(
         scores = _within_groups(space, scores, lambda mine: mine / mine.mean().clamp_min(1e-12))
     if scope == "isomorphic":
         scores = _ranks_among_equals(network, space, scores)
-    start = threshold_widths(space, scores, budget, grid)
+    start = budgeting.threshold_widths(space, scores, budget, grid)
     return budgeting.plan_for_budget(space, scores, start, budget, grid, strategy=name), scores
 
 
@@ -309,14 +310,21 @@ def tp_group(network: nn.Module, space: ChannelSpace, index: int) -> Group:
         module = found.get(slot.module)
         if module is None:
             raise PlanError(f"module `{slot.module}`: not in the network; trace this network first")
-        pruner = PrunerBox[tp.ops.module2type(module)]
+        pruner = _pruner_of(module)
         handler = pruner.prune_out_channels if slot.side == "out" else pruner.prune_in_channels
-        trigger = PrunerBox[tp.ops.module2type(found[record.name])].prune_out_channels
+        trigger = _pruner_of(found[record.name]).prune_out_channels
         dependency = Dependency(trigger, handler, root, Node(module, None, slot.module))
         indices, roots = _indices(slot, record.units, record.ties)
         group.add_dep(dependency, indices)
         group[len(group.items) - 1].root_idxs = roots
     return group
+
+
+def _pruner_of(module: nn.Module) -> Any:
+    """How torch-pruning cuts this module; no importance counts anything of a `Scatter`."""
+    if isinstance(module, Scatter):
+        return ScatterPruner()
+    return PrunerBox[tp.ops.module2type(module)]
 
 
 def _indices(slot: Slot, units: int, ties: int) -> tuple[list[int], list[int]]:
@@ -329,34 +337,6 @@ def _indices(slot: Slot, units: int, ties: int) -> tuple[list[int], list[int]]:
     turn[order] = np.tile(np.arange(per_unit), units)
     roots = owners + units * (turn // max(1, per_unit // ties))
     return indices.tolist(), roots.tolist()
-
-
-def threshold_widths(
-    space: ChannelSpace, scores: Tensor, budget: Budget, grid: int = 1
-) -> tuple[int, ...]:
-    """Widths (G,) of one threshold over all scores, the lowest that keeps the budget.
-
-    Least widths where no threshold does.
-    """
-    ordered = scores.double().sort().values
-
-    def at(place: int) -> tuple[int, ...]:
-        above = scores.double() >= ordered[place] if place < len(ordered) else scores != scores
-        widths = []
-        for index, group in enumerate(space.groups):
-            width = int(above[space.unit_slice(index)].sum()) * group.ties
-            allowed = group.allowed_widths(grid)
-            widths.append(max((w for w in allowed if w <= width), default=allowed[0]))
-        return tuple(widths)
-
-    low, high = 0, len(ordered)  # a higher threshold keeps fewer channels
-    while low < high:
-        middle = (low + high) // 2
-        if budgeting.holds(budget, at(middle)):
-            high = middle
-        else:
-            low = middle + 1
-    return at(low)
 
 
 def _within_groups(

@@ -181,7 +181,7 @@ def pack(
         return kept_saliency(space, saliency, widths) / total
 
     starts = [
-        fitted(criteria.threshold_widths(space, saliency, budget, grid)),
+        fitted(budgeting.threshold_widths(space, saliency, budget, grid)),
         fitted(budgeting.uniform_widths(space, budget, grid)),
     ]
     done = 0

@@ -19,7 +19,7 @@ from torch import nn
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
-from wgates_plugin.strategies.criteria import importance_scores, threshold_widths
+from wgates_plugin.strategies.criteria import importance_scores
 from wgates_plugin.strategies.phase import run_phase
 from wgates_plugin.training import StepContext
 
@@ -54,7 +54,9 @@ class SlimStrategy(Strategy):
         scales = [
             module.weight
             for name, module in network.named_modules()
-            if name in inside and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if name in inside
+            and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.affine  # one without scales has nothing to learn
         ]
         importance = tp.importance.BNScaleImportance(normalizer=None)
         importance_scores(network, space, importance)  # says before training what has no scale
@@ -74,6 +76,6 @@ class SlimStrategy(Strategy):
 
         monitor = run_phase(task, trainer, {"network": network}, step)
         scores = importance_scores(network, space, importance)
-        start = threshold_widths(space, scores, task.budget, task.grid)
+        start = budgeting.threshold_widths(space, scores, task.budget, task.grid)
         widths = budgeting.fit_to_budget(space, scores, start, task.budget, task.grid)
         return Decision(network, scores, widths, monitor, trainer.history)

@@ -19,6 +19,9 @@ from torch.nn import functional
 from wgates_plugin.calling import device_of
 from wgates_plugin.errors import PlanError
 
+_CHANNELS = ("out_channels", "out_features", "num_features")
+"""Where convolutions, linear layers and norms keep the number of channels that they give out."""
+
 
 class Scatter(nn.Module):
     """(N, kept, ...) -> (N, width, ...): channel i goes to `index[i]`, all others are zero.
@@ -78,18 +81,46 @@ class ScatterPruner(tp.BasePruningFunc):
         return int(layer.out_channels)
 
 
+def _problem(name: object, width: object, found: Mapping[str, nn.Module]) -> str | None:
+    """Why no scatter of `width` can stand behind the module `name`; None if one can."""
+    if not isinstance(name, str) or not name or name not in found:
+        return f"no module `{name}`"
+    if type(width) is not int or width < 1:
+        return f"`{name}`: width {width!r:.40} is no number of channels"
+    made = found[name]
+    known = [getattr(made, each) for each in _CHANNELS if hasattr(made, each)]
+    if not known:
+        return f"`{name}` is {type(made).__name__}, no layer of known width"
+    return None if known[0] == width else f"`{name}` gives out {known[0]} channels, not {width}"
+
+
 def apply(network: nn.Module, behind: Mapping[str, int]) -> nn.Module:
     """Insert a `Scatter` behind each named module, in place.
 
     Args:
         behind: module name -> its output channels. The module moves to `NAME.made`, the scatter is
             `NAME.scatter`.
+
+    Raises:
+        PlanError: the network has no such modules, or they give out another number of channels; all
+            at once, and nothing is changed.
     """
+    if not isinstance(behind, Mapping):
+        raise PlanError(
+            f"plan: step `scatter` has {behind!r:.60} where modules and widths belong; make the plan "
+            "anew"
+        )
+    found = dict(network.named_modules())
+    problems = [_problem(name, width, found) for name, width in behind.items()]
+    if any(problems):
+        raise PlanError(
+            f"plan: step `scatter` does not fit this network ({'; '.join(filter(None, problems))}); "
+            "give the network that the plan was made for"
+        )
     for name, width in behind.items():
         parent_name, _, child = name.rpartition(".")
-        parent = network.get_submodule(parent_name)
-        made = getattr(parent, child)
-        scatter = Scatter(int(width)).to(device_of(made)).train(made.training)
+        parent, made = network.get_submodule(parent_name), found[name]
+        scatter = Scatter(width).to(device_of(made)).train(made.training)
         pair = nn.Sequential(OrderedDict(made=made, scatter=scatter))
         pair.training = made.training
         setattr(parent, child, pair)

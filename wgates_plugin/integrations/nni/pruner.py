@@ -153,6 +153,7 @@ class WGatesPruner(Pruner):
         self.left_out = selection.left_out
         self.plan: PruningPlan | None = None
         self._settings = settings
+        self._longest: int | None = None
         self._renew_gates()
         self._undo: Callable[[], None] | None = None
         self._last_step: int | None = None
@@ -205,7 +206,7 @@ class WGatesPruner(Pruner):
     def _renew_gates(self) -> None:
         """Gates that start from the weights as they are now, under the masks there are."""
         space = still_open(self.space, self._closed())
-        steps = self.training_steps or None
+        steps = self.training_steps or self._longest
         self.gates = wrapped_gates(
             self.bound_model, space, self.budget, self._settings, steps=steps
         )
@@ -251,6 +252,7 @@ class WGatesPruner(Pruner):
                     "how long may the gates learn? give `training_steps`, `max_steps` or `max_epochs`"
                 ],
             )
+        self._longest = max_steps
         if self.training_steps == 0 and not max_epochs and not max_steps:
             self._renew_gates()
             self._decide()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, check_target
@@ -14,9 +14,8 @@ from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.errors import ConfigError, TargetError
 from wgates_plugin.integrations.torch_pruning.options import SUBJECT
-from wgates_plugin.strategies.budgeting import fit_to_budget
 from wgates_plugin.strategies.ratios import Scope, ratio_budget, ratio_widths
-from wgates_plugin.strategies.wgates import WeightScores, ranks_within
+from wgates_plugin.strategies.wgates import ranks_within
 
 
 class Goal(Protocol):
@@ -25,15 +24,8 @@ class Goal(Protocol):
     def budget(self, now: ChannelSpace, step: int) -> Budget:
         """The limits that gates learn under."""
 
-    def opening(
-        self,
-        network: nn.Module,
-        now: ChannelSpace,
-        ranking: Tensor | None,
-        step: int,
-        first: bool,
-    ) -> Sequence[int] | None:
-        """Widths (G,) where gates start; None leaves it to them."""
+    def opening(self, now: ChannelSpace, carried: Tensor | None, step: int) -> Sequence[int] | None:
+        """Widths (G,) where gates start, given the scores of the step before; None leaves it to them."""
 
     def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> Sequence[int] | None:
         """The decided widths (G,) for learned scores; None leaves it to the budget."""
@@ -48,19 +40,11 @@ class RatioGoal:
     def budget(self, now: ChannelSpace, step: int) -> Budget:
         return ratio_budget(now, self.scopes, step, self.grid)
 
-    def opening(
-        self,
-        network: nn.Module,
-        now: ChannelSpace,
-        ranking: Tensor | None,
-        step: int,
-        first: bool,
-    ) -> Sequence[int]:
-        merits = WeightScores(network, now).norms() if ranking is None else ranking
-        if first or ranking is None:
-            # Learned scores compare over groups; norms and importances only within one.
-            merits = ranks_within(now, merits)
-        return ratio_widths(now, merits, self.scopes, step, self.grid)
+    def opening(self, now: ChannelSpace, carried: Tensor | None, step: int) -> Sequence[int]:
+        if carried is None:
+            # Only learned scores compare over groups: whichever of a group's channels comes first.
+            carried = ranks_within(now, torch.zeros(now.total_units))
+        return ratio_widths(now, carried, self.scopes, step, self.grid)
 
     def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> Sequence[int]:
         return ratio_widths(now, scores, self.scopes, step, self.grid)
@@ -85,17 +69,8 @@ class BudgetGoal:
             limits.append(Limit(model, limit.target + left))
         return Budget.of(*limits)
 
-    def opening(
-        self,
-        network: nn.Module,
-        now: ChannelSpace,
-        ranking: Tensor | None,
-        step: int,
-        first: bool,
-    ) -> Sequence[int] | None:
-        if first or ranking is None:
-            return None
-        return fit_to_budget(now, ranking, now.full_widths, self.budget(now, step), self.grid)
+    def opening(self, now: ChannelSpace, carried: Tensor | None, step: int) -> None:
+        return None
 
     def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> None:
         return None

@@ -36,16 +36,18 @@ class WGatesPruner(TracedPruner):
     """W-Gates as a `torch_pruning` pruner: gates learn in your loop, `step()` removes exactly.
 
     Gates are attached on construction and taken off by the last `step()` or `detach()`. They act
-    from the first training pass on: until then, and again after each of several steps, evaluation
-    sees the network as it is. Between `loss.backward()` and `optimizer.step()`, call
-    `regularize(model)` once. With a `target` the budget decides every width; without one,
-    `pruning_ratio` does, as in torch-pruning, and the gates learn which channels.
+    from the first training pass on, or once they were measured (`settings.measuring`): until then,
+    and again after each of several steps, evaluation sees the network as it is. Between
+    `loss.backward()` and `optimizer.step()`, call `regularize(model)` once. With a `target` the
+    budget decides every width; without one, `pruning_ratio` does, as in torch-pruning, and the
+    gates learn which channels.
 
     Args:
         model: the network to prune, in place at `step()`.
         example_inputs: one batch as a tensor, a tuple of arguments or a dict.
         importance: any torch-pruning importance; it ranks the channels where the gates start. None
-            ranks by filter norms.
+            ranks by what the gates measure while they are all open, `settings.measuring` steps
+            long, and by filter norms with `measuring=0`.
         efficiency: what is limited: `LPNet`, `MacsModel`, `ParametersModel`, a function of the
             channel space that returns one, or a `Budget` of several limits. MACs, if only a target
             is given.
@@ -61,7 +63,8 @@ class WGatesPruner(TracedPruner):
         ignored_layers: modules, names or module types whose output channels stay.
         root_module_types: only groups with a producer of these types are pruned.
         unwrapped_parameters: bare parameters and their channel dimension, for the tracing.
-        steps: gate steps to come before each `step()`, for settings that slide the target.
+        steps: gate steps to come before each `step()`: at most a quarter of them is spent on
+            measuring. Needed for settings that slide the target.
         min_channels, min_fraction, floors, caps: see `wgates_plugin.trace`.
         average: called on the gates' gradient; several processes pass their all-reduce.
 
@@ -156,19 +159,21 @@ class WGatesPruner(TracedPruner):
             others=others,
         )
         self._learned, self._unfinished = False, False
+        if importance is not None:
+            self._settings = replace(self._settings, measuring=0)
         ranking = (
             None
             if importance is None
             else importance_scores(model, self.space, importance, traced=self._trace)
         )
-        self._attach(ranking)
+        self._attach(ranking=ranking)
 
     @property
     def budget(self) -> Budget:
         """The limits that the gates learn under now."""
         return self.gates.budget
 
-    def _attach(self, ranking: Tensor | None) -> None:
+    def _attach(self, *, ranking: Tensor | None = None, carried: Tensor | None = None) -> None:
         """Gates for the step to come, on the network as it stands."""
         step = self.current_step + 1
         budget = self._goal.budget(self._now, step)
@@ -180,7 +185,8 @@ class WGatesPruner(TracedPruner):
             steps=self._gate_steps,
             average=self._average,
             ranking=ranking,
-            opening=self._goal.opening(self.model, self._now, ranking, step, self.plan is None),
+            carried=carried,
+            opening=self._goal.opening(self._now, carried, step),
             waiting=True,
         ).attach()
         self.importance = self._live_importance
@@ -298,7 +304,8 @@ class WGatesPruner(TracedPruner):
         if self.current_step < self.iterative_steps:
             before = self._now
             self._trace_again(plan)
-            self._attach(None if scores is None else _carried(before, plan, scores, self._now))
+            carried = None if scores is None else _carried(before, plan, scores, self._now)
+            self._attach(carried=carried)
 
     def _trace_again(self, plan: PruningPlan) -> None:
         """The records of the smaller network, under the floors and caps of the first one."""

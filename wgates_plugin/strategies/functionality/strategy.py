@@ -16,7 +16,7 @@ from wgates_plugin.errors import TrainingError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
-from wgates_plugin.strategies.criteria import threshold_widths
+from wgates_plugin.strategies.budgeting import threshold_widths
 from wgates_plugin.strategies.functionality.clustering import (
     SILENT,
     cluster,

@@ -20,7 +20,7 @@ def absorb(network: nn.Module, space: ChannelSpace, gates: Tensor) -> nn.Module:
     """Multiply gates (total_units,) into the reading kernels, in place; returns the network.
 
     The product is the one that `Gating` forms in every forward pass, so nothing is rounded anew.
-    Channels of a reader without weights must have gates of 0 or 1, see `rigid_units`.
+    Channels of a reader without weights to change must have gates of 0 or 1, see `rigid_units`.
     """
     found = dict(network.named_modules())
     extended = torch.cat([gates.detach(), gates.new_ones(1)])
@@ -36,11 +36,18 @@ def absorb(network: nn.Module, space: ChannelSpace, gates: Tensor) -> nn.Module:
 
 
 def rigid_units(network: nn.Module, space: ChannelSpace) -> Tensor:
-    """Units (total_units,) with a reader that has no weights to absorb a gate: bool."""
+    """Units (total_units,) with a reader that cannot absorb a gate: bool.
+
+    That is one without weights, or with frozen ones (`requires_grad` is false).
+    """
     found = dict(network.named_modules())
     rigid = torch.zeros(space.total_units, dtype=torch.bool)
     for index, group in enumerate(space.groups):
         readers = (found[slot.module] for slot in group.slots_as("consumer"))
-        if not all(isinstance(reader, kinds.WEIGHTED) for reader in readers):
+        if not all(_can_absorb(reader) for reader in readers):
             rigid[space.unit_slice(index)] = True
     return rigid
+
+
+def _can_absorb(reader: nn.Module) -> bool:
+    return isinstance(reader, kinds.WEIGHTED) and bool(reader.weight.requires_grad)

@@ -29,6 +29,7 @@ from wgates_plugin.strategies.gdp.polarisation import (
     soft_threshold,
 )
 from wgates_plugin.strategies.wgates.functions import positive_counts
+from wgates_plugin.strategies.wgates.scores import ranks_within
 from wgates_plugin.training.evaluation import map_tensors, to_device
 from wgates_plugin.verification import relative_error
 
@@ -161,11 +162,15 @@ class PolarisedGates:
 
     def absorb(self) -> nn.Module:
         """Take the gates off and multiply them into the kernels that read the channels."""
-        if self.settled is None:
-            self._settle()
+        self.settle()
         network = self.detach()
         self.absorbed = True
         return absorb(network, self.space, self.unit_scores())
+
+    def settle(self) -> None:
+        """Decide the closed channels, if the phase ended before they were."""
+        if self.settled is None:
+            self._settle()
 
     @torch.no_grad()
     def unit_scores(self) -> Tensor:
@@ -357,7 +362,10 @@ class PolarisedGates:
         """
         before = self.unit_scores()
         closed = self.x == 0
-        merits = torch.where(closed, (self._closed_at + 1) / (self.steps + 1) - 1.0, self.x.abs())
+        # Gates that cannot move go by what closing them would cost the task (ours).
+        ranks = ranks_within(self.space, self._fisher.cpu()).to(self.x)
+        opened_so_far = torch.where(self._rigid, ranks, self.x.abs())
+        merits = torch.where(closed, (self._closed_at + 1) / (self.steps + 1) - 1.0, opened_so_far)
         limits = [
             dataclasses.replace(group, cap=int(self._least[index]))
             if index in self._dead

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
+from wgates_plugin.errors import SurgeryError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Strategy, Task
-from wgates_plugin.strategies.budgeting import fit_to_budget, uniform_widths
 from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
 from wgates_plugin.strategies.phase import run_phase
-from wgates_plugin.strategies.wgates import WeightScores, ranks_within
+from wgates_plugin.strategies.without_learning import largest_filters
 from wgates_plugin.training import StepContext
 from wgates_plugin.training.evaluation import to_device
 from wgates_plugin.transforms import Step, constant_branches
-from wgates_plugin.verification import relative_error
+from wgates_plugin.verification import TOLERANCE, relative_error
 
 
 class GDPStrategy(Strategy):
@@ -38,7 +38,7 @@ class GDPStrategy(Strategy):
         network = task.network
         settings = dataclasses.replace(self.settings, grid=task.grid)
         if task.epochs == 0:
-            return _without_learning(task)
+            return largest_filters(task, "gdp")
         gates = PolarisedGates(
             network,
             task.space,
@@ -60,6 +60,7 @@ class GDPStrategy(Strategy):
         gates.attach()
         try:
             monitor = run_phase(task, trainer, {"network": network, "gates": gates}, step)
+            gates.settle()  # a phase that was cut short must not be absorbed as it stands
             gated = _eval_output(network, task.example_inputs)
             gates.absorb()
         finally:
@@ -67,7 +68,7 @@ class GDPStrategy(Strategy):
         scores = gates.unit_scores().cpu()
         facts: dict[str, Any] = {
             **gates.facts,
-            "absorption_error": relative_error(_eval_output(network, task.example_inputs), gated),
+            "absorption_error": _absorption_error(network, task.example_inputs, gated),
             "least_open_gate": float(scores[scores > 0].min()),
         }
         return Decision(network, scores, gates.widths(), monitor, trainer.history, facts)
@@ -81,12 +82,23 @@ class GDPStrategy(Strategy):
         return constant_branches.find(network, plan.space, example_inputs)
 
 
-def _without_learning(task: Task) -> Decision:
-    """No gate can polarise in no time: the largest filters at uniform widths (ours)."""
-    ranks = ranks_within(task.space, WeightScores(task.network, task.space).norms()).cpu()
-    uniform = uniform_widths(task.space, task.budget, task.grid)
-    widths = fit_to_budget(task.space, ranks, uniform, task.budget, task.grid)
-    return Decision(task.network, ranks, widths, facts={"learned": False})
+def _absorption_error(
+    network: nn.Module, example_inputs: ExampleInputs, gated: torch.Tensor
+) -> float:
+    """How far the network is from what it computed with gates, relative to the largest output.
+
+    Raises:
+        SurgeryError: further than rounding goes, 1e-5 or a few steps of a coarser type of number.
+    """
+    error = relative_error(_eval_output(network, example_inputs), gated)
+    allowed = max(TOLERANCE, 8 * torch.finfo(gated.dtype).eps)
+    if not error <= allowed:
+        raise SurgeryError(
+            f"gdp: with the gates absorbed into the weights the outputs differ by {error:.1e} "
+            f"relative, allowed are {allowed:.1e}; leave out layers whose weights are computed or "
+            "shared with `ignored_layers`, or choose another strategy"
+        )
+    return error
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from wgates_plugin.strategies.metapruning.settings import MetaPruningSettings
 
 KIND = "metapruning-population"
 _TRIES = 20
+_ANEW = "delete `population.pt` in the run folder to search anew"
 
 
 class Evolution:
@@ -184,9 +185,13 @@ class Evolution:
         if not isinstance(state, dict) or state.get("kind") != KIND or state.get("version") != 1:
             raise FileFormatError(
                 "population: the stored state is no population of a version this package reads; "
-                "delete it to search anew"
+                f"{_ANEW}"
             )
-        theirs = state.get("identity", {})
+        theirs = state.get("identity")
+        if not isinstance(theirs, dict):
+            raise FileFormatError(
+                f"population: its identity is {theirs!r:.60}, not a mapping; {_ANEW}"
+            )
         keys = {**self.identity, **theirs}
         changed = sorted(k for k in keys if self.identity.get(k) != theirs.get(k))
         if changed:
@@ -197,17 +202,43 @@ class Evolution:
             )
         try:
             generations = [
-                {
-                    tuple(int(width) for width in widths): None if error is None else float(error)
-                    for widths, error in generation
-                }
+                {self._widths(widths): _error(error) for widths, error in generation}
                 for generation in state["generations"]
             ]
-        except (KeyError, TypeError, ValueError) as error:
+            if list(map(len, generations)) != list(map(len, state["generations"])):
+                raise ValueError("a candidate comes twice in one generation")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(
-                f"population: a field is missing or wrong ({error!r}); delete it to search anew"
+                f"population: a field is missing or wrong ({error!r}); {_ANEW}"
             ) from None
         self.generations = generations
+
+    def _widths(self, row: Any) -> Widths:
+        """A stored candidate; one that could have been asked for.
+
+        Raises:
+            ValueError: it has another length, or a width that no gene can mean.
+        """
+        alleles = self.identity["alleles"]
+        fits = isinstance(row, (list, tuple)) and len(row) == len(alleles)
+        if not fits or not all(
+            type(w) is int and w in a for w, a in zip(row, alleles, strict=True)
+        ):
+            raise ValueError(f"widths {row!r:.80} are none that this search can ask for")
+        return tuple(row)
+
+
+def _error(value: Any) -> float | None:
+    """A stored error; None of a candidate that is not judged yet.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"error {value!r:.40} is not a number")
+    return float(value)
 
 
 def _describe(budget: Budget, genes: Genes) -> list[list[Any]]:

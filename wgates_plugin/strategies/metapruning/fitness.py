@@ -1,9 +1,10 @@
-"""What a candidate is worth: its error on held-out training images, with generated weights."""
+"""What a candidate is worth on held-out training images, with generated weights: error or loss."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,23 +13,32 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
+from wgates_plugin.calling import call_with, device_of
 from wgates_plugin.errors import MissingExtraError, TrainingError, WGatesError
 from wgates_plugin.latency.base import require
 from wgates_plugin.strategies.metapruning.genes import Widths
 from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
-from wgates_plugin.training.as_found import random_state_kept, seed_epoch
-from wgates_plugin.training.evaluation import evaluate
+from wgates_plugin.training.as_found import modes_kept, random_state_kept, rng_kept, seed_epoch
+from wgates_plugin.training.engine import LossFunction
+from wgates_plugin.training.evaluation import evaluate, logits_of, to_device, unpack
 from wgates_plugin.training.recalibration import recalibrate_batchnorm
 
 logger = logging.getLogger("wgates_plugin")
+
+_WORST = sys.float_info.max
+"""Of a candidate whose loss is not finite: the search goes on without it."""
 
 _STORE_BYTES = 256 * 2**20
 """Least shared memory of a Ray started here; the PruningNet and its images are added."""
 
 
 class Fitness:
-    """`error = 1 - accuracy` of a candidate; weights are generated once for each.
+    """`1 - accuracy` of a candidate, or its mean loss; weights are generated once for each.
+
+    The loss judges where the user gave one of their own (ours): accuracy may mean nothing there, and
+    this loss is what they want to be low. `measure` says which of the two it is.
 
     BatchNorm statistics are taken anew for each candidate (MetaPruning, section 3.3), all on the same
     images. Neither these nor the ones judged on come from validation data.
@@ -36,6 +46,7 @@ class Fitness:
     Args:
         recalibration: batches for the statistics. held_out: batches to judge on, not trained on.
         seed: of anything random in the held-out loader, such as augmentation.
+        loss: the user's, of logits and targets, a mean over the batch.
     """
 
     def __init__(
@@ -44,9 +55,15 @@ class Fitness:
         recalibration: Sequence[Any],
         held_out: Iterable[Any],
         seed: int = 0,
+        loss: LossFunction | None = None,
     ) -> None:
-        self.pruning_net, self.seed = pruning_net, seed
+        self.pruning_net, self.seed, self.loss = pruning_net, seed, loss
         self.recalibration, self.held_out = recalibration, held_out
+
+    @property
+    def measure(self) -> str:
+        """What candidates are judged by: "error" or "loss"."""
+        return "error" if self.loss is None else "loss"
 
     def __call__(self, widths: Widths) -> float:
         network = self.pruning_net.materialised(widths)
@@ -55,20 +72,58 @@ class Fitness:
         device = next(network.parameters()).device
         with random_state_kept(device, self.held_out):
             seed_epoch(self.seed, 0, device, self.held_out)
-            return 1.0 - evaluate(network, self.held_out).accuracy
+            return self._judged(network, self.held_out)
+
+    def _judged(self, network: nn.Module, batches: Iterable[Any]) -> float:
+        if self.loss is None:
+            return 1.0 - evaluate(network, batches).accuracy
+        found = mean_loss(network, batches, self.loss)
+        return found if math.isfinite(found) else _WORST
 
     def check(self) -> None:
         """Judge one batch, so that data of another kind are refused before training.
 
         Raises:
-            TrainingError: there is nothing to classify.
+            TrainingError: there is nothing to classify and no loss was given, or the loss is no
+                single number.
         """
         with random_state_kept(torch.device("cpu"), self.held_out):
-            evaluate(self.pruning_net, list(itertools.islice(iter(self.held_out), 1)))
+            self._judged(self.pruning_net, list(itertools.islice(iter(self.held_out), 1)))
+
+
+@torch.inference_mode()
+def mean_loss(network: nn.Module, loader: Iterable[Any], loss: LossFunction) -> float:
+    """Mean of `loss(logits, targets)` over the loader's images, in eval mode. Modes and torch's
+    random state are left as found.
+
+    Raises:
+        TrainingError: no batches, or a loss that is no single number.
+    """
+    device = device_of(network)
+    total, images = 0.0, 0
+    with modes_kept(network), rng_kept(device):
+        network.eval()
+        for batch in loader:
+            inputs, targets = unpack(to_device(batch, device))
+            logits = logits_of(call_with(network, inputs), network)
+            value = loss(logits, targets)
+            if not isinstance(value, torch.Tensor) or value.numel() != 1:
+                got = (
+                    tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                )
+                raise TrainingError(
+                    f"metapruning: the loss gave {got}, needed a tensor of one number, the mean "
+                    "over the batch"
+                )
+            total += float(value) * logits.shape[0]
+            images += logits.shape[0]
+    if not images:
+        raise TrainingError("metapruning: no held-out batches to judge on; check the data set")
+    return total / images
 
 
 class Judges:
-    """Errors of candidates, in their order, from this process or from several."""
+    """Errors or losses of candidates, in their order, from this process or from several."""
 
     def __init__(self, fitness: Fitness, actors: Sequence[Any] = (), pool: Any = None) -> None:
         self.fitness, self.actors, self.pool = fitness, actors, pool

@@ -72,6 +72,7 @@ class MetaPruningStrategy(Strategy):
             batches_of(parts.train, task.seed, settings.recalibration_images),
             parts.held_out,
             task.seed,
+            task.loss,
         )
         fitness.check()
         task = dataclasses.replace(task, train_loader=parts.train)
@@ -83,8 +84,9 @@ class MetaPruningStrategy(Strategy):
             "search": {
                 "judged": len(search.errors),
                 "generations": [_summary(generation) for generation in search.generations],
-                "best_error": error,
-                "uniform_error": _averaged(task, fitness(uniform)),
+                "judged_by": f"held-out {fitness.measure}",
+                f"best_{fitness.measure}": error,
+                f"uniform_{fitness.measure}": _averaged(task, fitness(uniform)),
                 "widths": list(widths),
                 "uniform_widths": list(uniform),
             },
@@ -99,6 +101,7 @@ class MetaPruningStrategy(Strategy):
         settings = self.settings
         about = {
             "weights": weights_digest(fitness.pruning_net),
+            "judged_by": fitness.measure,
             "held_out": settings.held_out,
             "recalibration_images": settings.recalibration_images,
         }
@@ -118,11 +121,12 @@ class MetaPruningStrategy(Strategy):
                         saved = time.monotonic()
                 task.checkpoints.save_state(POPULATION, search.to_json())
                 logger.info(
-                    "metapruning: generation %d of %d, %d judged, least error %.2f%%",
+                    "metapruning: generation %d of %d, %d judged, least held-out %s %.4g",
                     len(search.generations),
                     settings.generations,
                     len(search.errors),
-                    100 * search.best[1],
+                    fitness.measure,
+                    search.best[1],
                 )
         return search
 

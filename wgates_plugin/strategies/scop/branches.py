@@ -13,11 +13,47 @@ from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import TraceError
 from wgates_plugin.transforms import Step
 
+_SUMS = ("AddBackward0", "SubBackward0")
+
 
 def scatter_steps(network: nn.Module, example_inputs: ExampleInputs) -> list[Step]:
     """The step that puts a `Scatter` behind each branch of the network; none without branches."""
     behind = branch_ends(DependencyTrace(network, example_inputs))
     return [{"transform": "scatter", "behind": behind}] if behind else []
+
+
+def coupled_by_sums(traced: DependencyTrace) -> list[str]:
+    """Groups, by name, whose channels several layers make because their outputs are added up.
+
+    Layers that multiply each other, as in squeeze-and-excitation, are none: no scatter parts them.
+    """
+    try:
+        space = traced.space()
+    except TraceError:
+        return []
+    nodes, modules = traced.graph.module2node, {name: m for m, name in traced.names.items()}
+    found = []
+    for group in space.groups:
+        makers = [modules[slot.module] for slot in group.slots_as("producer")]
+        if len(makers) > 1 and any(_meets_a_sum(nodes[m]) for m in makers if m in nodes):
+            found.append(group.name)
+    return found
+
+
+def _meets_a_sum(producer: Any) -> bool:
+    """Does its output go into a sum or difference before another layer makes new channels of it?"""
+    seen: set[Any] = set()
+    waiting = list(producer.outputs)
+    while waiting:
+        found = waiting.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        if _is_sum(found, _SUMS):
+            return True
+        if not isinstance(found.module, kinds.READERS) or kinds.is_depthwise(found.module):
+            waiting.extend(found.outputs)
+    return False
 
 
 def branch_ends(traced: DependencyTrace) -> dict[str, int]:
@@ -69,9 +105,9 @@ def _end_of_branch(producer: Any) -> nn.Module | None:
     return module if beside and sources and producer not in beside else None
 
 
-def _is_sum(node: Any) -> bool:
+def _is_sum(node: Any, names: tuple[str, ...] = _SUMS[:1]) -> bool:
     function: Any = getattr(node, "grad_fn", None)
-    return bool(hasattr(function, "name")) and function.name() == "AddBackward0"
+    return bool(hasattr(function, "name")) and function.name() in names
 
 
 def _behind(node: Any) -> set[Any]:

@@ -37,7 +37,7 @@ class Checked:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         try:
-            made = self.source(images)
+            made = self.source(images.clone())  # it may write on what it is given
         except Exception as error:
             raise TrainingError(
                 f"knockoff generator: fails on a batch of shape {tuple(images.shape)} "
@@ -58,6 +58,8 @@ class Checked:
             return f"returns shape {tuple(made.shape)}, needed {tuple(images.shape)}"
         if made.dtype != images.dtype:
             return f"returns {made.dtype}, the images are {images.dtype}"
+        if torch.equal(made.to(images.device), images):
+            return "returns the real images themselves, which are no control group"
         if not torch.isfinite(made).all():
             return "returns values that are not finite"
         lowest, highest = float(made.min()), float(made.max())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.catalogue.factories import load_factory
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
-from wgates_plugin.strategies.criteria import threshold_widths
+from wgates_plugin.strategies.budgeting import threshold_widths
 from wgates_plugin.strategies.phase import run_phase
-from wgates_plugin.strategies.scop.branches import scatter_steps
+from wgates_plugin.strategies.scop.branches import coupled_by_sums, scatter_steps
 from wgates_plugin.strategies.scop.gaussian import GaussianKnockoffs
 from wgates_plugin.strategies.scop.knockoffs import (
     GAUSSIAN,
@@ -28,10 +32,14 @@ from wgates_plugin.strategies.scop.knockoffs import (
     make_source,
 )
 from wgates_plugin.strategies.scop.two_stream import Betas, TwoStream, norms_behind
+from wgates_plugin.strategies.without_learning import largest_filters
 from wgates_plugin.training import StepContext
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.training.evaluation import to_device
-from wgates_plugin.transforms import Step
+from wgates_plugin.transforms import Step, apply_steps
+from wgates_plugin.transforms.scatter import Scatter
+
+logger = logging.getLogger("wgates_plugin")
 
 QUOTAS = ("budget", "uniform")
 RESIDUALS = ("coupled", "scatter")
@@ -51,7 +59,8 @@ class ScopSettings:
             as in the paper.
         residual: "coupled" cuts the channels of a residual stream through all its layers (ours);
             "scatter" prunes the last convolution of each branch on its own and adds what it has
-            left to the stream's full width, as in the paper's code.
+            left to the stream's full width, as in the paper's code; branches that end in something
+            else stay coupled, and it is refused where no other ones are.
     """
 
     learning_rate: float = 0.004
@@ -94,23 +103,59 @@ class ScopStrategy(Strategy):
     summary = "filters compared with a control group of knockoff features (Tang et al., 2020)"
     settings: ScopSettings
 
+    def __init__(self, settings: ScopSettings | None = None) -> None:
+        super().__init__(settings)
+        source = self.settings.knockoffs
+        if isinstance(source, str) and source not in GAUSSIAN:
+            try:
+                load_factory(source)
+            except ConfigError as error:
+                problems = [f"knockoffs is {source!r}: {problem}" for problem in error.problems]
+                raise ConfigError("SCOP settings", problems) from error
+
     def prepare(self, network: nn.Module, example_inputs: ExampleInputs) -> list[Step]:
-        return scatter_steps(network, example_inputs) if self.settings.residual == "scatter" else []
+        if self.settings.residual != "scatter":
+            return []
+        steps = scatter_steps(network, example_inputs)
+        parted = apply_steps(copy.deepcopy(network), steps)
+        left = coupled_by_sums(DependencyTrace(parted, example_inputs))
+        words = (
+            "sums of branches that end in something else than a convolution or its norm couple "
+            f"groups ({', '.join(f'`{name}`' for name in left[:6])}{', ...' if left[6:] else ''})"
+        )
+        if left and not steps:
+            raise ConfigError(
+                "SCOP settings", [f'residual is "scatter", but {words}; choose residual "coupled"']
+            )
+        if left:
+            logger.warning("scop: %s; they stay coupled, all other branches are scattered", words)
+        return steps
 
     def decide(self, task: Task) -> Decision:
         budgeting.check_feasible(task.space, task.budget, task.grid)
+        if task.epochs == 0:  # all betas would be one half, and every score zero
+            return largest_filters(task, "scop")
         settings, network = self.settings, task.network
         betas = Betas(network, task.space)
         inputs: ExampleInputs = to_device(task.example_inputs, task.device)
         norms = norms_behind(network, betas.names, inputs)
-        monitor, history = self._learn(task, betas) if task.epochs else ([], [])
+        monitor, history = self._learn(task, betas)
         scores = unit_scores(task.space, betas, norms)
         if settings.quota == "uniform":
             widths = budgeting.uniform_widths(task.space, task.budget, task.grid)
         else:
             start = threshold_widths(task.space, scores, task.budget, task.grid)
             widths = budgeting.fit_to_budget(task.space, scores, start, task.budget, task.grid)
-        return Decision(network, scores, widths, monitor, history, _facts(settings, betas, norms))
+        facts = {
+            **_facts(settings, betas, norms),
+            "scattered_branches": [
+                name for name, module in network.named_modules() if isinstance(module, Scatter)
+            ],
+            "coupled_groups": [
+                group.name for group in task.space.groups if len(group.slots_as("producer")) > 1
+            ],
+        }
+        return Decision(network, scores, widths, monitor, history, facts)
 
     def _learn(
         self, task: Task, betas: Betas

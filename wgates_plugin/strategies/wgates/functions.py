@@ -63,3 +63,20 @@ def widths_of(space: ChannelSpace, scores: Tensor, grid: int = 1) -> tuple[int, 
 def positive_counts(space: ChannelSpace, scores: Tensor) -> list[int]:
     positive = (scores.detach() > 0).cpu()
     return [int(positive[space.unit_slice(g)].sum()) for g in range(len(space.groups))]
+
+
+def open_mask(space: ChannelSpace, scores: Tensor, grid: int = 1) -> Tensor:
+    """0/1 (total_units,): what the plan of these scores would leave, so that what trains stays."""
+    mask = torch.zeros_like(scores)
+    for index, width in enumerate(widths_of(space, scores, grid)):
+        group, start = space.groups[index], space.offsets[index]
+        order = torch.argsort(scores[space.unit_slice(index)], descending=True, stable=True)
+        mask[start + order[: width // group.ties]] = 1.0
+    return mask
+
+
+def per_unit(space: ChannelSpace, by_group: Tensor) -> Tensor:
+    """Gradient by width (G,) -> by gate (total_units,): a unit stands for `ties` channels."""
+    repeats = torch.tensor([group.units for group in space.groups])
+    ties = torch.tensor([float(group.ties) for group in space.groups])
+    return (by_group * ties).repeat_interleave(repeats)

@@ -17,17 +17,15 @@ from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.wgates.functions import (
+    open_mask,
+    per_unit,
     positive_counts,
     surrogate,
     widths_of,
 )
-from wgates_plugin.strategies.wgates.scores import (
-    SCORES,
-    no_autocast,
-    ranks_within,
-    starting_offsets,
-)
+from wgates_plugin.strategies.wgates.scores import SCORES, no_autocast
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
+from wgates_plugin.strategies.wgates.starting import StartingPoint
 
 logger = logging.getLogger("wgates_plugin")
 
@@ -48,8 +46,10 @@ class WGates:
     Args:
         average: called on the gates' gradient before use; several ranks pass their all-reduce here,
             which keeps gates and plan identical on all of them.
-        steps: gate steps to come, needed for `start="open"` whose target slides.
-        ranking: merit of each unit (total_units,) to start from, in place of filter norms.
+        steps: gate steps to come: a quarter of them at most is spent on measuring. Needed for
+            `start="open"`, whose target slides.
+        ranking: merit of each unit (total_units,) to start from; nothing is measured then.
+        carried: scores (total_units,) of an earlier phase, which hold until something is measured.
         opening: widths (G,) to start from, in place of those that fit the budget.
         waiting: act only from the first training pass on; until then, evaluation sees the network
             as it is.
@@ -65,6 +65,7 @@ class WGates:
         steps: int | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
         ranking: Tensor | None = None,
+        carried: Tensor | None = None,
         opening: Sequence[int] | None = None,
         waiting: bool = False,
     ) -> None:
@@ -77,7 +78,23 @@ class WGates:
             )
         budgeting.check_feasible(space, budget, self.settings.grid)
         self.scores = SCORES[self.settings.scores](network, space)
-        self._set_starting_point(ranking, opening)
+        self.starting = StartingPoint(
+            space,
+            budget,
+            self.settings,
+            self.scores.norms,
+            steps=steps,
+            ranking=ranking,
+            carried=carried,
+            opening=opening,
+        )
+        self.merits = self.starting.merits
+        self._full_cost = [
+            float(limit.model(torch.tensor(space.full_widths, dtype=torch.float64)))
+            for limit in budget.limits
+        ]
+        if not self.merits.wanted:
+            self._leave_open()
         self.optimizer = torch.optim.Adam(self.scores.parameters(), lr=self.settings.learning_rate)
         self.constraint = make_constraint(
             self.settings.constraint, len(budget.limits), alpha=self.settings.alpha
@@ -91,23 +108,10 @@ class WGates:
         self._leaf: Tensor | None = None
         self._live_scores: Tensor | None = None
 
-    def _set_starting_point(self, ranking: Tensor | None, opening: Sequence[int] | None) -> None:
-        self._full_cost = [
-            float(limit.model(torch.tensor(self.space.full_widths, dtype=torch.float64)))
-            for limit in self.budget.limits
-        ]
-        if self.settings.start == "open":
-            return  # the constant offset of +0.25 opens every gate, where the surrogate is 1
-        grid = self.settings.grid
-        merits = self.scores.norms() if ranking is None else ranking
-        if opening is None:
-            ranks = ranks_within(self.space, merits)
-            uniform = budgeting.uniform_widths(self.space, self.budget, grid)
-            opening = budgeting.fit_to_budget(self.space, ranks, uniform, self.budget, grid)
-        offsets = starting_offsets(
-            self.space, merits, opening, grid=grid, spread=self.settings.spread
-        )
-        self.scores.offset.copy_(offsets)
+    def _leave_open(self) -> None:
+        """Go to the starting point; the scores' own offset of +0.25 opens every gate."""
+        if self.settings.start == "target":
+            self.scores.offset.copy_(self.starting.offsets())
 
     def attach(self) -> WGates:
         self.gating.attach()
@@ -136,14 +140,10 @@ class WGates:
         return self._leaf
 
     def _open(self, scores: Tensor) -> Tensor:
-        """The mask that the plan of these scores would leave, so that what trains is what stays."""
-        gates = torch.zeros_like(scores)
-        for index, width in enumerate(widths_of(self.space, scores, self.settings.grid)):
-            group, start = self.space.groups[index], self.space.offsets[index]
-            mine = scores[self.space.unit_slice(index)]
-            order = torch.argsort(mine, descending=True, stable=True)
-            gates[start + order[: width // group.ties]] = 1.0
-        return gates
+        """The mask of these scores; caps would close channels that are yet to be measured."""
+        if self.merits.wanted:
+            return torch.ones_like(scores)
+        return open_mask(self.space, scores, self.settings.grid)
 
     def current_budget(self) -> Budget:
         """The budget of this step: the target itself, or the sliding one on its way down."""
@@ -184,6 +184,8 @@ class WGates:
             # Averaged first, so that all ranks skip together.
             if not (torch.isfinite(task).all() and torch.isfinite(scores).all()):
                 return self._skip(scores)
+            if self.merits.wanted:
+                return self._measure(scores, task)
             violations, pull = self._efficiency_gradient(scores, task)
             gradient = (task + pull.to(task)) * surrogate(scores.detach())
             self.optimizer.zero_grad(set_to_none=True)
@@ -207,6 +209,19 @@ class WGates:
                 f"gates: gradient not finite at gate step {self.step}, in {MOST_SKIPPED} calls in a "
                 "row; look at the loss and the weights for values that are not finite"
             )
+        return self._unmoved(scores)
+
+    def _measure(self, scores: Tensor, gradient: Tensor) -> dict[str, float]:
+        """A step in which open gates are looked at, and none moves."""
+        self.merits.add(gradient)
+        self.step += 1
+        self._skipped_in_a_row = 0
+        record = self._unmoved(scores)
+        if not self.merits.wanted:
+            self._leave_open()
+        return record
+
+    def _unmoved(self, scores: Tensor) -> dict[str, float]:
         widths = torch.tensor(
             widths_of(self.space, scores, self.settings.grid), dtype=torch.float64
         )
@@ -224,16 +239,11 @@ class WGates:
         # Multipliers get a scale of their own (ours): pressure 1 pushes as hard as the task pulls.
         # The averaged gradient, so that every rank finds the same scale.
         task_size = float(task.abs().mean())
-        plain_size = float(self._per_unit(plain).abs().mean())
+        plain_size = float(per_unit(self.space, plain).abs().mean())
         ratio = task_size / plain_size if plain_size > 0 else 0.0
-        self.balance = ratio if self.step == 0 else 0.95 * self.balance + 0.05 * ratio
-        return violations.detach(), self._per_unit(pressed) * self.balance
-
-    def _per_unit(self, by_group: Tensor) -> Tensor:
-        """Gradient by width (G,) -> by gate (total_units,): a unit stands for `ties` channels."""
-        repeats = torch.tensor([group.units for group in self.space.groups])
-        ties = torch.tensor([float(group.ties) for group in self.space.groups])
-        return (by_group * ties).repeat_interleave(repeats)
+        first = self.step == self.merits.done
+        self.balance = ratio if first else 0.95 * self.balance + 0.05 * ratio
+        return violations.detach(), per_unit(self.space, pressed) * self.balance
 
     def _monitor(self, scores: Tensor, violations: Tensor) -> dict[str, float]:
         counts = positive_counts(self.space, scores)
@@ -248,8 +258,9 @@ class WGates:
 
     @torch.no_grad()
     def unit_scores(self) -> Tensor:
-        """The scores as they stand, (total_units,)."""
-        return self.scores().detach().clone()
+        """The scores as they stand, (total_units,); while measuring, where they would start now."""
+        offset = self.starting.offsets().to(self.scores.offset) if self.merits.wanted else None
+        return self.scores(offset).detach().clone()
 
     def decided_scores(self) -> Tensor:
         """`unit_scores()`, to decide by.
@@ -298,6 +309,7 @@ class WGates:
             "step": self.step,
             "balance": self.balance,
             "skipped": self.skipped,
+            "start": self.starting.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -305,5 +317,6 @@ class WGates:
         self.optimizer.load_state_dict(state["optimizer"])
         self.constraint.load_state_dict(state["constraint"])
         self.step, self.balance = int(state["step"]), float(state["balance"])
-        self.skipped = int(state.get("skipped", 0))
+        self.skipped = int(state["skipped"])
+        self.starting.load_state_dict(state["start"])
         self._waiting = self._waiting and self.step == 0

@@ -26,10 +26,12 @@ def no_autocast(device: torch.device) -> Iterator[None]:
 class WeightScores(nn.Module):
     """Scores of all units from the producers' weights: `() -> (total_units,)`.
 
+    Called with offsets (total_units,), it gives the scores as they would be with these.
+
     For a producer with flattened filters `W* (C_out, fan_in)` the score of filter c is
     `standardise(W*)[c] @ theta / fan_in`, with one learnable `theta (fan_in,)` per producer. Coupled
     producers add up, and a fixed offset per unit says where training starts (both ours): a score
-    that starts at the filter's rank by norm cannot close a whole layer in one step. All of it is
+    that starts at the filter's rank cannot close a whole layer in one step. All of it is
     computed in float32, under mixed precision and for weights of any precision.
     """
 
@@ -57,8 +59,8 @@ class WeightScores(nn.Module):
         self.offset: Tensor
         self.ties: Tensor
 
-    def forward(self) -> Tensor:
-        return squash(self.raw() + self.offset)
+    def forward(self, offset: Tensor | None = None) -> Tensor:
+        return squash(self.raw() + (self.offset if offset is None else offset))
 
     def raw(self) -> Tensor:
         """What the weights add to the offset, before squashing: (total_units,)."""
@@ -97,8 +99,8 @@ class FreeScores(nn.Module):
         self.offset: Tensor
         self.step_size: Tensor
 
-    def forward(self) -> Tensor:
-        return squash(self.free * self.step_size + self.offset)
+    def forward(self, offset: Tensor | None = None) -> Tensor:
+        return squash(self.free * self.step_size + (self.offset if offset is None else offset))
 
 
 SCORES: dict[str, type[WeightScores] | type[FreeScores]] = {
@@ -180,9 +182,9 @@ def ranks_within(space: ChannelSpace, merits: Tensor) -> Tensor:
 
 
 def starting_offsets(
-    space: ChannelSpace, norms: Tensor, widths: Sequence[int], *, grid: int, spread: float
+    space: ChannelSpace, merits: Tensor, widths: Sequence[int], *, grid: int, spread: float
 ) -> Tensor:
-    """Offsets (total_units,) that open `widths` (G,) channels of largest norm (ours).
+    """Offsets (total_units,) that open `widths` (G,) channels of largest merit (ours).
 
     Scores are equally spaced by rank, so that as many channels stand close to the threshold in every
     layer. The threshold sits half a step inside the open channels: with widths rounded up to the
@@ -191,7 +193,7 @@ def starting_offsets(
     offsets = torch.empty(space.total_units)
     for index, (group, width) in enumerate(zip(space.groups, widths, strict=True)):
         where = space.unit_slice(index)
-        ranks = torch.argsort(torch.argsort(norms[where].cpu(), stable=True), stable=True)
+        ranks = torch.argsort(torch.argsort(merits[where].cpu(), stable=True), stable=True)
         # The step below may be shorter than the grid: a full width need not lie on it.
         narrower = max((w for w in group.allowed_widths(grid) if w < width), default=0)
         slack = (width - narrower) // group.ties // 2 if grid > 1 else 0

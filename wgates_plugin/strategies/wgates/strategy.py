@@ -29,7 +29,7 @@ class WGatesStrategy(Strategy):
             average=task.average,
         )
         if task.epochs == 0:
-            return Decision(network, gates.unit_scores().cpu(), gates.widths())
+            return Decision(network, gates.decided_scores().cpu(), gates.widths())
         trainer = task.trainer(network, "gates")
 
         def step(_: StepContext) -> dict[str, float]:
@@ -44,6 +44,5 @@ class WGatesStrategy(Strategy):
             monitor = run_phase(task, trainer, {"network": network, "gates": gates}, step)
         finally:
             gates.detach()
-        return Decision(
-            network, gates.unit_scores().cpu(), gates.widths(), monitor, trainer.history
-        )
+        scores = gates.decided_scores().cpu()
+        return Decision(network, scores, gates.widths(), monitor, trainer.history)

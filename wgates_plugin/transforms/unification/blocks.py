@@ -98,15 +98,16 @@ def layer_grids(
 ) -> dict[str, BlockGrid]:
     """The grids of the layers to unify, by parameter name, in `named_modules()` order.
 
-    Those are all convolutions and linear layers but the first, the last (ours: in that order) and
-    the ignored ones. A transposed convolution's matrix has its inputs as rows (ours).
+    Those are all convolutions and linear layers but the first, the last (ours: in that order), the
+    ignored ones and those whose weight is frozen (`requires_grad` is false). A
+    transposed convolution's matrix has its inputs as rows (ours).
 
     Args:
         skip_small: leave out layers that no block fits into, instead of refusing them; even all.
 
     Raises:
-        ConfigError: an ignored layer does not exist, a block is larger than a layer's matrix, or
-            there is no layer left; all at once.
+        ConfigError: an ignored layer does not exist, a block is larger than a layer's matrix, a
+            weight is computed from others, or there is no layer left; all at once.
     """
     modules = dict(network.named_modules())
     problems = [
@@ -120,8 +121,16 @@ def layer_grids(
     for name in weighted[1:-1]:
         if any(name == one or name.startswith(f"{one}.") for one in settings.ignored_layers):
             continue
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
+        weight = modules[name]._parameters.get("weight")
+        if weight is None:
+            problems.append(
+                f"layer `{name}`: its weight is computed (weight_norm, spectral_norm, ...) and so "
+                "cannot be given a structure; make it a plain one (for example with "
+                "torch.nn.utils.parametrize.remove_parametrizations) or add it to ignored_layers"
+            )
+            continue
+        if not weight.requires_grad:
+            continue
         rows, columns = weight.shape[0], weight[0].numel()
         if rows >= r and columns >= c:
             grids[f"{name}.weight"] = BlockGrid.over(weight.shape, (r, c))
@@ -133,7 +142,7 @@ def layer_grids(
     if not problems and not grids and not skip_small:
         problems.append(
             f"no layer to unify among {len(weighted)} with weights: the first and the last are "
-            "left alone, and no other one remains"
+            "left alone, as are frozen ones, and no other one remains"
         )
     if problems:
         raise ConfigError("unification", problems)

@@ -15,6 +15,7 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import SurgeryError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.surgery import resize, resize_map
+from wgates_plugin.transforms.scatter import Scatter
 from wgates_plugin.transforms.unification.procedure import Unified
 from wgates_plugin.verification import TOLERANCE, relative_error
 
@@ -77,7 +78,9 @@ def _zero_rows(module: nn.Module) -> Tensor:
 
 
 def _zero_columns(module: nn.Module) -> Tensor:
-    """Boolean (C_in,): input channels that every filter ignores."""
+    """Boolean (C_in,): input channels that every filter ignores; a scatter ignores none."""
+    if isinstance(module, Scatter):
+        return torch.zeros(module.in_channels, dtype=torch.bool)
     _, in_dim = kinds.channel_dims(module)
     return _zero_channels(_weight(module), in_dim, 1 if in_dim == 0 else _conv_groups(module))
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ MAGIC = b"WGUNIFY\n"
 VERSION = 1
 _PREFIX = struct.Struct("<8sHIII")
 _LEVEL = 19
+_LONGEST_HEADER = 1 << 26
+"""Bytes; names and shapes of a thousand times more tensors than any network has."""
+_FRAME = re.compile("(kinds|signs|magnitudes|plain)-([1-8])-([0-7])", re.ASCII)
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -119,7 +124,10 @@ def load_unified(path: str | Path) -> dict[str, Tensor]:
     try:
         return decoded(data)
     except FileFormatError as error:
-        raise FileFormatError(f"unified weights `{path}`: {error}") from None
+        raise FileFormatError(
+            f"unified weights `{path}`: {error}; copy the file again, or write it anew with "
+            "`save_unified`"
+        ) from None
 
 
 def decoded(data: bytes) -> dict[str, Tensor]:
@@ -130,17 +138,23 @@ def decoded(data: bytes) -> dict[str, Tensor]:
     """
     header, body = _checked(data)
     try:
-        frames = [(str(n), int(packed), int(raw)) for n, packed, raw in header["frames"]]
-        entries = [
-            (str(e["name"]), DTYPES[e["dtype"]], tuple(int(n) for n in e["shape"]), e.get("grid"))
-            for e in header["tensors"]
-        ]
-        if any(n < 0 for _, _, shape, _ in entries for n in shape):
-            raise ValueError("a negative size")
-        grids = [_grid_from_json(grid, shape, dtype) for _, dtype, shape, grid in entries]
-    except (KeyError, TypeError, ValueError, IndexError, MemoryError) as error:
+        frames = [(_text(n), _whole(packed), _whole(raw)) for n, packed, raw in header["frames"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"its header is malformed ({error!r})") from None
     streams = _Streams.of(frames, body)
+    try:
+        entries = [
+            (_text(e["name"]), DTYPES[e["dtype"]], _shape(e["shape"]), e.get("grid"))
+            for e in header["tensors"]
+        ]
+        names = [name for name, *_ in entries]
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
+        if twice:
+            raise ValueError(f"named twice: {', '.join(twice)}")
+        blocks = 4 * streams.length("kinds", 1)  # two bits for each
+        grids = [_grid_from_json(grid, shape, dtype, blocks) for _, dtype, shape, grid in entries]
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError) as error:
+        raise FileFormatError(f"its header is malformed ({error!r})") from None
     state: dict[str, Tensor] = {}
     for (name, dtype, shape, _), grid in zip(entries, grids, strict=True):
         size = dtype.itemsize
@@ -165,17 +179,20 @@ def decoded(data: bytes) -> dict[str, Tensor]:
 def _checked(data: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and body of a file whose sums are right."""
     if len(data) < _PREFIX.size or not data.startswith(MAGIC):
-        raise FileFormatError("is no file of unified weights; give one that `save_unified` wrote")
+        raise FileFormatError("is no file of unified weights")
     _, version, header_sum, length, body_sum = _PREFIX.unpack_from(data)
     if version != VERSION:
         raise FileFormatError(f"version {version}, this package reads {VERSION}")
     packed, body = data[_PREFIX.size :][:length], data[_PREFIX.size + length :]
     if len(packed) != length or zlib.crc32(packed) != header_sum or zlib.crc32(body) != body_sum:
-        raise FileFormatError("is corrupt or was cut off (checksum); make or copy it again")
+        raise FileFormatError("is corrupt or was cut off (checksum)")
     library = zstandard()
     try:
-        header = json.loads(library.ZstdDecompressor().decompress(packed))
-    except (library.ZstdError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if library.frame_content_size(packed) > _LONGEST_HEADER:
+            raise ValueError(f"longer than {_LONGEST_HEADER} bytes")
+        plain = library.ZstdDecompressor().decompress(packed, max_output_size=_LONGEST_HEADER)
+        header = json.loads(plain)
+    except (library.ZstdError, ValueError, RecursionError) as error:
         raise FileFormatError(f"its header cannot be read ({error})") from None
     if not isinstance(header, dict):
         raise FileFormatError("its header is malformed (no mapping)")
@@ -191,22 +208,49 @@ def _grid_json(grid: BlockGrid) -> dict[str, Any]:
     return found
 
 
-def _grid_from_json(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> BlockGrid | None:
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    """A whole number that 64 bits hold; no truth value, no float, no word."""
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{value!r} is no whole number from {least}")
+    return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no shape")
+    shape = tuple(_whole(size) for size in value)
+    if math.prod(max(size, 1) for size in shape) >= 2**60:
+        raise ValueError(f"a shape beyond all measure: {list(shape)}")
+    return shape
+
+
+def _grid_from_json(
+    value: Any, shape: tuple[int, ...], dtype: torch.dtype, blocks: int
+) -> BlockGrid | None:
+    """The grid of a tensor, None of one without; `blocks`: as many as the file has kinds for."""
     if value is None:
         return None
-    if not dtype.is_floating_point:
+    if not coding.can_encode(torch.empty(0, dtype=dtype)):
         raise ValueError(f"blocks of {dtype}")
-    grid = BlockGrid.over(shape, (int(value["block"][0]), int(value["block"][1])))
-    rows, columns = grid.rows, grid.columns
+    down, across = value["block"]
+    block = (_whole(down, 1), _whole(across, 1))
+    # Before memory is taken for positions: every entry is in a block, every block has its kind.
+    if math.prod(shape) > blocks * math.prod(block):
+        raise ValueError(f"kinds of {blocks} blocks do not fill the shape {list(shape)}")
+    grid = BlockGrid.over(shape, block)
     found = []
-    for name, plain in (("rows", rows), ("columns", columns)):
-        steps = np.asarray(value.get(name, [1] * len(plain)), dtype=np.int64)
-        if steps.shape != plain.shape or (steps < 1).any() or not plain.size:
+    for name, plain in (("rows", grid.rows), ("columns", grid.columns)):
+        steps = [_whole(step, 1) for step in value.get(name, [1] * len(plain))]
+        if len(steps) != len(plain) or not steps or sum(steps) >= 2**60:
             raise ValueError(f"{name} do not fit the shape")
-        found.append(np.cumsum(steps) - 1)
-    if min(grid.block) < 1:
-        raise ValueError("an empty block")
-    grid = BlockGrid(found[0], found[1], grid.block)
+        found.append(np.cumsum(np.asarray(steps, dtype=np.int64)) - 1)
+    grid = BlockGrid(found[0], found[1], block)
     # A grid is cut from that of a real weight; a far larger one would only eat memory.
     area = math.prod(grid.shape) * math.prod(grid.block)
     if area > 4096 * max(math.prod(shape), 4096):
@@ -237,10 +281,11 @@ class _Streams:
         planes: dict[tuple[str, int], list[bytes]] = {}
         place = 0
         for name, packed, raw in frames:
-            kind, size, plane = [*name.split("-"), "", ""][:3]
-            key = (kind, int(size) if size.isdigit() else 0)
-            mine = planes.setdefault(key, [])
-            if not 1 <= key[1] <= 8 or plane != str(len(mine)) or packed < 0:
+            known = _FRAME.fullmatch(name)
+            if known is None:
+                raise FileFormatError(f"its frame `{name}` is of no kind that there is")
+            mine = planes.setdefault((known[1], int(known[2])), [])
+            if int(known[3]) != len(mine):
                 raise FileFormatError(f"its frame `{name}` is out of place")
             mine.append(_unpacked(body[place : place + packed], raw, name))
             place += packed
@@ -253,6 +298,10 @@ class _Streams:
             numbers = np.stack([np.frombuffer(data, np.uint8) for data in found], axis=1)
             streams.add(kind, width, numbers.tobytes())
         return streams
+
+    def length(self, kind: str, size: int) -> int:
+        """Bytes of a stream."""
+        return sum(map(len, self._parts.get((kind, size), ())))
 
     def take(self, kind: str, size: int, length: int) -> bytes:
         data = self._parts.get((kind, size), [b""])[0]
@@ -275,6 +324,6 @@ def _unpacked(frame: bytes, length: int, name: str) -> bytes:
         if library.frame_content_size(frame) != length:
             raise FileFormatError(f"its frame `{name}` is not of the size that the header says")
         data: bytes = library.ZstdDecompressor().decompress(frame)
-    except library.ZstdError as error:
+    except (library.ZstdError, MemoryError) as error:
         raise FileFormatError(f"its frame `{name}` cannot be unpacked ({error})") from None
     return data

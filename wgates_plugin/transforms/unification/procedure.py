@@ -94,6 +94,7 @@ def unify(
     run.approach()
     run.harden(recalibration_images)
     run.retrain()
+    run.share_buffers()
     return Unified(run.network.cpu(), run.grids, run.facts, run.trainer.history)
 
 
@@ -161,8 +162,7 @@ class _Run:
             "admm": self.admm.state_dict() if fixed is None else None,
             "structures": kept,
         }
-        # Checkpoints may be kept in memory, and these tensors go on changing.
-        self.checkpoints.save_state(STATE, copy.deepcopy(state))
+        self.checkpoints.save_state(STATE, state)
 
     def approach(self) -> None:
         """ADMM: train toward the structure, round by round."""
@@ -211,6 +211,18 @@ class _Run:
         with rng_kept(device):
             torch.default_generator.manual_seed(self.options["seed"])
             recalibrate_batchnorm(self.network, self.loader, images=images)
+
+    def share_buffers(self) -> None:
+        """Every process gets the first one's BatchNorm statistics, as it has the same weights.
+
+        Gradients are averaged, but the statistics of a process follow its own images.
+        """
+        fabric = self.trainer.fabric
+        if fabric.world_size > 1:
+            mine = {name: buffer.cpu() for name, buffer in self.network.named_buffers()}
+            first = fabric.broadcast(mine, src=0)
+            for name, buffer in self.network.named_buffers():
+                buffer.copy_(first[name])
 
     def retrain(self) -> None:
         """Train on within the structure: one magnitude per unified block, pruned blocks stay zero.

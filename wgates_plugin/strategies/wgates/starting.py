@@ -1,0 +1,95 @@
+"""Where the scores of `start="target"` begin: what opens first, and how wide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.strategies import budgeting
+from wgates_plugin.strategies.wgates.measuring import GateMerits
+from wgates_plugin.strategies.wgates.scores import ranks_within, starting_offsets
+from wgates_plugin.strategies.wgates.settings import WGatesSettings
+
+
+class StartingPoint:
+    """Offsets of the scores at the target (ours), from the best that is known of the channels.
+
+    That is what open gates measured; before they did, or if nothing is to be measured, a given
+    `ranking`, the scores `carried` over from an earlier phase, or else filter norms. Only what was
+    measured or carried compares between groups, and then says how wide they open too; the others
+    open uniform widths.
+
+    Args:
+        steps: gate steps to come, None if not known. The rest as in `WGates`.
+    """
+
+    def __init__(
+        self,
+        space: ChannelSpace,
+        budget: Budget,
+        settings: WGatesSettings,
+        norms: Callable[[], Tensor],
+        *,
+        steps: int | None = None,
+        ranking: Tensor | None = None,
+        carried: Tensor | None = None,
+        opening: Sequence[int] | None = None,
+    ) -> None:
+        self.space, self.budget, self.settings = space, budget, settings
+        measuring = settings.measuring if ranking is None and settings.start == "target" else 0
+        self.merits = GateMerits(measuring if steps is None else min(measuring, steps // 4))
+        self._compares = ranking is None and carried is not None
+        known = carried if ranking is None else ranking
+        # Norms of now: a wrapper of another library may withhold the weights later.
+        self._known = (norms() if known is None else known).detach().cpu()
+        self._opening = None if opening is None else tuple(opening)
+        self._found: tuple[int, Tensor] | None = None
+
+    def offsets(self) -> Tensor:
+        """Offsets (total_units,) to start from, by what is known so far; on the CPU."""
+        done = self.merits.done
+        if self._found is None or self._found[0] != done:
+            self._found = done, self._offsets()
+        return self._found[1]
+
+    def _offsets(self) -> Tensor:
+        merits = self.merits.mean()
+        ranking = self._known if merits is None else merits
+        return starting_offsets(
+            self.space,
+            ranking,
+            self._widths(merits) if self._opening is None else self._opening,
+            grid=self.settings.grid,
+            spread=self.settings.spread,
+        )
+
+    def _widths(self, merits: Tensor | None) -> tuple[int, ...]:
+        space, budget, grid = self.space, self.budget, self.settings.grid
+        if merits is not None:
+            widths = budgeting.threshold_widths(space, merits, budget, grid)
+        elif self._compares:
+            merits, widths = self._known, space.full_widths
+        else:
+            merits = ranks_within(space, self._known)
+            widths = budgeting.uniform_widths(space, budget, grid)
+        return budgeting.fit_to_budget(space, merits, widths, budget, grid)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers; what was known depends on weights that learn on."""
+        return {
+            "merits": self.merits.state_dict(),
+            "known": self._known,
+            "compares": self._compares,
+            "opening": None if self._opening is None else list(self._opening),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        opening = state["opening"]
+        self.merits.load_state_dict(state["merits"])
+        self._known, self._compares = state["known"].cpu(), bool(state["compares"])
+        self._opening = None if opening is None else tuple(int(width) for width in opening)
+        self._found = None
