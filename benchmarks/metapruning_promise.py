@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from scipy.stats import spearmanr
 from torch import nn
 
 from benchmarks.records import parser, write_record

@@ -1,8 +1,8 @@
 """Claim: every strategy decides on ResNet-50 and MobileNetV2 at 224x224; what it costs is shown.
 
-Measured: random weights, two batches of two images, one thread. For strategies with a phase, wall time of
-one step of it over a plain training step (forward, backward, SGD) on the same batch, in alternating
-order; for the others, wall time of the whole decision in plain training steps. Half of the MACs on a grid
+Measured: random weights, two batches, one thread. For strategies with a phase, wall time of one step of it
+over a plain training step (forward, backward, SGD) on the same batch of 16, in alternating order; for
+the others, wall time of the whole decision in plain training steps on batches of two. Half of the MACs on a grid
 of 8. Searches are cut to a few candidates; the time of judging one is stored as well. Each decision is
 cut, and the cut network compared with the gated one.
 """
@@ -130,16 +130,20 @@ def main(argv: Sequence[str] = ()) -> None:
     options.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--size", type=int, default=224)
-    options.add_argument("--images", type=int, default=2)
+    options.add_argument("--images", type=int, default=2, help="a batch, for whole decisions")
+    options.add_argument("--phase-images", type=int, default=16, help="a batch, for phases")
     arguments = options.parse_args(list(argv))
     torch.set_num_threads(1)
     numbers: dict[str, Any] = {}
     for name in arguments.networks:
         network = torchvision_network(name, seed=arguments.seed)
-        data = batches(arguments.size, arguments.images, arguments.seed)
-        plain_seconds(network, data)  # warm up
         for strategy in arguments.strategies:
+            phase = STRATEGIES[strategy].has_phase
+            images = arguments.phase_images if phase else arguments.images
+            data = batches(arguments.size, images, arguments.seed)
+            plain_seconds(network, data[:1])  # warm up
             found = measure_strategy(strategy, network, data, arguments.rounds)
+            found["images"] = images
             numbers.setdefault(strategy, {})[name] = found
             print(
                 f"{name}, {strategy}: {found['ratio']:.2f} ({found['of']}), masked equals removed "
@@ -153,6 +157,7 @@ def main(argv: Sequence[str] = ()) -> None:
         settings={
             "size": arguments.size,
             "images": arguments.images,
+            "phase_images": arguments.phase_images,
             "steps": STEPS,
             "rounds": arguments.rounds,
             "options": OPTIONS,
