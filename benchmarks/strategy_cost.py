@@ -1,10 +1,10 @@
 """Claim: every strategy decides on ResNet-50 and MobileNetV2 at 224x224; what it costs is shown.
 
-Measured: random weights, two batches, one thread. For strategies with a phase, wall time of one step of it
-over a plain training step (forward, backward, SGD) on the same batch of 16, in alternating order; for
-the others, wall time of the whole decision in plain training steps on batches of two. Half of the MACs on a grid
-of 8. Searches are cut to a few candidates; the time of judging one is stored as well. Each decision is
-cut, and the cut network compared with the gated one.
+Measured: random weights, two batches, one thread. For strategies with a phase, wall time of one step of
+it over a plain training step (forward, backward, SGD) on the same batch of 16, in alternating order; for
+the others, wall time of the whole decision in plain training steps on batches of two. Half of the MACs on
+a grid of 8. Searches are cut to a few candidates; the time of judging one is stored as well. Each
+decision is cut, and the cut network compared with the gated one.
 """
 
 from __future__ import annotations
