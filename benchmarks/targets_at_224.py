@@ -171,7 +171,7 @@ class Delivery:
         while True:
             smaller = remove(copy.deepcopy(self.network), plan, self.example)
             self.study.runtime.save(smaller, self.example, path)
-            found = self.study.of_file(path, seconds)
+            found = self.study.of_file(path, smaller, seconds)
             held = found.latency_ms <= target_ms
             attempts.append(
                 {

@@ -160,6 +160,45 @@ def test_fashion_mnist_reads_idx_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert not data.val_loader.shift
 
 
+def test_a_root_that_is_given_is_the_only_one_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, own, empty = (tmp_path / name for name in ("installed", "own", "empty"))
+    monkeypatch.setattr(in_memory, "DEBIAN_FASHION_MNIST", installed)
+    for number, folder in enumerate((installed, own)):
+        folder.mkdir()
+        for short in ("train", "t10k"):
+            images = torch.full((6, 28, 28), number, dtype=torch.uint8)
+            write_idx(folder / f"{short}-images-idx3-ubyte.gz", images)
+            labels = torch.arange(6, dtype=torch.uint8)
+            write_idx(folder / f"{short}-labels-idx1-ubyte.gz", labels)
+    data = load_data("fashion-mnist", batch_size=4, root=own)
+    assert isinstance(data.train_loader, TensorLoader)
+    assert data.train_loader.images.unique().tolist() == [1]
+
+    def unavailable() -> None:
+        raise MissingExtraError("torchvision", "vision", "this data set")
+
+    monkeypatch.setattr(in_memory, "import_torchvision", unavailable)
+    with pytest.raises(ConfigError, match=f"no usable copy under {empty}.*torchvision"):
+        load_data("fashion-mnist", root=empty)
+
+
+@needs_torchvision
+def test_a_download_that_fails_names_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory.import_torchvision()
+    from torchvision import datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(datasets, "FashionMNIST", offline)
+    with pytest.raises(ConfigError, match=f"no usable copy under {tmp_path}"):
+        load_data("fashion-mnist", root=tmp_path)
+
+
 def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.gz"
     write_idx(path, torch.zeros(3, 4, dtype=torch.uint8))

@@ -118,3 +118,19 @@ def test_a_pickle_named_like_a_program_is_never_unpickled(tmp_path: Path) -> Non
     with pytest.raises(FileFormatError):
         EagerRuntime().load_file(tmp_path / "model.pt2", example())
     assert not (tmp_path / "exploded").exists()
+
+
+def test_delivered_networks_run_as_their_own_code_with_the_files_weights(tmp_path: Path) -> None:
+    network, other = tiny("residual").eval(), tiny("residual").eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    runtime = EagerRuntime()
+    path = tmp_path / "model.pt2"
+    runtime.save(network, example(), path)
+    with runtime.load_delivered(path, other, example()) as session:
+        assert isinstance(session._network, type(network))
+        with torch.no_grad():
+            torch.testing.assert_close(session.outputs()[0], network(example()))
+    with pytest.raises(FileFormatError, match="not those of the network given"):
+        runtime.load_delivered(path, tiny("plain"), example())

@@ -92,6 +92,21 @@ def test_targets_are_positive_numbers(space: ChannelSpace, target: Any) -> None:
 # Constraint forms
 
 
+@pytest.mark.parametrize("kind", [MacsModel, ParametersModel])
+def test_a_limit_needs_a_model_of_the_network_not_its_class(kind: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"class `{kind.__name__}`.*`Limit\({kind.__name__}\(space"
+    ):
+        Limit(kind, 1e5)
+
+
+def test_a_limit_needs_a_model() -> None:
+    with pytest.raises(ConfigError, match="is the class `Budget`; give an object"):
+        Limit(Budget, 1e5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"type `function`; it needs `name`, `unit`"):
+        Limit(lambda widths: widths.sum(-1), 1e5)  # type: ignore[arg-type]
+
+
 def test_the_augmented_lagrangian_presses_until_the_limit_holds() -> None:
     constraint = AugmentedLagrangian(2, rate=0.5, curvature=10.0)
     broken = torch.tensor([0.2, -0.3], dtype=torch.float64)

@@ -300,6 +300,14 @@ def test_lpnet_survives_its_file(wide: ChannelSpace, lpnet: LPNet, tmp_path: Pat
         LPNet.load(path, space=other)
 
 
+def test_lpnet_is_found_in_a_run_folder(wide: ChannelSpace, lpnet: LPNet, tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"a folder without `lpnet\.safetensors`; give"):
+        LPNet.load(tmp_path)
+    lpnet.save(tmp_path / "lpnet.safetensors")
+    rows = torch.tensor([[3.0, 7.0, 9.0]])
+    assert torch.equal(LPNet.load(str(tmp_path))(rows), lpnet(rows))
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

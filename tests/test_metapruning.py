@@ -410,6 +410,12 @@ def test_all_wrong_options_are_said_at_once() -> None:
     assert len(caught.value.problems) == 4
 
 
+def test_parents_are_some_of_the_population() -> None:
+    with pytest.raises(ConfigError, match=r"parents is 7, population 6.*up to population"):
+        MetaPruningSettings(population=6, parents=7)
+    MetaPruningSettings(population=6, parents=6)
+
+
 # Held-out images and the fitness
 
 

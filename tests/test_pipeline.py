@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from wgates_plugin.errors import (
     ConfigError,
@@ -28,6 +29,8 @@ from wgates_plugin.errors import (
     TraceError,
     TrainingError,
 )
+from wgates_plugin.latency.base import Measurement
+from wgates_plugin.latency.timing import measure
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline import (
     PruningResult,
@@ -40,7 +43,8 @@ from wgates_plugin.pipeline import (
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
-from wgates_plugin.training import TrainingSettings
+from wgates_plugin.training import TrainingSettings, evaluate
+from wgates_plugin.transforms.unification.settings import UnificationSettings
 from wgates_plugin.verification import relative_error
 
 EXAMPLE = torch.zeros(1, 1, 12, 12)
@@ -64,6 +68,19 @@ class Tiny(nn.Module):
         x = self.bn(self.stem(x)).relu()
         x = (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
         return self.fc(self.conv3(x).relu().mean((2, 3)))
+
+
+class Reversed:
+    """A loader that hands its batches out from the last to the first, and tells nothing else."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Any:
+        return iter(list(self.loader)[::-1])
 
 
 def make_data(count: int = 96, batch: int = 32) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -170,6 +187,20 @@ def test_nothing_to_do_is_a_success(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "stages" / "phase.pt").exists()
 
 
+def test_before_and_after_are_timed_alike_without_a_latency_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[type] = []
+
+    def noted(session: Any, **options: Any) -> Measurement:
+        timed.append(type(session._network))
+        return measure(session, **options)
+
+    monkeypatch.setattr("wgates_plugin.latency_study.measure", noted)
+    run(tmp_path / "run")
+    assert timed == [Tiny, Tiny]
+
+
 def test_several_targets_hold_together(tmp_path: Path) -> None:
     result = run(
         tmp_path / "run", target=[MacsTarget(fraction=0.6), ParametersTarget(fraction=0.4)]
@@ -204,6 +235,66 @@ def test_impossible_targets(value: Any) -> None:
 def test_targets_that_contradict() -> None:
     with pytest.raises(TargetError, match="not both"):
         LatencyTarget(milliseconds=1.0, fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"unification": True}, "unification is True, needs UnificationSettings or a dict"),
+        ({"unification": {"prune_fracton": 0.3}}, "did you mean `prune_fraction`"),
+        ({"unification": {"prune_fraction": 3}}, "unification.prune_fraction is 3.0, needs"),
+        ({"training": 3}, "training is 3, needs TrainingSettings or a dict"),
+        ({"training": {"epochs": "many"}}, "training.epochs is 'many'"),
+        ({"options": ["a"]}, r"options is \['a'\], needs a dict"),
+        ({"floors": 3}, "floors is 3, needs a dict"),
+        ({"train_weights": "no"}, "train_weights is 'no', needs true or false"),
+        ({"ignored_layers": "fc"}, "ignored_layers is 'fc', needs a list"),
+        ({"samples_file": 3}, "samples_file is 3, needs a path"),
+    ],
+)
+def test_settings_of_the_wrong_form_are_named(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PruningSettings(**given)
+
+
+def test_settings_may_be_spelt_out_as_dicts() -> None:
+    spelt: Any = {"unification": {"prune_fraction": 0.3}, "training": {"learning_rate": 0.1}}
+    settings = PruningSettings(**spelt)
+    assert settings.unification == UnificationSettings(prune_fraction=0.3)
+    assert settings.training == TrainingSettings(learning_rate=0.1)
+
+
+def test_arguments_of_the_wrong_form_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is 8.0, needs a .*LatencyTarget\(milliseconds=8.0\)"):
+        run(tmp_path, target=8.0)
+    with pytest.raises(ConfigError, match=r"settings.*\n.*needs PruningSettings"):
+        run(tmp_path, settings={"samples": 50})
+    with pytest.raises(TargetError, match="options is"):
+        LatencyTarget(fraction=0.5, options=["a"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["list", "data set", "loader"])
+def test_labels_beyond_the_outputs_are_refused_before_training(kind: str, tmp_path: Path) -> None:
+    images, labels = torch.randn(32, 1, 12, 12), torch.arange(32) % 3
+    labels[-1] = 3
+    whole: Any = [(images[:16], labels[:16]), (images[16:], labels[16:])]
+    if kind != "list":
+        whole = DataLoader(TensorDataset(images, labels), batch_size=16)
+    if kind == "loader":
+        whole = Reversed(whole)
+    told: dict[str, Any] = {
+        "target": MacsTarget(fraction=0.5),
+        "settings": SETTINGS,
+        "run_folder": tmp_path / "run",
+    }
+    with pytest.raises(ConfigError, match="train_loader: holds class 3, the network has 3 outputs"):
+        prune_to_target(make_network(), EXAMPLE, whole, make_data(), **told)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_label_found_later_is_named_too() -> None:
+    with pytest.raises(TrainingError, match="classes go from 1 to 7, the network has 3 outputs"):
+        evaluate(make_network(), [(torch.zeros(2, 1, 12, 12), torch.tensor([1, 7]))])
 
 
 def test_two_targets_of_a_kind(tmp_path: Path) -> None:
@@ -279,12 +370,14 @@ def test_a_finished_run_is_read_not_repeated(uninterrupted: PruningResult) -> No
 
 
 def test_a_folder_is_not_overwritten(uninterrupted: PruningResult) -> None:
-    with pytest.raises(RunFolderError, match="already holds this run"):
+    with pytest.raises(RunFolderError, match=r"already holds this run.*`resume=True`"):
         run(uninterrupted.run_folder)
+    with pytest.raises(RunFolderError, match=r"`settings.samples` was 10, is 11.*`resume=True`"):
+        run(uninterrupted.run_folder, settings=dataclasses.replace(SETTINGS, samples=11))
 
 
 def test_a_folder_of_another_run(uninterrupted: PruningResult) -> None:
-    with pytest.raises(RunFolderError, match=r"belongs to another run.*targets"):
+    with pytest.raises(RunFolderError, match=r"targets.0.MacsTarget.fraction` was 0.5, is 0.3"):
         run(uninterrupted.run_folder, resume=True, target=MacsTarget(fraction=0.3))
 
 
@@ -349,11 +442,11 @@ def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | No
     original = LatencyStudy.of_file
     left = list(ratios)
 
-    def scripted(self: LatencyStudy, path: Path, seconds: float) -> Any:
+    def scripted(self: LatencyStudy, path: Path, network: nn.Module, seconds: float) -> Any:
         ratio = left.pop(0)
         if ratio is None:
             raise Interrupted
-        found = original(self, path, seconds)
+        found = original(self, path, network, seconds)
         times = tuple(ratio * other for other in found.reference_samples_ms)
         return dataclasses.replace(
             found,

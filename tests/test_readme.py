@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import typer.main
+from networks import CLASSES, conv_bn, example
+from torch import Tensor, nn
 
+from wgates_plugin import MacsModel, trace
 from wgates_plugin.cli import app
 from wgates_plugin.latency import RUNTIMES
 from wgates_plugin.latency.options import options_of
@@ -100,6 +106,44 @@ def test_every_strategy_and_option_is_in_the_tables() -> None:
     for key, default in wanted.items():
         if default not in ("None", "True", "False"):
             assert shown[key] == default, key
+
+
+def test_every_extra_is_in_the_table() -> None:
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(rows("See it work")) == set(project["project"]["optional-dependencies"])
+
+
+def test_the_snippet_on_polarised_gates_runs() -> None:
+    text = README.read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S)
+               if "GDPImportance" in block]  # fmt: skip
+    model = nn.Sequential(
+        OrderedDict(body=conv_bn(3, 16), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(),
+                    fc=nn.Linear(16, CLASSES))
+    ).train()  # fmt: skip
+    macs = MacsModel(trace(model, example()))
+
+    class Milliseconds:
+        name, unit, fingerprint = "latency", "ms", macs.fingerprint
+
+        def __call__(self, widths: Tensor) -> Tensor:
+            return 16.0 * macs(widths) / macs(torch.tensor([16]))
+
+    names: dict[str, Any] = {
+        "model": model,
+        "example_inputs": example(),
+        "lpnet": Milliseconds(),
+        "loader": [(example(8, seed=s), torch.arange(8) % CLASSES) for s in range(8)],
+        "criterion": nn.functional.cross_entropy,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+    }
+    before_removal, after = code.split("pruner.step()")
+    exec(before_removal, names)
+    pruned = names["model"].eval()
+    expected = pruned(example())
+    exec("pruner.step()" + after, names)
+    assert pruned.body[0].out_channels == 8
+    assert torch.allclose(pruned(example()), expected, atol=1e-5)
 
 
 def test_every_runtime_is_in_the_table() -> None:

@@ -12,8 +12,15 @@ import yaml
 
 from wgates_plugin import dense_training
 from wgates_plugin.catalogue import Data
-from wgates_plugin.errors import ConfigError, FileFormatError, RunFolderError
-from wgates_plugin.recipe import Recipe, load_recipe, prepare
+from wgates_plugin.errors import (
+    ConfigError,
+    FileFormatError,
+    MissingExtraError,
+    RunFolderError,
+)
+from wgates_plugin.files import write_json
+from wgates_plugin.pipeline.identity import identity_of_request
+from wgates_plugin.recipe import Recipe, load_recipe, prepare, run_recipe
 from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
 
@@ -122,7 +129,17 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pruning", "path", "words"),
     [
-        ({"strategy": "wgate"}, "pruning.strategy", "known: wgates"),
+        ({"strategy": "wgate"}, "pruning.strategy", "did you mean `wgates`? known: wgates"),
+        (
+            {"strategy": "wgate", "options": {"spreed": 1}},
+            "pruning.options.spreed",
+            "did you mean `spread`",
+        ),
+        (
+            {"strategy": "scop", "options": {"knockoffs": "no_such_module:made"}},
+            "pruning.options.knockoffs",
+            "module `no_such_module` cannot be found",
+        ),
         ({"strategy": "obdc"}, "pruning.strategy", "use `hessian`"),
         ({"strategy": "l1", "options": {"spread": 0.2}}, "pruning.options.spread", "known: scope"),
         ({"strategy": "l1", "options": {"scope": "all"}}, "pruning.options.scope", "global, local"),
@@ -132,6 +149,38 @@ def test_a_strategy_is_checked_with_its_own_options(
     pruning: dict[str, Any], path: str, words: str, tmp_path: Path
 ) -> None:
     assert words in problems(sound(pruning=pruning), tmp_path)[path]
+
+
+def test_slips_in_names_hide_no_other_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = sound(target={"fraction": 2, "runtime": "onnxruntim", "options": {"foo": 1}}, seed="x")
+    raw["model"]["name"], raw["data"]["name"] = "resnet_smal", "fashion"
+    expected = {
+        "target.fraction": "more than the untouched network",
+        "target.runtime": "did you mean `onnxruntime`",
+        "target.options.foo": "no option of runtime `onnxruntime`",
+        "seed": "valid integer",
+        "model.name": "resnet_small",
+        "data.name": "unknown data set `fashion`",
+    }
+
+    def missing() -> None:
+        raise MissingExtraError("torchvision", "vision", "this model")
+
+    for hidden in (False, True):
+        if hidden:
+            monkeypatch.setattr("wgates_plugin.catalogue.import_torchvision", missing)
+        found = problems(raw, tmp_path)
+        assert set(found) == set(expected)
+        for path, words in expected.items():
+            assert words in found[path]
+    lone = problems(sound(target={"macs": 0.5}), tmp_path)
+    assert "less than one" in lone["target.macs"]
+    assert (
+        "more than the untouched"
+        in problems(sound(), tmp_path, "target.fraction=1.5")["target.fraction"]
+    )
 
 
 def test_an_empty_recipe_names_what_is_missing(tmp_path: Path) -> None:
@@ -350,11 +399,44 @@ def test_a_trained_network_is_taken_from_the_folder_but_not_for_another_recipe(
     trained = train(recipe, Tiny())
     again = train(recipe, Tiny(stop_after=0))
     assert torch.equal(trained.state_dict()["3.weight"], again.state_dict()["3.weight"])
-    with pytest.raises(RunFolderError, match="different: seed"):
+    with pytest.raises(RunFolderError, match="different: `seed` was 0, is 9") as caught:
         train(recipe.model_copy(update={"seed": 9}), Tiny())
+    assert "delete" not in str(caught.value)
     (recipe.folder / dense_training.WEIGHTS).write_bytes(b"broken")
     with pytest.raises(FileFormatError, match="cannot be read"):
         train(recipe, Tiny())
+
+
+def test_a_run_begun_otherwise_is_told_before_the_dense_network(tmp_path: Path) -> None:
+    begun = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
+    train(begun, Tiny())
+    _, data, targets, settings = prepare(begun)
+    described = identity_of_request(targets, settings, data.train_loader, data.val_loader)
+    write_json(begun.folder / "run.json", {"network": begun.title, **described})
+    dense_training.check_same_run(begun, data, targets, settings)
+    changes = ("data.limit=32", "target.fraction=0.4", "pruning.samples=50")
+    other = loaded(sound(), tmp_path, f"run_folder={begun.folder}", *changes)
+    with pytest.raises(RunFolderError, match="belongs to another run") as caught:
+        run_recipe(other, resume=True, progress=False)
+    for words in (
+        "`data.limit` was 64, is 32",
+        "`targets.0.LatencyTarget.fraction` was 0.5, is 0.4",
+        "`settings.samples` was 100, is 50",
+        "`data.train_batches` was 2, is 1",
+    ):
+        assert words in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_labels_that_the_dense_network_has_no_output_for(tmp_path: Path) -> None:
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
+    loader = Tiny()
+    loader.batches = [(images, targets + 1) for images, targets in loader.batches]
+    with pytest.raises(
+        ConfigError, match=r"train_loader: holds class 4, the network has 4 outputs"
+    ):
+        train(recipe, loader)
+    assert not recipe.folder.exists()
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
@@ -374,7 +456,7 @@ def test_used_folders_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no run\.json"):
         dense_training.check_folder(folder, resume=True)
     (folder / "run.json").touch()
-    with pytest.raises(RunFolderError, match="already holds a run"):
+    with pytest.raises(RunFolderError, match=r"already holds a run.*`resume=True`, `--resume`"):
         dense_training.check_folder(folder, resume=False)
     dense_training.check_folder(folder, resume=True)
     with pytest.raises(RunFolderError, match="is a file"):

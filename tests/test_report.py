@@ -193,6 +193,16 @@ def test_summary_table_prints_and_takes_names_literally() -> None:
         assert piece in text
 
 
+def test_without_a_latency_target_the_verdict_is_about_counts(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(summary_table(without_extras()))
+    text = " ".join(stream.getvalue().split())
+    assert "target held: MACs; latency for information on onnxruntime (cpu, 1 thread)" in text
+    words = " ".join(page_of(without_extras(), tmp_path).words)
+    assert "No latency was asked for" in words
+    assert "The claimed latency" not in words
+
+
 def test_load_names_every_missing_key(tmp_path: Path) -> None:
     report = made_up()
     del report["contract"], report["final"]["macs"], report["widths"][1]["kept"]

@@ -226,7 +226,10 @@ def test_a_network_with_scatters_is_pruned_again_by_any_strategy(strategy: str) 
         training=TrainingSettings(accelerator="cpu"),
         progress=False,
     )
-    options = {"metapruning": {"population": 4, "generations": 1}, "functionality": {"steps": 2}}
+    options = {
+        "metapruning": {"population": 4, "parents": 4, "generations": 1},
+        "functionality": {"steps": 2},
+    }
     decision = make_strategy(strategy, options.get(strategy)).decide(task)
     plan = plan_for_budget(space, decision.scores, decision.widths, budget)
     smaller = remove(copy.deepcopy(decision.network), plan, example())

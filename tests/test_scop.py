@@ -119,6 +119,16 @@ def test_unusable_generators_are_refused(generator: Callable[..., Any], message:
         source(example(4))
 
 
+def test_the_error_of_a_generator_is_told_in_short() -> None:
+    def fails(_: Tensor) -> Tensor:
+        raise ValueError("x" * 5000 + "\nand more")
+
+    with pytest.raises(TrainingError, match=r"\(ValueError: x{200}\.\.\.\)") as caught:
+        make_source(fails, example(16))(example(4))
+    assert "and more" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 def test_a_good_generator_is_taken_as_it_is() -> None:
     images = example(4)
     assert torch.equal(make_source(lambda x: x.flip(0), images)(images), images.flip(0))
@@ -441,7 +451,9 @@ def test_a_run_is_not_resumed_with_another_generator(tmp_path: Path) -> None:
 
     first = run("told", Blurred(0.1))
     assert run("told", Blurred(0.1), resume=True).plan.kept == first.plan.kept
-    with pytest.raises(RunFolderError, match=r"another run \(different: settings"):
+    with pytest.raises(
+        RunFolderError, match=r"another run \(different: `settings\.options\.knockoffs`"
+    ):
         run("told", Blurred(0.5), resume=True)
     run("untold", lambda x: 0.5 * x, resume=True)  # nothing is there to be resumed yet
     with pytest.raises(RunFolderError, match=r"cannot be resumed.*`knockoffs`"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -73,6 +74,19 @@ def test_one_threshold_holds_for_all_layers() -> None:
     assert widths[0] > 2 * widths[1]
     relative = make_strategy("bn-scale").decide(task(subject, epochs=0)).widths
     assert abs(relative[0] - relative[1]) <= 4
+
+
+def test_without_epochs_the_scales_decide_as_they_are_and_it_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    subject = network()
+    with caplog.at_level(logging.WARNING):
+        decision = make_strategy("slim").decide(task(subject, epochs=0))
+    assert "slim: without epochs" in caplog.text
+    assert torch.equal(decision.scores, scales(subject))
+    caplog.clear()
+    make_strategy("slim").decide(task(subject))
+    assert "without epochs" not in caplog.text
 
 
 def test_frozen_weights_leave_the_scales_to_learn_alone() -> None:

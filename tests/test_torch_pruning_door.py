@@ -499,6 +499,22 @@ def test_a_wrong_target_is_named_among_other_problems() -> None:
     assert "target -3.0: must be a positive" in str(error.value)
 
 
+def test_a_target_of_milliseconds_without_a_latency_model_is_seen_through() -> None:
+    words = r"target 8 MACs: without `efficiency`.*milliseconds\? Give `efficiency=LPNet"
+    with pytest.raises(InfeasibleTargetError, match=words):
+        WGatesPruner(tiny("plain"), example(), target=8)
+    with pytest.raises(InfeasibleTargetError, match=r"^macs: target 8 MACs is out of reach"):
+        WGatesPruner(tiny("plain"), example(), efficiency=MacsModel, target=8)
+
+
+@pytest.mark.parametrize("given", [{}, {"efficiency": MacsModel}])
+def test_a_target_that_holds_already_is_warned_of(given: dict[str, Any]) -> None:
+    network = tiny("plain")
+    with pytest.warns(UserWarning, match="nothing will be removed") as found:
+        WGatesPruner(network, example(), target=2 * macs(network), **given).detach()
+    assert found[0].filename == __file__
+
+
 def test_the_network_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[Any] = []
     build = tp.DependencyGraph.build_dependency

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -261,6 +262,27 @@ def test_gates_close_once_they_are_measured(steps: int) -> None:
     gated = evaluated(pruner.model)
     pruner.detach()
     assert torch.equal(evaluated(pruner.model), gated) == (steps == 1)
+
+
+@pytest.mark.parametrize("measuring", [2, 3])
+def test_a_loop_that_only_measured_is_warned_of(measuring: int) -> None:
+    """Also where the measuring was just done: no gate was closed in training yet."""
+    settings = replace(AT_ONCE, measuring=measuring)
+    pruner = pruner_of(settings=settings)
+    learn(pruner, pruner.model, steps=2)
+    with pytest.warns(UserWarning, match=r"all 2 gate steps were spent.*Pass steps=2 ") as found:
+        pruner.step()
+    assert found[0].filename == __file__
+
+
+@pytest.mark.parametrize("given", [{"measuring": 2}, {"measuring": 50, "steps": 3}])
+def test_a_loop_that_learned_is_not_warned_of(given: dict[str, Any]) -> None:
+    settings = replace(AT_ONCE, measuring=given["measuring"])
+    pruner = pruner_of(settings=settings, steps=given.get("steps"))
+    learn(pruner, pruner.model, steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pruner.step()
 
 
 def test_gates_of_a_resumed_phase_act_at_once() -> None:

@@ -12,12 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from wgates_plugin.errors import FileFormatError, RunFolderError
-from wgates_plugin.files import atomic_path, load_tensors, save_tensors
+from wgates_plugin.files import atomic_path, load_tensors, read_json, save_tensors
+from wgates_plugin.pipeline.identity import identity_of_request
+from wgates_plugin.pipeline.labels import check_labels
+from wgates_plugin.run_folder import another_run, differences
 from wgates_plugin.training import Trainer, default_fabric
 
 if TYPE_CHECKING:
     from wgates_plugin.catalogue import Data
     from wgates_plugin.recipe import Recipe
+    from wgates_plugin.targets import PruningSettings, Target
 
 logger = logging.getLogger("wgates_plugin")
 
@@ -40,18 +44,50 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     if "run.json" in found:
         if not resume:
             raise RunFolderError(
-                f"run folder `{folder}`: already holds a run; go on with it by --resume, or choose "
-                "another folder with --out"
+                f"run folder `{folder}`: already holds a run; go on with it (`resume=True`, "
+                "`--resume`), or choose another folder (`run_folder`, `--out`)"
             )
     elif CHECKPOINT in found and not resume:
         raise RunFolderError(
-            f"run folder `{folder}`: holds a dense training that was stopped; go on with it by "
-            "--resume, or choose another folder with --out"
+            f"run folder `{folder}`: holds a dense training that was stopped; go on with it "
+            "(`resume=True`, `--resume`), or choose another folder (`run_folder`, `--out`)"
         )
     elif found - {WEIGHTS, CHECKPOINT}:
         raise RunFolderError(
             f"run folder `{folder}`: holds files but no run.json; choose an empty or new folder"
         )
+
+
+def check_same_run(
+    recipe: Recipe, data: Data, targets: list[Target], settings: PruningSettings
+) -> None:
+    """Say before any training that a run cannot be resumed since it is another one.
+
+    Compared is all that a recipe tells without its trained network.
+
+    Raises:
+        RunFolderError: names what differs, each key with its old and its new value.
+    """
+    path = recipe.folder / "run.json"
+    if not path.exists():
+        return
+    found = read_json(path, kind="run description")
+    wanted = json.loads(
+        json.dumps(
+            {
+                "network": recipe.title,
+                **identity_of_request(targets, settings, data.train_loader, data.val_loader),
+            }
+        )
+    )
+    if not isinstance(found, dict):
+        return  # no run description: said where the folder is claimed
+    changed = differences({key: found.get(key) for key in wanted}, wanted)
+    weights = recipe.folder / WEIGHTS
+    if recipe.trains_first and weights.exists():
+        changed = _changed(_origin(weights), _made_by(recipe)) + changed
+    if changed:
+        raise RunFolderError(another_run(recipe.folder, changed))
 
 
 def trained(
@@ -76,6 +112,7 @@ def trained(
         _check_origin(_origin(weights), made_by, weights)
         network.load_state_dict(load_tensors(weights, kind="dense network"))
         return network
+    check_labels(network, data.example_input, train_loader=data.train_loader)
     trainer = Trainer(
         network,
         data.train_loader,
@@ -119,17 +156,26 @@ def _made_by(recipe: Recipe) -> str:
 
 
 def _check_origin(found: str | None, wanted: str, path: Path) -> None:
+    changed = _changed(found, wanted)
+    if changed:
+        raise RunFolderError(
+            f"run folder `{path.parent}`: `{path.name}` was trained by another recipe (different: "
+            f"{'; '.join(changed)}); choose another folder (`run_folder`, `--out`), or go on with "
+            "the recipe it was begun with"
+        )
+
+
+def _changed(found: str | None, wanted: str) -> list[str]:
+    """What differs between two descriptions of a dense network."""
     if found == wanted:
-        return
+        return []
     try:
-        before, now = json.loads(found or "{}"), json.loads(wanted)
-        changed = sorted(key for key in now if before.get(key) != now[key])
-    except (json.JSONDecodeError, AttributeError):
-        changed = ["its description"]
-    raise RunFolderError(
-        f"run folder `{path.parent}`: `{path.name}` was trained by another recipe (different: "
-        f"{', '.join(changed)}); choose another folder with --out, or delete that file"
-    )
+        before = json.loads(found or "null")
+    except json.JSONDecodeError:
+        before = None
+    if not isinstance(before, dict):
+        return ["its description, which cannot be read"]
+    return differences(before, json.loads(wanted))
 
 
 def _origin(path: Path) -> str | None:

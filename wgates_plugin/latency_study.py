@@ -175,9 +175,9 @@ class LatencyStudy:
         self._light = (grid, bench)
         return bench
 
-    def of_file(self, path: Path, seconds: float) -> Measurement:
-        """Latency of an exported artefact, run from the file."""
-        session = self.runtime.load_file(path, self.example_inputs)
+    def of_file(self, path: Path, network: nn.Module, seconds: float) -> Measurement:
+        """Latency of the exported artefact of `network`, run from the file."""
+        session = self.runtime.load_delivered(path, network, self.example_inputs)
         try:
             return measure(
                 session,

@@ -89,6 +89,18 @@ class TargetBlock(_Block):
             problems.append(f"needs exactly one of {', '.join(names)}; has {found}")
         elif given[0] not in ("fraction", own):
             problems.append(f"with kind {self.kind} give fraction or {own}, not {given[0]}")
+        if self.fraction is not None and self.fraction > 1:
+            problems.append(
+                f"fraction is {self.fraction:g}, more than the untouched network; give a share "
+                "such as 0.5"
+            )
+        for name in ("macs", "parameters"):
+            amount = getattr(self, name)
+            if amount is not None and amount < 1:
+                problems.append(
+                    f"{name} is {amount:g}, less than one; for a share of the untouched network "
+                    f"give fraction: {amount:g} and kind: {name}"
+                )
         if self.measure != "latency":
             problems += [
                 f"{name} is for latency targets; this one counts {self.measure}"
@@ -195,11 +207,13 @@ def run_recipe(
         RunFolderError: the run folder is taken by another run, or by this one without `resume`.
         Everything that `prune_to_target` raises.
     """
-    from wgates_plugin.dense_training import check_folder, trained
+    from wgates_plugin.dense_training import check_folder, check_same_run, trained
     from wgates_plugin.pipeline import prune_to_target
 
     check_folder(recipe.folder, resume=resume)
     network, data, targets, settings = prepare(recipe)
+    if resume:
+        check_same_run(recipe, data, targets, settings)
     if recipe.trains_first:
         network = trained(network, data, recipe, resume=resume, progress=progress)
     return prune_to_target(

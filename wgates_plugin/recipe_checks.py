@@ -239,6 +239,7 @@ def _meaning(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
 def _model_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
     from wgates_plugin.catalogue import MODELS, import_torchvision
     from wgates_plugin.catalogue.factories import is_factory_name
+    from wgates_plugin.catalogue.models import without_torchvision
 
     name, weights = _lookup(raw, ("model", "name")), _lookup(raw, ("model", "weights"))
     if isinstance(weights, str) and not Path(weights).is_file():
@@ -250,8 +251,9 @@ def _model_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
         try:
             models = import_torchvision().models
             known += models.list_models(module=models)
-        except MissingExtraError:
-            return
+        except MissingExtraError as error:
+            yield ("model", "name"), without_torchvision(name, error)
+            known.append(name)
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or list(MODELS)
             yield (
@@ -259,7 +261,6 @@ def _model_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
                 f"unknown model `{name}`; close to it: {', '.join(close)}; other forms: a "
                 "torchvision classification model, timm:NAME, package.module:factory",
             )
-            return
     options = _lookup(raw, ("model", "options"))
     pretrained = isinstance(options, dict) and options.get("weights")
     if weights is None and raw.get("dense_training") is None and not pretrained:
@@ -312,6 +313,8 @@ def _target_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
                 (*place, "runtime"),
                 f"unknown runtime `{runtime}`; {hint}choose from {', '.join(RUNTIMES)}",
             )
+            if close:  # most likely a slip of the pen: what else is wrong is said with it
+                yield from _runtime_problems(place, block, RUNTIMES[close[0]])
         kind = block.get("kind") or next(
             (k for k in ("macs", "parameters") if k in block), "latency"
         )

@@ -85,13 +85,9 @@ class RunFolder:
             return (
                 f"run folder `{self.path}`: run.json is no run description; choose another folder"
             )
-        changed = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
+        changed = differences(found, identity)
         if changed:
-            return (
-                f"run folder `{self.path}`: belongs to another run (different: "
-                f"{', '.join(changed)}); choose another folder, or resume with the same network, "
-                "target and settings"
-            )
+            return another_run(self.path, changed)
         if not resume:
             return (
                 f"run folder `{self.path}`: already holds this run; resume it (`resume=True`, "
@@ -169,6 +165,41 @@ class RunFolder:
                 "its phase from the beginning"
             ) from error
         return state
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """What differs between two JSON values, as "`key` was OLD, is NEW", with dotted keys.
+
+    >>> differences({"seed": 0, "data": {"limit": 64}}, {"seed": 0, "data": {"limit": 128}})
+    ['`data.limit` was 64, is 128']
+    """
+    if before == now:
+        return []
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = ({str(n): item for n, item in enumerate(part)} for part in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict) and before and now:
+        return [
+            line
+            for inner in sorted({*before, *now})
+            for line in differences(
+                before.get(inner), now.get(inner), f"{key}.{inner}" if key else inner
+            )
+        ]
+    return [f"`{key}` was {_shown(before)}, is {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    words = "not given" if value is None else json.dumps(value)
+    return words if len(words) <= 80 else words[:77] + "..."
+
+
+def another_run(folder: Path, changed: list[str]) -> str:
+    """The refusal of a run folder because of `differences`."""
+    return (
+        f"run folder `{folder}`: belongs to another run (different: {'; '.join(changed)}); choose "
+        "another folder, or resume (`resume=True`, `--resume`) with the network, data, target and "
+        "settings it was begun with"
+    )
 
 
 def weights_digest(network: nn.Module) -> str:

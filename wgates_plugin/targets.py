@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from wgates_plugin.efficiency.base import check_target
 from wgates_plugin.efficiency.lpnet import STRUCTURES
@@ -88,6 +92,11 @@ class LatencyTarget(_Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.options, Mapping):
+            raise TargetError(
+                f"LatencyTarget: options is {self.options!r}; needs a dict of the runtime's options, "
+                "such as {'channels_last': True}"
+            )
         if self.bound not in BOUNDS:
             raise TargetError(
                 f"LatencyTarget: bound is {self.bound!r}; choose from {', '.join(BOUNDS)}"
@@ -147,7 +156,8 @@ class PruningSettings:
         lpnet: structure of LPNet: "layers", or "mlp" for the paper's plain form.
         active: after a covering part, measure where LPNet is least sure. Without effect for "mlp",
             which does not know how sure it is.
-        workers: processes that measure; more than one needs Ray and as many free cores or devices.
+        workers: processes that measure; more than one through Ray, on as many free
+            cores or devices; without it one measures.
         measure_seconds: the same for the baseline and for the delivered artefact.
         grid: channel multiple; None probes the runtime.
         min_channels, min_fraction, floors, caps, ignored_layers: see `trace`.
@@ -155,6 +165,8 @@ class PruningSettings:
         attempts: how often the closed loop may correct a network that is over the target.
         recalibration_images: training images for BatchNorm statistics after the removal.
         unification: also give the delivered weights few bits (`transforms.unification`); None does not.
+
+    `training` and `unification` may be given as dicts of their keys.
     """
 
     strategy: str = "wgates"
@@ -184,7 +196,9 @@ class PruningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = strategy_problems(self.strategy, self.options)
+        problems = self._form_problems()
+        if isinstance(self.options, Mapping):
+            problems += strategy_problems(self.strategy, self.options)
         whole: dict[str, tuple[Any, int]] = {
             "gate_epochs": (self.gate_epochs, 0),
             "fine_tune_epochs": (self.fine_tune_epochs, 0),
@@ -216,9 +230,67 @@ class PruningSettings:
             )
         if self.lpnet not in STRUCTURES:
             problems.append(f"lpnet is {self.lpnet!r}, choose from {', '.join(STRUCTURES)}")
-        if self.samples_file is not None and not Path(self.samples_file).is_file():
+        if self.samples_file is not None and not isinstance(self.samples_file, (str, Path)):
+            problems.append(f"samples_file is {self.samples_file!r}, needs a path")
+        elif self.samples_file is not None and not Path(self.samples_file).is_file():
             problems.append(f"samples_file is `{self.samples_file}`, no such file; check the path")
-        if not isinstance(self.active, bool):
-            problems.append(f"active is {self.active!r}, needs true or false")
         if problems:
             raise ConfigError("pruning settings", problems)
+
+    def _form_problems(self) -> list[str]:
+        """What is of the wrong form. Dicts become the settings that they spell out."""
+        problems: list[str] = []
+        blocks: dict[str, tuple[type, bool]] = {
+            "training": (TrainingSettings, False),
+            "unification": (UnificationSettings, True),
+        }
+        for name, (kind, optional) in blocks.items():
+            given = getattr(self, name)
+            if isinstance(given, Mapping):
+                made, wrong = _spelt_out(kind, given)
+                problems += [f"{name}.{problem}" for problem in wrong]
+                if made is not None:
+                    object.__setattr__(self, name, made)
+            elif not isinstance(given, kind) and not (optional and given is None):
+                nothing = ", or None" if optional else ""
+                problems.append(
+                    f"{name} is {given!r}, needs {kind.__name__} or a dict of its keys{nothing}"
+                )
+        for name in ("options", "floors", "caps"):
+            given = getattr(self, name)
+            if not isinstance(given, Mapping):
+                problems.append(f"{name} is {given!r}, needs a dict of names and values")
+        for name in ("active", "train_weights"):
+            given = getattr(self, name)
+            if not isinstance(given, bool):
+                problems.append(f"{name} is {given!r}, needs true or false")
+        layers = self.ignored_layers
+        if isinstance(layers, str) or not isinstance(layers, Sequence):
+            problems.append(f"ignored_layers is {layers!r}, needs a list of names")
+        return problems
+
+
+def _spelt_out(kind: type, given: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The settings that a dict spells out, or what is wrong with it, the key first."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    problems: list[str] = []
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            problems.append(f"{key} is unknown; {hint}known: {', '.join(known)}")
+    try:
+        made: Any = TypeAdapter(kind).validate_python(
+            {k: v for k, v in given.items() if k in known}
+        )
+    except ValidationError as error:
+        for one in error.errors():
+            cause = one.get("ctx", {}).get("error")
+            words = f"{one['input']!r}; {one['msg'][0].lower()}{one['msg'][1:]}"
+            problems += (
+                cause.problems
+                if isinstance(cause, ConfigError)
+                else [f"{'.'.join(map(str, one['loc']))} is {words}"]
+            )
+        return None, problems
+    return made, problems

@@ -28,6 +28,7 @@ from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.timing import measure
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.recipe import prepare, run_recipe
+from wgates_plugin.surgery import rebuild
 from wgates_plugin.targets import LatencyTarget
 from wgates_plugin.tracing import trace
 from wgates_plugin.training import Trainer, evaluate
@@ -213,7 +214,9 @@ def time_finals(
         for run in todo:
             artefact = _artefact(places, run)
             assert artefact is not None
-            session = runtime.load_file(artefact, data.example_input)
+            folder = places.run_folder(run)
+            pruned = rebuild(network, folder / "plan.json", folder / "pruned.safetensors")
+            session = runtime.load_delivered(artefact, pruned, data.example_input)
             timed = measure(
                 session, reference=reference, reference_ms=baseline, seconds=seconds
             ).to_json()

@@ -28,7 +28,7 @@ class Data:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What `load_data` was asked for."""
+    """What `load_data` was asked for. `root_given`: the root is the user's own, and no other is read."""
 
     name: str
     batch_size: int
@@ -36,6 +36,7 @@ class DataRequest:
     limit: int | None
     seed: int
     root: Path
+    root_given: bool = False
 
 
 def chosen_indices(count: int, limit: int | None, seed: int) -> Tensor:

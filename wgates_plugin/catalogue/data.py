@@ -40,7 +40,9 @@ def load_data(
     `image_size` resizes images to squares (default: as they are; 224 for folders). `limit` takes
     at most so many training and so many validation images; `seed` chooses those training images.
     Splits never depend on the seed, nor does shuffling, which follows torch's random state.
-    `root` is where downloads are kept, `~/.cache/wgates_plugin` by default.
+    `root` is where the files are, or are downloaded to: `~/.cache/wgates_plugin` by default, where
+    fashion-mnist is taken from Debian's package if that is installed. No other folder is read when a
+    root is given.
 
     Raises:
         ConfigError: unknown name, an option out of range, or data that cannot be had.
@@ -55,7 +57,8 @@ def load_data(
     if problems:
         raise ConfigError(f"data `{name_or_path}`", problems)
     place = Path(root) if root is not None else Path.home() / ".cache" / "wgates_plugin"
-    request = DataRequest(name_or_path, batch_size, image_size, limit, seed, place)
+    given = root is not None
+    request = DataRequest(name_or_path, batch_size, image_size, limit, seed, place, given)
     if name_or_path in DATA:
         return DATA[name_or_path](request)
     if name_or_path.startswith("folder:"):

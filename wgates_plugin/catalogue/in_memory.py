@@ -100,11 +100,15 @@ def read_idx(path: Path) -> Tensor:
 
 
 def fashion_mnist(request: DataRequest) -> Data:
-    """70,000 grey 28x28 images of clothes: Debian's files if installed, else a download."""
+    """70,000 grey 28x28 images of clothes: Debian's files if installed, else a download.
+
+    A root that is given holds the four files itself, or is torchvision's folder of them.
+    """
+    folder = request.root if request.root_given else DEBIAN_FASHION_MNIST
     parts = []
     for short, is_train in (("train", True), ("t10k", False)):
-        images_file = DEBIAN_FASHION_MNIST / f"{short}-images-idx3-ubyte.gz"
-        labels_file = DEBIAN_FASHION_MNIST / f"{short}-labels-idx1-ubyte.gz"
+        images_file = folder / f"{short}-images-idx3-ubyte.gz"
+        labels_file = folder / f"{short}-labels-idx1-ubyte.gz"
         if images_file.exists() and labels_file.exists():
             images, targets = read_idx(images_file), read_idx(labels_file).long()
         else:
@@ -126,7 +130,14 @@ def cifar(request: DataRequest) -> Data:
 
 
 def _download(request: DataRequest, class_name: str, *, train: bool) -> Any:
-    import_torchvision()
+    try:
+        import_torchvision()
+    except MissingExtraError as error:
+        if not request.root_given:
+            raise
+        raise ConfigError(
+            f"data `{request.name}`", [f"no usable copy under {request.root}; {error}"]
+        ) from error
     from torchvision import datasets
 
     try:

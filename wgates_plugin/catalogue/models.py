@@ -116,7 +116,7 @@ def _torchvision(name: str, classes: int, in_channels: int, options: dict[str, A
     try:
         models = import_torchvision().models
     except MissingExtraError as error:
-        raise ConfigError(f"model `{name}`", [_without_torchvision(name, error)]) from error
+        raise ConfigError(f"model `{name}`", [without_torchvision(name, error)]) from error
     known = models.list_models(module=models)
     if name not in known:
         raise _unknown(name, [*MODELS, *known])
@@ -127,7 +127,8 @@ def _torchvision(name: str, classes: int, in_channels: int, options: dict[str, A
     return network
 
 
-def _without_torchvision(name: str, error: MissingExtraError) -> str:
+def without_torchvision(name: str, error: MissingExtraError) -> str:
+    """What to say of a name that is not built in where torchvision is not installed."""
     if _TORCHVISION.match(name):
         return f"is a torchvision model by its name; {error}"
     close = difflib.get_close_matches(name, list(MODELS), n=3)

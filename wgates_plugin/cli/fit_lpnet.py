@@ -64,7 +64,11 @@ def fit_lpnet(
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes that measure; more than one needs Ray.")
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that measure; more than one through Ray.",
+        ),
     ] = 1,
     profile: Annotated[
         bool, typer.Option("--profile/--no-profile", help="Take the layers' own times too.")

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from wgates_plugin.errors import TargetError
+from wgates_plugin.errors import ConfigError, TargetError
 
 
 @runtime_checkable
@@ -30,12 +30,18 @@ class EfficiencyModel(Protocol):
 
 @dataclass(frozen=True)
 class Limit:
-    """`model(widths) <= target`, both in the model's unit."""
+    """`model(widths) <= target`, both in the model's unit.
+
+    Raises:
+        ConfigError: `model` is a class, or no model at all.
+        TargetError: `target` is no positive number.
+    """
 
     model: EfficiencyModel
     target: float
 
     def __post_init__(self) -> None:
+        _check_model(self.model)
         check_target(self.target, self.model.unit)
 
 
@@ -81,6 +87,34 @@ class Budget:
             f"{limit.model.name} {float(limit.model(widths)):.4g} of {limit.target:.4g} "
             f"{limit.model.unit}"
             for limit in self.limits
+        )
+
+
+def _check_model(model: object) -> None:
+    """Refuse what predicts no cost.
+
+    Raises:
+        ConfigError: says what to give instead.
+    """
+    if isinstance(model, type):
+        name = model.__name__
+        raise ConfigError(
+            "Limit",
+            [
+                f"model is the class `{name}`; a limit needs one made for your network: "
+                f"`Limit({name}(space), target)` with `space = trace(model, example_inputs)`"
+                if name in ("MacsModel", "ParametersModel")
+                else f"model is the class `{name}`; give an object of it"
+            ],
+        )
+    if not isinstance(model, EfficiencyModel):
+        raise ConfigError(
+            "Limit",
+            [
+                f"model is of type `{type(model).__name__}`; it needs `name`, `unit` and a call that "
+                "turns widths into costs, as `LPNet`, `MacsModel(space)` and "
+                "`ParametersModel(space)` have"
+            ],
         )
 
 

@@ -121,6 +121,11 @@ class Runtime(Protocol):
     def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> Session:
         """What `save` wrote, ready to run from the file alone."""
 
+    def load_delivered(
+        self, path: str | Path, network: nn.Module, example_inputs: ExampleInputs
+    ) -> Session:
+        """What `save` wrote of `network`, run as `load` runs networks: comparable with those."""
+
     def family(
         self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
     ) -> Family:
@@ -225,6 +230,11 @@ class BaseRuntime(ABC):
 
     @abstractmethod
     def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> BaseSession: ...
+
+    def load_delivered(
+        self, path: str | Path, network: nn.Module, example_inputs: ExampleInputs
+    ) -> BaseSession:
+        return self.load_file(path, example_inputs)
 
     def family(
         self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -71,6 +72,11 @@ class CompiledRuntime(EagerRuntime):
                 "or choose another runtime"
             ) from error
         return self._session(program.module(), example_inputs)
+
+    def load_delivered(
+        self, path: str | Path, network: nn.Module, example_inputs: ExampleInputs
+    ) -> EagerSession:
+        return self.load_file(path, example_inputs)
 
     def family(
         self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs

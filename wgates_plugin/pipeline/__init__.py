@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.errors import ConfigError
 from wgates_plugin.pipeline import delivery, learning, preparation, record, unifying
 from wgates_plugin.pipeline.callables import untold
 from wgates_plugin.pipeline.job import Job, PruningResult
+from wgates_plugin.pipeline.labels import check_labels
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.targets import PruningSettings, Target
 from wgates_plugin.training.engine import LossFunction
@@ -58,12 +60,18 @@ def prune_to_target(
         RunFolderError: the folder belongs to another run.
         TrainingError: the loss is no longer finite; the last good state is in the folder.
     """
+    targets = _checked_targets(target)
+    if settings is not None and not isinstance(settings, PruningSettings):
+        raise ConfigError(
+            "settings",
+            [f"is {settings!r}, needs PruningSettings(...), such as PruningSettings(samples=50)"],
+        )
     job = Job(
         network,
         example_inputs,
         train_loader,
         val_loader,
-        [target] if isinstance(target, Target) else list(target),
+        targets,
         settings or PruningSettings(),
         run_folder,
         loss,
@@ -76,9 +84,31 @@ def prune_to_target(
     return _result(job)
 
 
+def _checked_targets(target: object) -> list[Target]:
+    """The targets as a list; whether each is one, and whether they go together, the job says."""
+    if isinstance(target, Target):
+        return [target]
+    if isinstance(target, Iterable) and not isinstance(target, (str, bytes, Mapping)):
+        return list(target)
+    hint = ""
+    if isinstance(target, (int, float)) and not isinstance(target, bool):
+        hint = f"; for milliseconds LatencyTarget(milliseconds={target})"
+    raise ConfigError(
+        "target",
+        [f"is {target!r}, needs a LatencyTarget, MacsTarget or ParametersTarget, or a list{hint}"],
+    )
+
+
 def _run(job: Job) -> None:
     """The stages in order; each is skipped when an earlier sitting finished it."""
     unifying.check(job)
+    if job.loss is None:
+        check_labels(
+            job.dense,
+            job.example_inputs,
+            train_loader=job.train_loader,
+            val_loader=job.val_loader,
+        )
     preparation.measure_baseline(job)
     if job.within_limits(job.baseline):
         logger.info("%s: within the target as it is; nothing to prune", job.name)

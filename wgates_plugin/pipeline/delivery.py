@@ -146,7 +146,7 @@ def export(job: Job, network: nn.Module, attempt: int | str) -> dict[str, Any]:
 def _export_and_measure(job: Job, network: nn.Module) -> dict[str, Any]:
     with job.folder.clock("export"):
         job.study.runtime.save(network, job.example_inputs, job.artefact)
-    return job.study.of_file(job.artefact, job.settings.measure_seconds).to_json()
+    return job.study.of_file(job.artefact, network, job.settings.measure_seconds).to_json()
 
 
 def _narrower(job: Job, plan: PruningPlan, scores: Tensor, attempt: int) -> PruningPlan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.files import load_tensors, save_tensors
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency_study import LatencyStudy
-from wgates_plugin.pipeline.callables import name_of
+from wgates_plugin.pipeline.identity import identity_of_request, settings_as_json
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.run_folder import RunFolder, first_batch_digest, weights_digest
+from wgates_plugin.run_folder import RunFolder, weights_digest
 from wgates_plugin.strategies.base import Task
 from wgates_plugin.strategies.budgeting import uniform_widths
 from wgates_plugin.strategies.table import make_strategy
@@ -162,21 +161,12 @@ class Job:
             "network": self.name,
             "structure": self.space.fingerprint,
             "weights": weights_digest(self.dense),
-            "targets": [{type(target).__name__: vars(target)} for target in targets],
             "runtime": self.study.identity,
-            "data": {
-                "train_batches": len(self.train_loader),  # type: ignore[arg-type]
-                "val_batches": len(self.val_loader),  # type: ignore[arg-type]
-                "first_val_batch": first_batch_digest(self.val_loader),
-            },
-            "settings": self.settings_as_json(),
+            **identity_of_request(targets, self.settings, self.train_loader, self.val_loader),
         }
 
     def settings_as_json(self) -> dict[str, Any]:
-        """The settings as plain values; a callable among the options by its `name_of`."""
-        words = json.dumps(dataclasses.asdict(self.settings), default=name_of)
-        plain: dict[str, Any] = json.loads(words)
-        return plain
+        return settings_as_json(self.settings)
 
     # Limits
 

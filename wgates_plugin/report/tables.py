@@ -182,6 +182,17 @@ def runtime_words(report: dict[str, Any]) -> str:
     return f"{report['runtime']}{inside}"
 
 
+def _held_to(report: dict[str, Any]) -> str:
+    """What the verdict is about: the runtime, or counts, with which latency is only told."""
+    where = f" on {runtime_words(report)}" if report["runtime"] else ""
+    target = targets_of(report)
+    if "latency_ms" in target or not target:
+        return where
+    names = {"macs": "MACs", "parameters": "parameters"}
+    words = f": {' and '.join(names.get(key, key) for key in target)}"
+    return f"{words}; latency for information{where}" if where else words
+
+
 def summary_table(report: dict[str, Any]) -> Table:
     """Before and after for the terminal, with targets and the contract."""
     from rich.table import Table
@@ -189,9 +200,8 @@ def summary_table(report: dict[str, Any]) -> Table:
 
     rows = comparison_rows(report)
     held = report["contract"] == "held"
-    where = f" on {runtime_words(report)}" if report["runtime"] else ""
     caption = Text(f"target {report['contract']}", style="bold green" if held else "bold red")
-    caption.append(where, style="default")
+    caption.append(_held_to(report), style="default")
     table = Table(title=Text(report["name"], style="bold"), caption=caption)
     table.add_column("")
     for name in ("before", "after", "change", "target"):

@@ -8,6 +8,7 @@ channels before each layer instead). Weight decay leaves the scales alone here (
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +23,8 @@ from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.criteria import importance_scores
 from wgates_plugin.strategies.phase import run_phase
 from wgates_plugin.training import StepContext
+
+logger = logging.getLogger("wgates_plugin")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class SlimStrategy(Strategy):
         ]
         importance = tp.importance.BNScaleImportance(normalizer=None)
         importance_scores(network, space, importance)  # says before training what has no scale
+        if task.epochs == 0:
+            logger.warning(
+                "slim: without epochs the scales are not trained towards zero; those of the network "
+                "as it is decide. Give it epochs, or choose `bn-scale`, which needs none"
+            )
         trainer = task.trainer(network, "slim")
         mine = {id(scale) for scale in scales}
 

@@ -60,7 +60,15 @@ def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with a strategy's name and options, one line each, the key first."""
     if not isinstance(name, str) or name not in STRATEGIES:
         reason = REFUSED.get(name) if isinstance(name, str) else None
-        return [f"strategy is {name!r}; {reason or 'known: ' + ', '.join(STRATEGIES)}"]
+        if reason is not None:
+            return [f"strategy is {name!r}; {reason}"]
+        near = difflib.get_close_matches(str(name), list(STRATEGIES), n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        # Options are most likely meant for the name that was nearly written.
+        return [
+            f"strategy is {name!r}; {hint}known: {', '.join(STRATEGIES)}",
+            *(strategy_problems(near[0], options) if near else ()),
+        ]
     kind = STRATEGIES[name]
     known = option_names(kind)
     problems = []
@@ -74,8 +82,7 @@ def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
         del rest[key]
     while True:
         try:
-            TypeAdapter(kind.settings_type).validate_python(rest)
-            return problems
+            settings: Any = TypeAdapter(kind.settings_type).validate_python(rest)
         except ValidationError as error:
             before = len(rest)
             for one in error.errors():
@@ -90,3 +97,9 @@ def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
             # A value of a wrong type says nothing about the ranges of the others until it is gone.
             if len(rest) == before:
                 return problems
+        else:
+            try:
+                kind(settings)
+            except ConfigError as error:  # what only the strategy knows, such as what it imports
+                problems += [f"options.{problem}" for problem in error.problems]
+            return problems

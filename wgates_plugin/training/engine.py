@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.nn import functional
 
 from wgates_plugin.calling import ExampleInputs, call_with
 from wgates_plugin.errors import TrainingError
@@ -25,6 +24,7 @@ from wgates_plugin.training.as_found import (
 from wgates_plugin.training.distillation import distillation_loss
 from wgates_plugin.training.evaluation import (
     count_correct,
+    cross_entropy,
     logits_of,
     map_tensors,
     unpack,
@@ -285,7 +285,7 @@ class Trainer:
             loss = self._loss(logits, targets)
         else:
             smoothing = self.settings.label_smoothing
-            loss = functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+            loss = cross_entropy(logits, targets, label_smoothing=smoothing)
         if self._teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
                 answers = logits_of(call_with(self._teacher, inputs), self._teacher).float()

@@ -103,6 +103,22 @@ def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, int] | None:
     return (logits.detach().argmax(dim=1) == targets).sum(), targets.numel()
 
 
+def cross_entropy(logits: Tensor, targets: Any, *, label_smoothing: float = 0.0) -> Tensor:
+    """`functional.cross_entropy` of logits (N, C, ...).
+
+    Raises:
+        TrainingError: a label that the network has no output for (on the CPU, where it is noticed).
+    """
+    try:
+        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    except IndexError as error:
+        raise TrainingError(
+            f"labels: a batch's classes go from {int(targets.min())} to {int(targets.max())}, the "
+            f"network has {logits.shape[1]} outputs (classes 0 to {logits.shape[1] - 1}); give it "
+            "as many outputs as there are classes, or number the classes from 0"
+        ) from error
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with its tensors, in nested tuples, lists and mappings, on `device`."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
@@ -140,7 +156,7 @@ def evaluate(
             correct += counted[0]
             answers += counted[1]
             images += logits.shape[0]
-            loss += functional.cross_entropy(logits.float(), targets) * counted[1]
+            loss += cross_entropy(logits.float(), targets) * counted[1]
     if not answers:
         raise TrainingError("evaluation: the loader gave no batches; check the data set and limit")
     return Evaluation(float(correct) / answers, float(loss) / answers, images)

@@ -29,6 +29,9 @@ from wgates_plugin.files import atomic_path
 
 logger = logging.getLogger("wgates_plugin")
 
+IN_RUN_FOLDER = "lpnet.safetensors"
+"""What LPNet's file is called in the folder of a run."""
+
 COVERAGE = 0.9
 """Share of measurements that an interval holds, unless another is asked for."""
 
@@ -287,9 +290,13 @@ class LPNet:
     def load(cls, path: str | Path, *, space: ChannelSpace | None = None) -> LPNet:
         """Read what `save` wrote; with `space`, insist that it is for that network.
 
+        Args:
+            path: the file, or a run folder, which holds it as `lpnet.safetensors`.
+
         Raises:
             FileFormatError: missing, corrupt, of another kind, or for another network.
         """
+        path = _file_in(Path(path))
         about, tensors = _read(path)
         if space is not None and about["fingerprint"] != space.fingerprint:
             raise FileFormatError(
@@ -378,6 +385,19 @@ def _better(adapted: LPNet, alone: LPNet) -> LPNet:
         100 * adapted.report.mape, 100 * alone.report.mape,
     )  # fmt: skip
     return alone
+
+
+def _file_in(path: Path) -> Path:
+    """The file that is meant: `path`, or the one in the run folder `path`."""
+    if not path.is_dir():
+        return path
+    file = path / IN_RUN_FOLDER
+    if not file.is_file():
+        raise FileFormatError(
+            f"LPNet `{path}`: a folder without `{IN_RUN_FOLDER}`; give a file that `wgates fit-lpnet` "
+            "wrote, or the folder of a run with a latency target"
+        )
+    return file
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,5 +3,13 @@
 from wgates_plugin.integrations.torch_pruning.importance import GDPImportance, WGatesImportance
 from wgates_plugin.integrations.torch_pruning.pruner import WGatesPruner
 from wgates_plugin.integrations.torch_pruning.strategies import StrategyPruner
+from wgates_plugin.strategies.gdp import GDPSettings, PolarisedGates
 
-__all__ = ["GDPImportance", "StrategyPruner", "WGatesImportance", "WGatesPruner"]
+__all__ = [
+    "GDPImportance",
+    "GDPSettings",
+    "PolarisedGates",
+    "StrategyPruner",
+    "WGatesImportance",
+    "WGatesPruner",
+]

@@ -23,11 +23,11 @@ from wgates_plugin.integrations.torch_pruning.goals import (
     Goal,
     RatioGoal,
     as_budget,
+    check_reachable,
     goal_problems,
     target_problems,
 )
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.strategies.budgeting import check_feasible
 from wgates_plugin.verification import check_traced
 
 Scheduler = Callable[[float, int], Sequence[float]]
@@ -138,7 +138,7 @@ class TracedPruner(tp.pruner.BasePruner):
         budget = as_budget(space, efficiency, target) if budgeted else None
         if budget is not None:
             check_inputs(budget, example_inputs)
-            check_feasible(space, budget, grid)
+            check_reachable(space, budget, grid, told_unit=efficiency is not None)
         with options.told_as(self._subject):
             self._goal = self._make_goal(
                 budget,
@@ -204,7 +204,7 @@ class TracedPruner(tp.pruner.BasePruner):
             warnings.warn(
                 f"{self._subject}: the network is within its budget as it is "
                 f"({budget.describe(full)}); nothing will be removed",
-                stacklevel=3,
+                stacklevel=4,
             )
         way = options.schedule(scheduler, 1.0, steps)
         return BudgetGoal(self.space, budget, self._grid, way)

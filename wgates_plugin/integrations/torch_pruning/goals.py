@@ -12,8 +12,9 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, check_target
 from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.efficiency.counts import MacsModel
-from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.errors import ConfigError, InfeasibleTargetError, TargetError
 from wgates_plugin.integrations.torch_pruning.options import SUBJECT
+from wgates_plugin.strategies.budgeting import check_feasible
 from wgates_plugin.strategies.ratios import Scope, ratio_budget, ratio_widths
 from wgates_plugin.strategies.wgates import ranks_within
 
@@ -143,3 +144,21 @@ def as_budget(
     budget = Budget.of(Limit(model, check_target(target, model.unit)))
     check_models(space, budget)
     return budget
+
+
+def check_reachable(space: ChannelSpace, budget: Budget, grid: int, *, told_unit: bool) -> None:
+    """`check_feasible`; where nobody said of what the target is, the error says that it is of MACs.
+
+    Raises:
+        InfeasibleTargetError: names the least reachable cost.
+    """
+    try:
+        check_feasible(space, budget, grid)
+    except InfeasibleTargetError as error:
+        if told_unit:
+            raise
+        raise InfeasibleTargetError(
+            f"target {budget.limits[0].target:g} MACs: without `efficiency` a target counts MACs; "
+            "did you mean milliseconds? Give `efficiency=LPNet.load(...)`, fitted for this network, "
+            f"beside it ({error})"
+        ) from error

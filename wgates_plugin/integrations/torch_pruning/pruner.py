@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,8 +50,8 @@ class WGatesPruner(TracedPruner):
             ranks by what the gates measure while they are all open, `settings.measuring` steps
             long, and by filter norms with `measuring=0`.
         efficiency: what is limited: `LPNet`, `MacsModel`, `ParametersModel`, a function of the
-            channel space that returns one, or a `Budget` of several limits. MACs, if only a target
-            is given.
+            channel space that returns one, or a `Budget` of several limits. Without it a
+            target counts MACs, never milliseconds: those need an `LPNet`.
         target: the limit in the model's unit (ms, MACs, parameters); None for a `Budget`.
         pruning_ratio: share of the channels to remove; 0.5 if there is no target.
         pruning_ratio_dict: module or tuple of modules -> its own ratio.
@@ -76,7 +77,7 @@ class WGatesPruner(TracedPruner):
         >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
         >>> x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        >>> pruner = WGatesPruner(net, x, pruning_ratio=0.5)
+        >>> pruner = WGatesPruner(net, x, pruning_ratio=0.5, steps=1)
         >>> loss = nn.functional.cross_entropy(net(x), y)
         >>> optimizer.zero_grad(); loss.backward()
         >>> _ = pruner.regularize(net)
@@ -247,6 +248,7 @@ class WGatesPruner(TracedPruner):
             TrainingError: its weights are not finite. The pruner can be used on.
         """
         self._refuse_step()
+        self._warn_if_only_measured()
         scores, plan = self.gates.unit_scores(), self._decide()
         self.detach()
         self.current_step += 1
@@ -285,6 +287,18 @@ class WGatesPruner(TracedPruner):
                 "another module now; make a new pruner"
             )
         check_shapes(self.model, self._now)
+
+    def _warn_if_only_measured(self) -> None:
+        """Say that no gate was ever closed in training, where the loop was too short for it."""
+        made = self.gates.step
+        if made and made == self.gates.merits.done:
+            warnings.warn(
+                f"{self._subject}.step: all {made} gate steps were spent on measuring open gates, "
+                "none closed in training: the channels are decided by that measurement alone. Pass "
+                f"steps={made} (at most a quarter of them is then measured), or lower "
+                "`settings=WGatesSettings(measuring=...)`",
+                stacklevel=3,
+            )
 
     def _decide(self) -> PruningPlan:
         scores = self.gates.decided_scores()

@@ -73,7 +73,8 @@ class StrategyPruner(TracedPruner):
         data: batches (inputs, targets), with a length; None for criteria of weights alone.
         epochs, training, loss: of its phase; without effect where it does not learn.
         round_to: channel multiple of every width that is cut.
-        efficiency, target, and all other words: as in `WGatesPruner`.
+        efficiency, target, and all other words: as in `WGatesPruner`; without `efficiency`, a
+            target counts MACs.
 
     Attributes:
         decision: what the strategy answered, after `step()`.

@@ -19,7 +19,7 @@ class MetaPruningSettings:
             is factored through fewer neurons (ours). None never factors, as in the paper.
         least_share, share_step: shares of channels are least_share, least_share + share_step, ... 1.
         population: candidates of the first generation, and those that later ones are filled up to.
-        parents: best candidates so far that the next generation is made from.
+        parents: best candidates so far that the next generation is made from, `population` at most.
         mutations, crossovers: children of a generation by either way.
         mutation_probability: of each gene of a mutated parent.
         generations: generations that are judged, the first one included.
@@ -66,6 +66,10 @@ class MetaPruningSettings:
             ),
             f"share_step is {self.share_step}; needs more than 0 and at most 1": (
                 0 < self.share_step <= 1
+            ),
+            f"parents is {self.parents}, population {self.population}; the parents are the best of "
+            "the candidates: needs parents up to population": (
+                self.population < 1 or self.parents <= self.population
             ),
             f"mutations is {self.mutations}; needs 0 or more": self.mutations >= 0,
             f"crossovers is {self.crossovers}; needs 0 or more": self.crossovers >= 0,

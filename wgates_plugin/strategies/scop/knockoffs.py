@@ -24,6 +24,10 @@ _MARGIN = 0.25
 """How far beyond the real images' range a generator may go, as a share of that range."""
 
 
+_LONGEST = 200
+"""Characters of a generator's own error that are shown."""
+
+
 class Checked:
     """A generator of the user's whose every answer is checked.
 
@@ -41,7 +45,7 @@ class Checked:
         except Exception as error:
             raise TrainingError(
                 f"knockoff generator: fails on a batch of shape {tuple(images.shape)} "
-                f"({type(error).__name__}: {error}); it is called with one batch of real images"
+                f"({_in_short(error)}); it is called with one batch of real images"
             ) from error
         problem = self._problem(images, made)
         if problem:
@@ -70,6 +74,13 @@ class Checked:
                 f"between {self.lowest:.4g} and {self.highest:.4g}: normalise them alike"
             )
         return None
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of an error that may be of any length; the whole of it is its cause."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    cut = first if len(first) <= _LONGEST else first[:_LONGEST] + "..."
+    return f"{type(error).__name__}: {cut}" if cut else type(error).__name__
 
 
 def main_images(inputs: ExampleInputs) -> Tensor:

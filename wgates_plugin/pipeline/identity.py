@@ -1,0 +1,37 @@
+"""What makes a run this run, as far as it is known before the network is: told when it is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from wgates_plugin.pipeline.callables import name_of
+from wgates_plugin.run_folder import first_batch_digest
+from wgates_plugin.targets import LatencyTarget, PruningSettings, Target
+
+
+def identity_of_request(
+    targets: Sequence[Target],
+    settings: PruningSettings,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+) -> dict[str, Any]:
+    """Targets, data and settings as plain values; the order of targets has no meaning."""
+    in_order = sorted(targets, key=lambda target: not isinstance(target, LatencyTarget))
+    return {
+        "targets": [{type(target).__name__: vars(target)} for target in in_order],
+        "data": {
+            "train_batches": len(train_loader),  # type: ignore[arg-type]
+            "val_batches": len(val_loader),  # type: ignore[arg-type]
+            "first_val_batch": first_batch_digest(val_loader),
+        },
+        "settings": settings_as_json(settings),
+    }
+
+
+def settings_as_json(settings: PruningSettings) -> dict[str, Any]:
+    """The settings as plain values; a callable among the options by its `name_of`."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=name_of))
+    return plain
