@@ -1,18 +1,19 @@
 """Claim: every strategy decides on ResNet-50 and MobileNetV2 at 224x224; what it costs is shown.
 
-Measured: random weights, two batches, one thread. For strategies with a phase, wall time of one step of
-it over a plain training step (forward, backward, SGD) on the same batch of 16, in alternating order; for
-the others, wall time of the whole decision in plain training steps on batches of two. Half of the MACs on
-a grid of 8. Searches are cut to a few candidates; the time of judging one is stored as well. Each
-decision is cut, and the cut network compared with the gated one.
+Measured: random weights, batches of random images, one thread. For strategies with a phase, the median
+wall time of a step of it over that of a plain training step (forward, backward, SGD) on the same batches
+of 16, and beside it what the phase takes once, in plain steps; for the others, wall time of the whole
+decision in plain training steps on batches of two. Half of the MACs on a grid of 8. Searches are cut to
+a few candidates. Each decision is cut, and the cut network compared with the gated one.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,23 +44,43 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """What makes an expensive decision small enough here."""
 
 GRID = 8
-STEPS = 2
+STEPS = {True: 4, False: 2}
+"""Steps of strategies with a phase, and of the others' data."""
+
 TRAINING = TrainingSettings(learning_rate=1e-3, accelerator="cpu")
 
 
-def batches(size: int, images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+class Watched(list[tuple[Tensor, Tensor]]):
+    """Batches that note when they are fetched.
+
+    Attributes:
+        seconds: of each step of the last whole pass.
+    """
+
+    seconds: list[float]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        stamps = []
+        for batch in super().__iter__():
+            stamps.append(time.perf_counter())
+            yield batch
+        stamps.append(time.perf_counter())
+        self.seconds = [after - before for before, after in itertools.pairwise(stamps)]
+
+
+def batches(size: int, images: int, count: int, seed: int) -> Watched:
     generator = torch.Generator().manual_seed(seed)
-    return [
+    return Watched(
         (
             torch.randn(images, 3, size, size, generator=generator),
             torch.randint(1000, (images,), generator=generator),
         )
-        for _ in range(STEPS)
-    ]
+        for _ in range(count)
+    )
 
 
 def decide(
-    strategy: str, network: nn.Module, data: list[tuple[Tensor, Tensor]], *, epochs: int
+    strategy: str, network: nn.Module, data: Watched, *, epochs: int
 ) -> tuple[Decision, dict[str, Any]]:
     """One decision, timed, cut and checked."""
     example = data[0][0][:1]
@@ -94,33 +115,34 @@ def decide(
     }
 
 
-def plain_seconds(network: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:
-    """Wall time of one plain epoch of the same loop."""
-    trainer = Trainer(copy.deepcopy(network), data, TRAINING, total_epochs=1)
-    return float(trainer.run(progress=False)[0]["seconds"])
+def plain_seconds(network: nn.Module, data: Watched) -> float:
+    """Median wall time of a step of the same loop without a strategy."""
+    Trainer(copy.deepcopy(network), data, TRAINING, total_epochs=1).run(progress=False)
+    return statistics.median(data.seconds)
 
 
 def measure_strategy(
-    strategy: str, network: nn.Module, data: list[tuple[Tensor, Tensor]], rounds: int
+    strategy: str, network: nn.Module, data: Watched, rounds: int
 ) -> dict[str, Any]:
     """Phase and plain epochs in turn; the ratio of the medians of `rounds`."""
     has_phase = STRATEGIES[strategy].has_phase
-    plain: list[float] = []
-    phase: list[float] = []
+    ratios, once = [], []
     found: dict[str, Any] = {}
     for _ in range(rounds):
-        plain.append(plain_seconds(network, data))
+        plain = plain_seconds(network, data)
         _, found = decide(strategy, network, data, epochs=1 if has_phase else 0)
-        phase.append(found["phase_seconds"] or found["seconds"])
-    ratios = [b / a for a, b in zip(plain, phase, strict=True)]
-    per = "phase step over a plain step" if has_phase else "whole decision in plain steps"
-    scale = 1.0 if has_phase else float(STEPS)
+        if has_phase:
+            step = statistics.median(data.seconds)
+            ratios.append(step / plain)
+            once.append(max(0.0, found["phase_seconds"] - step * len(data)) / plain)
+        else:
+            ratios.append(found["seconds"] / plain)
     return {
         **found,
-        "ratio": scale * statistics.median(ratios),
-        "ratios": [scale * ratio for ratio in ratios],
-        "of": per,
-        "plain_seconds": plain,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "once_in_plain_steps": statistics.median(once) if once else None,
+        "of": "phase step over a plain step" if has_phase else "whole decision in plain steps",
     }
 
 
@@ -140,8 +162,8 @@ def main(argv: Sequence[str] = ()) -> None:
         for strategy in arguments.strategies:
             phase = STRATEGIES[strategy].has_phase
             images = arguments.phase_images if phase else arguments.images
-            data = batches(arguments.size, images, arguments.seed)
-            plain_seconds(network, data[:1])  # warm up
+            data = batches(arguments.size, images, STEPS[phase], arguments.seed)
+            plain_seconds(network, data)  # warm up
             found = measure_strategy(strategy, network, data, arguments.rounds)
             found["images"] = images
             numbers.setdefault(strategy, {})[name] = found
@@ -158,7 +180,7 @@ def main(argv: Sequence[str] = ()) -> None:
             "size": arguments.size,
             "images": arguments.images,
             "phase_images": arguments.phase_images,
-            "steps": STEPS,
+            "steps": [STEPS[True], STEPS[False]],
             "rounds": arguments.rounds,
             "options": OPTIONS,
         },
