@@ -341,8 +341,10 @@ def test_fit_lpnet_goes_on_with_kept_samples(
     other = run(*common, "--samples", 12, "--threads", 2)
     assert other.exit_code == 2
     assert "use another file per runtime" in other.stderr
-    (source,) = [line for line in lines if line.get("type") == "source"]
-    assert source["reference"]["dense_ms"] > 0
+    # One for each time that the reference was calibrated, which a machine that drifts asks for.
+    sources = [line for line in lines if line.get("type") == "source"]
+    assert sources
+    assert all(source["reference"]["dense_ms"] > 0 for source in sources)
 
 
 def test_fit_lpnet_with_prior_report_and_another_structure(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,13 +14,20 @@ from comparison_helpers import filled, stored
 
 from benchmarks import comparison
 from benchmarks.comparison import runs
-from benchmarks.comparison.experiment import FOLDER, Run, load_experiment, recipe_of, runs_of
+from benchmarks.comparison.experiment import (
+    FOLDER,
+    Run,
+    dense_recipe,
+    load_experiment,
+    recipe_of,
+    runs_of,
+)
 from benchmarks.comparison.summary import Difference, read_cells
 from benchmarks.comparison.tables import HEAD, experiment_text
 from wgates_plugin.dense_training import WEIGHTS
 from wgates_plugin.errors import ConfigError, TargetError
-from wgates_plugin.files import write_json
-from wgates_plugin.recipe import load_recipe
+from wgates_plugin.files import load_tensors, write_json
+from wgates_plugin.recipe import load_recipe, prepare
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -198,6 +206,19 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     comparison.main(words)
     assert "0 runs to do" in capsys.readouterr().out
     assert places.samples("eager").read_text() == samples
+    # On a machine without the run folders the same networks are timed, built from their widths.
+    assert finals["from_widths"] == []
+    run = Run("random", "eager", 0.8, 0)
+    network, data, _, settings = prepare(dense_recipe(experiment, 0, places.dense_folder(0)))
+    built = runs.of_widths(network, data.example_input, settings, places.result(run))
+    delivered = load_tensors(places.run_folder(run) / "pruned.safetensors", kind="weights")
+    assert {k: v.shape for k, v in built.state_dict().items()} == {
+        k: v.shape for k, v in delivered.items()
+    }
+    shutil.rmtree(tmp_path / "work" / experiment.name)
+    comparison.main([*words, "--finals"])
+    again = json.loads(places.finals("eager").read_text())
+    assert set(again["from_widths"]) == set(again["ratio"]) == set(finals["ratio"])
     # Another experiment of the task takes the dense network and the samples as they are.
     weights = (places.dense_folder(0) / WEIGHTS).read_bytes()
     other = stored(tmp_path, name="other", task="t")
@@ -311,6 +332,21 @@ def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
     (line,) = runs.outdated(experiment, places, [first, second])
     assert line.startswith(f"{first.key}: stored with other settings (options {{'learning_rate'")
     assert str(places.result(first)) in line
+
+
+def test_runs_from_another_dense_network_are_named(tmp_path: Path) -> None:
+    """A dense network trained again, on another machine, may not be the one of yesterday's runs."""
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path, tmp_path)
+    first, second = comparison.choose(experiment)
+    write_json(places.result(first), {"settings": {}, "dense_weights": "mine"})
+    write_json(places.result(second), {"settings": {}})
+    assert runs.outdated(experiment, places, [first, second]) == []
+    write_json(places.dense_result(0), {"weights": "mine"})
+    assert runs.outdated(experiment, places, [first, second]) == []
+    write_json(places.dense_result(0), {"weights": "other"})
+    (line,) = runs.outdated(experiment, places, [first, second])
+    assert line.startswith(f"{first.key}: pruned from another dense network than the one of seed 0")
 
 
 def test_without_ray_it_goes_on_and_says_so(

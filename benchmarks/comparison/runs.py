@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.comparison.experiment import (
     Experiment,
@@ -22,16 +24,19 @@ from benchmarks.comparison.experiment import (
 from wgates_plugin.dense_training import WEIGHTS, trained
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.errors import TargetError, WGatesError
-from wgates_plugin.files import load_tensors, read_json, write_json
+from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency import RuntimeSettings, get_runtime
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.timing import measure
 from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.pipeline import PruningSettings
 from wgates_plugin.recipe import prepare, run_recipe
-from wgates_plugin.surgery import rebuild
+from wgates_plugin.run_folder import weights_digest
+from wgates_plugin.surgery import rebuild, resize
 from wgates_plugin.targets import LatencyTarget
 from wgates_plugin.tracing import trace
 from wgates_plugin.training import Trainer, evaluate
+from wgates_plugin.transforms import apply_steps
 
 BULK = ("gates",)
 """Keys of a report that only its own page needs."""
@@ -83,6 +88,7 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
     recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
     network, data, _, settings = prepare(recipe)
     network = trained(network, data, recipe, resume=True, progress=False)
+    weights = weights_digest(network)
     before = evaluate(network, data.val_loader).accuracy
     epochs = settings.gate_epochs + settings.fine_tune_epochs
     trainer = Trainer(
@@ -97,6 +103,7 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
         path,
         {
             "seed": seed,
+            "weights": weights,
             "accuracy": before,
             "trained_on": {
                 "accuracy": evaluate(network, data.val_loader).accuracy,
@@ -171,6 +178,11 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
         write_json(path, {"kind": "refused", "reason": str(error), **dataclasses.asdict(run)})
         return
     kept = {key: value for key, value in report.items() if key not in BULK}
+    plan = read_json(folder / "plan.json", kind="plan")
+    note = plan.get("note", {})
+    kept["before_cut"] = note.get("before", [])
+    kept["after_cut"] = [step["transform"] for step in note.get("after", [])]
+    kept["dense_weights"] = read_json(folder / "run.json", kind="run description")["weights"]
     if isinstance(kept.get("lpnet"), dict):
         kept["lpnet"] = {k: v for k, v in kept["lpnet"].items() if k != "predictions"}
     write_json(path, kept)
@@ -186,13 +198,13 @@ def time_finals(
 ) -> None:
     """Latencies of all final networks of one runtime, timed in one sitting, in random order.
 
-    Each is interleaved with the untouched network; the ratio of the median pass counts. Nothing is
-    written where there is nothing to time.
+    Each is interleaved with the untouched network; the ratio of the median pass counts. A network
+    whose run folder is no longer there is built again from its stored widths: its latency does not
+    depend on its weights. Nothing is written where there is nothing to time.
     """
     todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
-    todo = [run for run in todo if _artefact(places, run) is not None]
-    trained_ones = [s for s in experiment.seeds if (places.dense_folder(s) / WEIGHTS).exists()]
-    if not todo or not trained_ones:
+    todo = [run for run in todo if _can_be_timed(places, run)]
+    if not todo:
         return
     runtime = get_runtime(
         runtime_name(block),
@@ -201,11 +213,10 @@ def time_finals(
         ),
         **block.get("options", {}),
     )
-    seed = trained_ones[0]
-    network, data, _, _ = prepare(dense_recipe(experiment, seed, places.dense_folder(seed)))
-    weights = places.dense_folder(seed) / WEIGHTS
-    network.load_state_dict(load_tensors(weights, kind="dense network"))
-    reference = runtime.load(network.eval(), data.example_input)
+    seed = experiment.seeds[0]  # weights have no part in it
+    network, data, _, settings = prepare(dense_recipe(experiment, seed, places.dense_folder(seed)))
+    network.eval()
+    reference = runtime.load(network, data.example_input)
     baseline = measure(reference, seconds=3 * seconds).latency_ms
     found: dict[str, list[dict[str, Any]]] = {}
     order = random.Random(0)
@@ -213,10 +224,13 @@ def time_finals(
         order.shuffle(todo)
         for run in todo:
             artefact = _artefact(places, run)
-            assert artefact is not None
-            folder = places.run_folder(run)
-            pruned = rebuild(network, folder / "plan.json", folder / "pruned.safetensors")
-            session = runtime.load_delivered(artefact, pruned, data.example_input)
+            if artefact is not None:
+                folder = places.run_folder(run)
+                pruned = rebuild(network, folder / "plan.json", folder / "pruned.safetensors")
+                session = runtime.load_delivered(artefact, pruned, data.example_input)
+            else:
+                pruned = of_widths(network, data.example_input, settings, places.result(run))
+                session = runtime.load(pruned, data.example_input)
             timed = measure(
                 session, reference=reference, reference_ms=baseline, seconds=seconds
             ).to_json()
@@ -233,6 +247,7 @@ def time_finals(
             "baseline_ms": baseline,
             "ratio": {key: values[len(values) // 2] for key, values in ratios.items()},
             "passes": ratios,
+            "from_widths": [run.key for run in todo if _artefact(places, run) is None],
             "seconds": seconds,
             "environment": describe_environment(),
         },
@@ -244,6 +259,28 @@ def _artefact(places: Places, run: Run) -> Path | None:
         return None
     found = list(places.run_folder(run).glob("model.*"))
     return found[0] if found else None
+
+
+def _can_be_timed(places: Places, run: Run) -> bool:
+    """Whether the delivered file is there, or the run's result says how to build its like."""
+    if _artefact(places, run) is not None:
+        return True
+    if not places.result(run).exists():
+        return False
+    stored = read_json(places.result(run), kind="run")
+    return stored.get("after_cut") == []
+
+
+def of_widths(
+    network: nn.Module, example: Any, settings: PruningSettings, result: Path
+) -> nn.Module:
+    """A network of the stored widths; which channels and weights are in it is left open."""
+    stored = read_json(result, kind="run")
+    network = apply_steps(copy.deepcopy(network), stored["before_cut"])
+    space = trace(network, example, ignored_layers=settings.ignored_layers)
+    kept = {row["group"]: row["kept"] for row in stored["widths"]}
+    widths = [kept[group.name] for group in space.groups]
+    return resize(network, space, widths).eval()
 
 
 def missing(experiment: Experiment, places: Places) -> list[Run]:
@@ -273,7 +310,8 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
     lines = []
     for run in chosen:
         path = places.result(run)
-        theirs = read_json(path, kind="run").get("settings") if path.exists() else None
+        stored = read_json(path, kind="run") if path.exists() else {}
+        theirs = stored.get("settings")
         if not isinstance(theirs, dict):
             continue  # not run, or refused before there were any
         pruning = recipe_of(experiment, run, places.run_folder(run)).pruning
@@ -284,6 +322,13 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
             lines.append(
                 f"{run.key}: stored with other settings ({changed}); delete `{path}` and "
                 f"`{places.run_folder(run)}` to run it again"
+            )
+        dense = places.dense_result(run.seed)
+        mine = read_json(dense, kind="dense result").get("weights") if dense.exists() else None
+        if mine is not None and stored.get("dense_weights", mine) != mine:
+            lines.append(
+                f"{run.key}: pruned from another dense network than the one of seed {run.seed} here "
+                f"(trained on another machine?); delete `{path}` to run it again"
             )
     return lines
 
