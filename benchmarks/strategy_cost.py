@@ -4,7 +4,8 @@ Measured: random weights, batches of random images, one thread. For strategies w
 wall time of a step of it over that of a plain training step (forward, backward, SGD) on the same batches
 of 16, and beside it what the phase takes once, in plain steps; for the others, wall time of the whole
 decision in plain training steps on batches of two. Half of the MACs on a grid of 8. Searches are cut to
-a few candidates. Each decision is cut, and the cut network compared with the gated one.
+a few candidates. Each decision is cut, and the cut network compared with the gated one. Rows that are not
+asked for stay as they were measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.records import parser, write_record
+from benchmarks.records import parser, read_record, write_record
 from benchmarks.subjects import torchvision_network
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.strategies import STRATEGIES, Decision, Task, make_strategy, plan_for_budget
@@ -115,33 +116,34 @@ def decide(
     }
 
 
-def plain_seconds(network: nn.Module, data: Watched) -> float:
-    """Median wall time of a step of the same loop without a strategy."""
+def plain_seconds(network: nn.Module, data: Watched) -> list[float]:
+    """Wall time of each step of the same loop without a strategy."""
     Trainer(copy.deepcopy(network), data, TRAINING, total_epochs=1).run(progress=False)
-    return statistics.median(data.seconds)
+    return data.seconds
 
 
 def measure_strategy(
     strategy: str, network: nn.Module, data: Watched, rounds: int
 ) -> dict[str, Any]:
-    """Phase and plain epochs in turn; the ratio of the medians of `rounds`."""
+    """Phase and plain epochs in turn; the ratio of the medians of all their steps."""
     has_phase = STRATEGIES[strategy].has_phase
-    ratios, once = [], []
+    plain: list[float] = []
+    taken: list[float] = []
+    phases: list[float] = []
     found: dict[str, Any] = {}
     for _ in range(rounds):
-        plain = plain_seconds(network, data)
+        plain += plain_seconds(network, data)
         _, found = decide(strategy, network, data, epochs=1 if has_phase else 0)
-        if has_phase:
-            step = statistics.median(data.seconds)
-            ratios.append(step / plain)
-            once.append(max(0.0, found["phase_seconds"] - step * len(data)) / plain)
-        else:
-            ratios.append(found["seconds"] / plain)
+        taken += data.seconds if has_phase else [found["seconds"]]
+        phases.append(found["phase_seconds"] or 0.0)
+    step, whole = statistics.median(plain), statistics.median(taken)
+    once = statistics.median(phases) - whole * len(data)
     return {
         **found,
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "once_in_plain_steps": statistics.median(once) if once else None,
+        "ratio": whole / step,
+        "seconds_each": taken,
+        "plain_seconds_each": plain,
+        "once_in_plain_steps": max(0.0, once) / step if has_phase else None,
         "of": "phase step over a plain step" if has_phase else "whole decision in plain steps",
     }
 
@@ -156,7 +158,8 @@ def main(argv: Sequence[str] = ()) -> None:
     options.add_argument("--phase-images", type=int, default=16, help="a batch, for phases")
     arguments = options.parse_args(list(argv))
     torch.set_num_threads(1)
-    numbers: dict[str, Any] = {}
+    stored = read_record(arguments.results, "strategy_cost")
+    numbers: dict[str, Any] = stored["numbers"] if stored else {}
     for name in arguments.networks:
         network = torchvision_network(name, seed=arguments.seed)
         for strategy in arguments.strategies:

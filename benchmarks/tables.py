@@ -11,8 +11,8 @@ from benchmarks import not_faster, scoreboard
 from benchmarks.comparison.claims import COMPARED
 from benchmarks.comparison.tables import (
     ablations_table,
-    experiment_text,
     matrix_text,
+    page,
     verdicts_table,
 )
 from benchmarks.nni_experiment.page import table as trials_table
@@ -149,9 +149,9 @@ def targets_table(folder: Path) -> str:
             f"{n['latency_ms']:.2f} ms",
             n["contract"],
             f"{n['macs_share']:.0%}",
-            f"{n['lpnet_held_out']['mape']:.1%}",
-            "-" if n["lpnet_mape_visited"] is None else f"{n['lpnet_mape_visited']:.1%}",
-            f"{sum(n['seconds'].values()):.0f} s",
+            f"{n['lpnet']['mape_held_out']:.1%}",
+            "-" if n["lpnet"]["mape_visited"] is None else f"{n['lpnet']['mape_visited']:.1%}",
+            f"{n['seconds']['total']:.0f} s",
         ]
         for network, n in (record["numbers"] if record else {}).items()
     ]
@@ -296,13 +296,11 @@ def nni_experiment_table(folder: Path) -> str:
 
 def cell_pages(folder: Path) -> dict[Path, str]:
     """A page with all cells of every compared experiment of which anything ran, beside its runs."""
-    pages = {}
-    for experiment in COMPARED:
-        home = folder / "comparison" / experiment.name
-        if (home / "runs").is_dir():
-            about = f"# {experiment.name}\n\n{experiment.about[0].upper()}{experiment.about[1:]}."
-            pages[home / "README.md"] = f"{about}\n\n{experiment_text(experiment, folder)}\n"
-    return pages
+    return dict(
+        page(experiment, folder)
+        for experiment in COMPARED
+        if (folder / "comparison" / experiment.name / "runs").is_dir()
+    )
 
 
 def comparison_table(folder: Path) -> str:
@@ -363,6 +361,6 @@ def main(argv: Sequence[str] = ()) -> None:
     text = arguments.readme.read_text(encoding="utf-8")
     write_text(arguments.readme, rewritten(text, arguments.results))
     print(f"rewrote {arguments.readme}")
-    for path, page in cell_pages(arguments.results).items():
-        write_text(path, page)
+    for path, text in cell_pages(arguments.results).items():
+        write_text(path, text)
         print(f"wrote {path}")

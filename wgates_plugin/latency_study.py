@@ -288,6 +288,29 @@ class LatencyStudy:
             cost.seconds + rest.seconds, cost.inference_seconds + rest.inference_seconds
         )
 
+    def tie(self, seconds: float) -> dict[int, float]:
+        """What samples of other sittings are to be multiplied by, from source to factor.
+
+        Their references are timed against the untouched network again, as they were then. Two
+        networks do not slow down alike on a machine with other work to do: an error of that one
+        ratio is an error of all its samples.
+        """
+        assert self.samples is not None
+        assert self.reference_ms is not None
+        sources = {sample.source: self.samples.sources[sample.source] for sample in self.samples}
+        ratios: dict[tuple[int, ...], float] = {}
+        factors = {}
+        for number, source in sources.items():
+            widths = tuple(source.reference.get("widths", ()))
+            if not widths or source.dense_ms == self.reference_ms:
+                continue
+            if widths not in ratios:
+                light = self.family.session(widths)
+                ratios[widths] = measure(light, reference=self.reference, seconds=seconds).ratio
+                light.close()
+            factors[number] = ratios[widths] * source.dense_ms / source.reference_ms
+        return factors
+
     def fit(self, *, seed: int, structure: str = "layers", prior: LPNet | None = None) -> LPNet:
         """LPNet from the samples and from everything visited since."""
         widths, latencies_ms, layers_ms = self._seen()

@@ -163,6 +163,8 @@ class PruningSettings:
         min_channels, min_fraction, floors, caps, ignored_layers: see `trace`.
         margin: aim this far under the target, so that noise does not break the contract.
         attempts: how often the closed loop may correct a network that is over the target.
+        trim_epochs: epochs at a tenth of the learning rate after a delivered file was over the target
+            and its network trimmed; they come on top of all others. With 0 fine-tuning epochs, none.
         recalibration_images: training images for BatchNorm statistics after the removal.
         unification: also give the delivered weights few bits (`transforms.unification`); None does not.
 
@@ -191,6 +193,7 @@ class PruningSettings:
     ignored_layers: Sequence[str] = ()
     margin: float = 0.02
     attempts: int = 4
+    trim_epochs: int = 1
     recalibration_images: int = 1024
     unification: UnificationSettings | None = None
     seed: int = 0
@@ -206,6 +209,7 @@ class PruningSettings:
             "workers": (self.workers, 1),
             "min_channels": (self.min_channels, 1),
             "attempts": (self.attempts, 1),
+            "trim_epochs": (self.trim_epochs, 0),
             "recalibration_images": (self.recalibration_images, 1),
             "seed": (self.seed, 0),
         }

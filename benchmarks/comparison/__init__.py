@@ -29,12 +29,17 @@ from benchmarks.comparison.experiment import (
     runs_of,
     runtime_name,
 )
+from benchmarks.comparison.tables import write_page
+from benchmarks.comparison.turns import Turns
 from benchmarks.records import parser
 from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency.base import require
+from wgates_plugin.latency.timing import measuring_within
 
 CLAIM = "at equal measured latency, no other method keeps more accuracy"
 SCRATCH = Path("runs") / "comparison"
+TURNS = "workers"
+"""Where workers sign up, in the scratch folder."""
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -47,7 +52,12 @@ def main(argv: Sequence[str] = ()) -> None:
     options.add_argument("--seeds", nargs="+", type=int, help="only these")
     options.add_argument("--targets", nargs="+", type=float, help="only these")
     options.add_argument("--runtimes", nargs="+", help="only these")
-    options.add_argument("--workers", type=int, default=1, help="processes of one thread")
+    options.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes of one thread; they stand still while one of them measures",
+    )
     options.add_argument(
         "--ray",
         action="store_true",
@@ -67,31 +77,42 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     places = runs.Places(experiment, arguments.results, arguments.scratch)
     torch.set_num_threads(1)
-    if arguments.only:
-        run = next(run for run in runs_of(experiment) if run.key == arguments.only)
-        print(runs.attempt(experiment, places, run), flush=True)
-        return
-    if not arguments.finals:
-        for line in runs.outdated(experiment, places, chosen):
-            print(line, flush=True)
-        missing = set(runs.missing(experiment, places))
-        todo = [run for run in chosen if run in missing]
-        runs.prepared(experiment, places, chosen)
-        print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
-        commands = [
-            [sys.executable, "-m", "benchmarks", "comparison", *argv, "--only", run.key]
-            for run in todo
-        ]
-        if arguments.ray and _on_ray(commands, gpus=_gpus(experiment)):
-            pass
-        elif arguments.workers > 1:
-            _in_parallel(commands, arguments.workers)
-        else:
-            for run in todo:
-                print(runs.attempt(experiment, places, run), flush=True)
-    for block in experiment.runtimes:
-        if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
-            runs.time_finals(experiment, places, block)
+    turns = Turns(arguments.scratch / TURNS)
+    with measuring_within(turns.alone):
+        if arguments.only:
+            run = next(run for run in runs_of(experiment) if run.key == arguments.only)
+            print(runs.attempt(experiment, places, run), flush=True)
+            return
+        if not arguments.finals:
+            commands = _missing(experiment, places, chosen, argv)
+            if arguments.ray and _on_ray(list(commands.values()), gpus=_gpus(experiment)):
+                pass
+            elif arguments.workers > 1:
+                _in_parallel(list(commands.values()), arguments.workers, turns)
+            else:
+                for run in commands:
+                    print(runs.attempt(experiment, places, run), flush=True)
+        for block in experiment.runtimes:
+            if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
+                runs.time_finals(experiment, places, block, again=arguments.finals)
+    write_page(experiment, arguments.results)
+    still = set(runs.missing(experiment, places)) & set(chosen)
+    if still and not arguments.finals:
+        print(f"{experiment.name}: {len(still)} runs failed; see above", flush=True)
+        raise SystemExit(1)
+
+
+def _missing(
+    experiment: Experiment, places: runs.Places, chosen: Sequence[Run], argv: Sequence[str]
+) -> dict[Run, list[str]]:
+    """The chosen runs without a result, with the command of each; what they share is made before."""
+    runs.prepared(experiment, places, chosen)
+    for line in runs.outdated(experiment, places, chosen):
+        print(line, flush=True)
+    todo = [run for run in chosen if not places.result(run).exists()]
+    print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
+    command = [sys.executable, "-m", "benchmarks", "comparison", *argv, "--only"]
+    return {run: [*command, run.key] for run in todo}
 
 
 def choose(
@@ -143,9 +164,14 @@ def _caller() -> Callable[[list[str]], None]:
     return call
 
 
-def _in_parallel(commands: list[list[str]], workers: int) -> None:
+def _in_parallel(commands: list[list[str]], workers: int, turns: Turns) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def call(command: list[str]) -> int:
+        return turns.call(command, environment=environment)
+
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(_caller(), commands))
+        list(pool.map(call, commands))
 
 
 def _on_ray(commands: list[list[str]], *, gpus: int) -> bool:

@@ -19,6 +19,7 @@ from pydantic import (
 
 from benchmarks.records import HOME
 from wgates_plugin.errors import ConfigError
+from wgates_plugin.pipeline import PruningSettings
 from wgates_plugin.recipe import Recipe
 from wgates_plugin.recipe_checks import checked, read
 
@@ -38,6 +39,7 @@ class Method(_Block):
     Attributes:
         strategy, options: who decides, see `wgates_plugin.strategies`.
         pruning: settings that this method needs different from the others', laid over theirs.
+        fine_tuned: False gives the epochs of fine-tuning to the phase before.
         tuning: how its settings were found, in words; every method is entitled to the same effort.
         role: "ours" is held against every "rival"; an "ablation" is ours with one thing changed,
             shown in a table of its own and nobody's rival.
@@ -47,6 +49,7 @@ class Method(_Block):
     strategy: str
     options: dict[str, Any] = Field(default_factory=dict)
     pruning: dict[str, Any] = Field(default_factory=dict)
+    fine_tuned: bool = True
     tuning: str = "defaults"
     role: Role = "rival"
     targets: list[float] | None = None
@@ -199,6 +202,13 @@ def runs_of(experiment: Experiment) -> Iterator[Run]:
                         yield run
 
 
+def _epochs(pruning: dict[str, Any]) -> int:
+    """All epochs in which a run trains, by its pruning settings."""
+    default = PruningSettings()
+    given = (pruning.get(key, getattr(default, key)) for key in ("gate_epochs", "fine_tune_epochs"))
+    return sum(given)
+
+
 def dense_recipe(experiment: Experiment, seed: int, folder: Path) -> Recipe:
     """The recipe that trains the dense network; its target only fills the place."""
     raw = copy.deepcopy(experiment.recipe)
@@ -237,8 +247,12 @@ def recipe_of(
         "strategy": method.strategy,
         "options": method.options,
     }
+    if not method.fine_tuned:
+        settings = raw["pruning"]
+        settings["gate_epochs"] = _epochs(settings)
+        settings["fine_tune_epochs"] = 0
     if grid is not None and raw["pruning"].get("grid") is None:
         raw["pruning"]["grid"] = grid
-    if samples is not None:
+    if samples is not None and "samples_file" not in method.pruning:
         raw["pruning"]["samples_file"] = str(samples)
     return checked(raw, subject=f"experiment {experiment.name}")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import random
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,14 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
         label="dense, trained on",
     )
     trainer.run(progress=False)
+    known = read_json(path, kind="dense result").get("weights") if path.exists() else None
+    if known not in (None, weights):
+        raise WGatesError(
+            f"experiment {experiment.name}: the dense network of seed {seed}, trained again here, is "
+            f"not the one of the stored runs (weights {weights}, stored {known}); delete `{path}` and "
+            f"this seed's files in `{places.results / 'runs'}`, or fetch the folder "
+            f"`{places.dense_folder(seed)}` from where they were made"
+        )
     write_json(
         path,
         {
@@ -195,16 +204,21 @@ def time_finals(
     *,
     seconds: float = 1.0,
     passes: int = 3,
+    again: bool = False,
 ) -> None:
     """Latencies of all final networks of one runtime, timed in one sitting, in random order.
 
     Each is interleaved with the untouched network; the ratio of the median pass counts. A network
     whose run folder is no longer there is built again from its stored widths: its latency does not
-    depend on its weights. Nothing is written where there is nothing to time.
+    depend on its weights. Nothing is written where there is nothing to time, and the same networks
+    are not timed a second time but for `again`: repeated until all keep their targets, a sitting
+    would tell of chance.
     """
     todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
     todo = [run for run in todo if _can_be_timed(places, run)]
-    if not todo:
+    path = places.finals(runtime_name(block))
+    known = set(read_json(path, kind="final latencies")["ratio"]) if path.exists() else set()
+    if not todo or (known == {run.key for run in todo} and not again):
         return
     runtime = get_runtime(
         runtime_name(block),
@@ -241,7 +255,7 @@ def time_finals(
         key: sorted(one["latency_ms"] / baseline for one in timed) for key, timed in found.items()
     }
     write_json(
-        places.finals(runtime_name(block)),
+        path,
         {
             "runtime": runtime_name(block),
             "baseline_ms": baseline,
@@ -338,8 +352,10 @@ def attempt(experiment: Experiment, places: Places, run: Run) -> str:
     threads = torch.get_num_threads()
     try:
         do_run(experiment, places, run)
-    except WGatesError as error:
-        return f"{run.key}: failed: {error}"
+    except Exception as error:  # the others are to be tried all the same
+        if not isinstance(error, WGatesError):
+            traceback.print_exc()
+        return f"{run.key}: failed: {type(error).__name__}: {error}"
     finally:
         torch.set_num_threads(threads)
     stored = json.loads(places.result(run).read_text())

@@ -15,6 +15,7 @@ from benchmarks.comparison.summary import (
     mean_and_spread,
     read_cells,
 )
+from wgates_plugin.files import write_text
 
 PHASES = {
     "lpnet": "LPNet",
@@ -104,6 +105,18 @@ def experiment_text(experiment: Experiment, results: Path) -> str:
             words += f"; {found}"
         parts.append(words + "\n\n" + _markdown(HEAD, cell_table(cell)))
     return "\n\n".join(parts)
+
+
+def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
+    """Where the page of an experiment lies, beside its runs, and what it says."""
+    about = f"# {experiment.name}\n\n{experiment.about[0].upper()}{experiment.about[1:]}."
+    path = results / "comparison" / experiment.name / "README.md"
+    return path, f"{about}\n\n{experiment_text(experiment, results)}\n"
+
+
+def write_page(experiment: Experiment, results: Path) -> None:
+    path, text = page(experiment, results)
+    write_text(path, text)
 
 
 def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:

@@ -52,6 +52,7 @@ class SampleFile:
         allowed: ids of sources that are used although their environment is another.
         clock_ms: latency of the untouched network that `latencies_ms` are given by. Sources of
             another clock are brought to this one by their ratios; None leaves each its own.
+        ties: source id -> what its latencies are multiplied by, see `LatencyStudy.tie`.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class SampleFile:
     rejected: list[Sample] = field(default_factory=list)
     allowed: frozenset[int] = frozenset()
     clock_ms: float | None = None
+    ties: dict[int, float] = field(default_factory=dict)
     _size: int | None = field(default=None, repr=False, compare=False)
     _claim: Claim | None = field(default=None, repr=False, compare=False)
 
@@ -303,9 +305,10 @@ class SampleFile:
     def latency_of(self, sample: Sample) -> float:
         """Milliseconds of a sample by the file's clock."""
         dense_ms = self.sources[sample.source].dense_ms
+        latency_ms = sample.latency_ms * self.ties.get(sample.source, 1.0)
         if self.clock_ms is None or self.clock_ms == dense_ms:
-            return sample.latency_ms
-        return sample.latency_ms * self.clock_ms / dense_ms
+            return latency_ms
+        return latency_ms * self.clock_ms / dense_ms
 
     @property
     def layers_ms(self) -> list[dict[str, float] | None]:

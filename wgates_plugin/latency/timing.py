@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from wgates_plugin.errors import MeasurementError
@@ -37,6 +37,30 @@ _FEWEST_AT_LENGTH = 3
 _WARMUP_SECONDS = 0.1
 _MOST_PER_BLOCK = 2000
 _PATIENCE = 4
+
+
+_around: list[Callable[[], AbstractContextManager[None]]] = []
+
+
+@contextmanager
+def measuring_within(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Every `measure` of this process inside happens within a fresh `context()`.
+
+    For what keeps others off the machine meanwhile: two networks under load do not slow down alike.
+    """
+    _around.append(context)
+    try:
+        yield
+    finally:
+        _around.remove(context)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in _around:
+            stack.enter_context(context())
+        yield
 
 
 def measure(
@@ -88,7 +112,7 @@ def measure(
     clock = _Clock(clock_ns, processor_ns, switches or involuntary_switches)
     started = clock_ns()
     sessions = [session] if reference is None else [session, reference]
-    with _no_garbage_collection(), _paired(session, reference):
+    with _undisturbed(), _no_garbage_collection(), _paired(session, reference):
         warmed = [_warm_up(each, warmup, clock) for each in sessions]
         for each in sessions:
             getattr(each, "forget", _nothing)()

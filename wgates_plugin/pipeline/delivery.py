@@ -184,11 +184,12 @@ def _cut_further(job: Job, network: nn.Module, plan: PruningPlan, smaller: Pruni
     space = graph.space(ignored_layers=job.settings.ignored_layers)
     remove(network, closed_loop.relative_plan(smaller, plan, space), traced=graph)
     job.recalibrate(network)
-    if job.settings.fine_tune_epochs:
+    epochs = job.settings.trim_epochs
+    if job.settings.fine_tune_epochs and epochs:
         training = job.settings.training
         gentle = dataclasses.replace(
             training, learning_rate=training.learning_rate / 10, warmup_epochs=0.0
         )
         with job.folder.clock("fine_tune"):
-            job.trainer(network, "trim", 1, gentle).run(progress=job.progress)
+            job.trainer(network, "trim", epochs, gentle).run(progress=job.progress)
         network.cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget, un
 logger = logging.getLogger("wgates_plugin")
 
 _DESTINATIONS = 3
+_MOST_OFF = 0.05
+"""Relative. Beyond it, samples of another sitting are worth a warning."""
 
 
 def measure_baseline(job: Job) -> None:
@@ -68,6 +71,8 @@ def fit_lpnet(job: Job) -> None:
         if job.settings.samples_file is not None and not samples.exists():
             write_text(samples, Path(job.settings.samples_file).read_text(encoding="utf-8"))
         job.study.open_files(samples, job.folder.stage_file("visited.jsonl"))
+    if job.settings.samples_file is not None:
+        _tie_samples(job)
 
     settings = job.settings
 
@@ -114,6 +119,24 @@ def fit_lpnet(job: Job) -> None:
         f"{facts['mape_held_out']:.1%}",
         "lpnet",
     )
+
+
+def _tie_samples(job: Job) -> None:
+    """Samples of another sitting, brought to the ratios that hold in this one."""
+    seconds = job.settings.measure_seconds / 2
+    factors = job.folder.once(
+        "ties", lambda: {str(key): value for key, value in job.study.tie(seconds).items()}
+    )
+    if job.study.samples is None:  # no writer
+        return
+    job.study.samples.ties = {int(key): value for key, value in factors.items()}
+    worst = max(factors.values(), key=lambda factor: abs(math.log(factor)), default=1.0)
+    if abs(worst - 1.0) > _MOST_OFF:
+        logger.warning(
+            "samples `%s`: their reference takes %.0f %% of what it took beside the untouched "
+            "network; one of the two sittings was disturbed. Go on with the present one, or measure "
+            "samples anew on a quiet machine", job.settings.samples_file, 100 * worst,
+        )  # fmt: skip
 
 
 def destinations(job: Job, lpnet: LPNet) -> list[tuple[int, ...]]:

@@ -1,0 +1,71 @@
+"""Several runs on one machine: whoever measures has it alone, the others stand still meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class Turns:
+    """Processes that are known by a file in a folder; POSIX only, elsewhere nobody is stopped.
+
+    A process is stopped by signal, wherever it is but for one place: it holds the lock while it
+    measures. Whoever waits for the lock may stand still as well.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def call(self, command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> int:
+        """Run a command as one of the processes; returns its exit status."""
+        with self._lock():  # it begins when nobody measures, and can be stopped from then on
+            process = subprocess.Popen(command, env=environment)
+            known = self.folder / f"{process.pid}.worker"
+            known.touch()
+        try:
+            return process.wait()
+        finally:
+            known.unlink(missing_ok=True)
+            with self._lock():  # nobody measures now; some may stand still for one that was killed
+                self._signal(signal.SIGCONT)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """All others stand still."""
+        with self._lock():
+            self._signal(signal.SIGSTOP)
+            try:
+                yield
+            finally:
+                self._signal(signal.SIGCONT)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        if fcntl is None:
+            yield
+            return
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _signal(self, which: int) -> None:
+        if fcntl is None:
+            return
+        for path in self.folder.glob("*.worker"):
+            number = int(path.stem)
+            if number == os.getpid():
+                continue
+            try:
+                os.kill(number, which)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
