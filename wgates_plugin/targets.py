@@ -139,7 +139,8 @@ class PruningSettings:
     """Everything about the job but the target. The defaults suit small image networks.
 
     Attributes:
-        strategy: who decides, one of `strategies.STRATEGIES`. options: its own settings.
+        strategy: who decides, one of `strategies.STRATEGIES` or your own `strategies.Strategy` as
+            "package.module:Class". options: its own settings.
         gate_epochs: epochs in which the strategy learns; W-Gates trains gates and weights together,
             and decides by filter norms with 0. Strategies that do not learn leave them to the
             fine-tuning.

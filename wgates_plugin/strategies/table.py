@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from wgates_plugin.catalogue.factories import is_factory_name, load_factory
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies.base import Strategy, option_names
 from wgates_plugin.strategies.criteria import REFUSED as REFUSED_CRITERIA
@@ -43,6 +44,32 @@ REFUSED: dict[str, str] = {
 """Name -> why it is no strategy."""
 
 
+def strategy_type(name: str) -> type[Strategy]:
+    """The class of a strategy, by its name or, one of your own, as "package.module:Class".
+
+    Importing the latter runs that module's code.
+
+    Raises:
+        ConfigError: no such name, module or class.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    if is_factory_name(name):
+        found = load_factory(name)
+        if isinstance(found, type) and issubclass(found, Strategy):
+            return found
+        raise ConfigError(
+            f"strategy `{name}`",
+            ["no subclass of wgates_plugin.strategies.Strategy; name a class that is one"],
+        )
+    near = difflib.get_close_matches(name, list(STRATEGIES), n=1)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    raise ConfigError(
+        f"strategy `{name}`",
+        [f"{hint}known: {', '.join(STRATEGIES)}, or your own as package.module:Class"],
+    )
+
+
 def make_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
     """The strategy called `name` with its options.
 
@@ -52,24 +79,24 @@ def make_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strate
     problems = strategy_problems(name, options or {})
     if problems:
         raise ConfigError("strategy", problems)
-    kind = STRATEGIES[name]
+    kind = strategy_type(name)
     return kind(TypeAdapter(kind.settings_type).validate_python(dict(options or {})))
 
 
 def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with a strategy's name and options, one line each, the key first."""
-    if not isinstance(name, str) or name not in STRATEGIES:
-        reason = REFUSED.get(name) if isinstance(name, str) else None
-        if reason is not None:
-            return [f"strategy is {name!r}; {reason}"]
-        near = difflib.get_close_matches(str(name), list(STRATEGIES), n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
+    reason = REFUSED.get(name) if isinstance(name, str) else None
+    if reason is not None:
+        return [f"strategy is {name!r}; {reason}"]
+    try:
+        kind = strategy_type(str(name))
+    except ConfigError as error:
         # Options are most likely meant for the name that was nearly written.
+        near = difflib.get_close_matches(str(name), list(STRATEGIES), n=1)
         return [
-            f"strategy is {name!r}; {hint}known: {', '.join(STRATEGIES)}",
+            *(f"strategy is {name!r}; {problem}" for problem in error.problems),
             *(strategy_problems(near[0], options) if near else ()),
         ]
-    kind = STRATEGIES[name]
     known = option_names(kind)
     problems = []
     rest = dict(options)

@@ -20,7 +20,7 @@ from wgates_plugin.integrations.nni.masks import Masks
 from wgates_plugin.integrations.nni.pruner import WGatesPruner
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
-from wgates_plugin.strategies.table import STRATEGIES, make_strategy, strategy_problems
+from wgates_plugin.strategies.table import make_strategy, strategy_problems
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.targets import Target
 from wgates_plugin.training.engine import LossFunction
@@ -44,7 +44,8 @@ class StrategyPruner(WGatesPruner):
     (`metapruning`'s are fresh ones). `WGatesPruner` learns in the evaluator's training instead.
 
     Args:
-        strategy: a key of `wgates_plugin.strategies.STRATEGIES`; its own settings are `options`.
+        strategy: a key of `wgates_plugin.strategies.STRATEGIES`, or "package.module:Class"; its own
+            settings are `options`.
         data: batches (inputs, targets), with a length.
         epochs, training, loss: of its phase; without effect where it does not learn.
         grid: channel multiple that widths keep to, under a target.
@@ -132,7 +133,7 @@ class StrategyPruner(WGatesPruner):
         return super().compress()
 
     def _decide(self) -> None:
-        epochs = self._epochs if STRATEGIES[self._name].has_phase else 0
+        epochs = self._epochs if self.strategy.has_phase else 0
         network = copy.deepcopy(self._plain).to(next(self.bound_model.parameters()).device)
         network.load_state_dict(
             unwrapped_state(self.bound_model, network.state_dict()), strict=False

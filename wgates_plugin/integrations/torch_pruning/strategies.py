@@ -21,7 +21,7 @@ from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.strategies.criteria import CRITERIA
 from wgates_plugin.strategies.metapruning import MetaPruningStrategy
 from wgates_plugin.strategies.metapruning.genes import Genes, check_searchable
-from wgates_plugin.strategies.table import STRATEGIES, make_strategy, strategy_problems
+from wgates_plugin.strategies.table import make_strategy, strategy_problems
 from wgates_plugin.surgery import check_shapes, removals
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.settings import TrainingSettings
@@ -69,7 +69,8 @@ class StrategyPruner(TracedPruner):
     Args:
         model: the network to prune, in place at `step()`.
         example_inputs: one batch as a tensor, a tuple of arguments or a dict.
-        strategy: a key of `wgates_plugin.strategies.STRATEGIES`; its own settings are `options`.
+        strategy: a key of `wgates_plugin.strategies.STRATEGIES`, or "package.module:Class"; its own
+            settings are `options`.
         data: batches (inputs, targets), with a length; None for criteria of weights alone.
         epochs, training, loss: of its phase; without effect where it does not learn.
         round_to: channel multiple of every width that is cut.
@@ -213,7 +214,7 @@ class StrategyPruner(TracedPruner):
     def _decide(self) -> PruningPlan:
         """Let the strategy decide; the network gets its weights once all has gone well."""
         device = next(self.model.parameters()).device
-        epochs = self._epochs if STRATEGIES[self._name].has_phase else 0
+        epochs = self._epochs if self.strategy.has_phase else 0
         budget = self._goal.budget(self.space, 1)
         decision = self.strategy.decide(
             Task(
