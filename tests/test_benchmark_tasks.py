@@ -324,7 +324,9 @@ def test_experiments_compare_the_same_methods_alike() -> None:
         assert experiment.recipe["pruning"]["grid"] > 1  # the common grid, probed by nobody
         for name, method in experiment.methods.items():
             apart = name.endswith(("-shipped", "-published"))
-            assert method.pruning == ({"grid": 1} if apart else {}), name
+            own = {"samples_file": None} if name == "scop-published" else {}
+            assert method.pruning == ({"grid": 1, **own} if apart else {}), name
+            assert method.fine_tuned == (name != "gdp-published")
             assert (method.targets is not None) == apart, name
         assert "epochs" in experiment.about
     plain = {load_experiment(name).task for name in EXPERIMENTS} - {None}

@@ -6,16 +6,19 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
-from comparison_helpers import filled, stored
+from comparison_helpers import filled, made_up, stored
 
 from benchmarks import comparison
 from benchmarks.comparison import runs
 from benchmarks.comparison.experiment import (
     FOLDER,
+    Experiment,
     Run,
     dense_recipe,
     load_experiment,
@@ -24,10 +27,13 @@ from benchmarks.comparison.experiment import (
 )
 from benchmarks.comparison.summary import Difference, read_cells
 from benchmarks.comparison.tables import HEAD, experiment_text
+from benchmarks.comparison.turns import Turns
+from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dense_training import WEIGHTS
-from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.recipe import load_recipe, prepare
+from wgates_plugin.tracing import trace
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -173,11 +179,11 @@ def test_missing_runs_are_shown(tmp_path: Path) -> None:
     assert "*incomplete*: 1 runs are missing" in text
 
 
-def test_refused_runs_are_shown_and_are_no_missing_ones(tmp_path: Path) -> None:
+def test_refused_runs_are_shown_and_all_of_a_method_are_no_missing_ones(tmp_path: Path) -> None:
     refused = {"random": [0.8, 0.8, 0.8], "wide": ["too few ms"] * 3, "odd": [0.9, "too few", 0.9]}
     experiment = filled(tmp_path, refused)
     (cell,) = read_cells(experiment, tmp_path / "results")
-    assert cell.missing() == 0
+    assert cell.missing() == 1  # "wide" is out, "odd" is undone
     assert cell.best(["wide", "odd"]) is None
     text = experiment_text(experiment, tmp_path / "results")
     assert "| `wide` | 3 refused: too few ms |" in text
@@ -247,14 +253,25 @@ def test_a_part_is_chosen_by_all_four(tmp_path: Path) -> None:
     assert "--seeds 7: not in the experiment; it has 0, 1" in str(caught.value)
 
 
+def noting(done: list[object]) -> Callable[..., str]:
+    """Stands in for a run: it is noted and has a result."""
+
+    def attempt(_: object, places: runs.Places, run: Run) -> str:
+        done.append(run.key)
+        write_json(places.result(run), made_up(0.8))
+        return run.key
+
+    return attempt
+
+
 def test_only_what_the_chosen_runs_need_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[object] = []
     monkeypatch.setattr(runs, "make_dense", lambda _, __, seed: done.append(seed))
     monkeypatch.setattr(runs, "make_samples", lambda _, __, block: done.append(block["runtime"]))
-    monkeypatch.setattr(runs, "attempt", lambda _, __, run: done.append(run.key) or run.key)
-    monkeypatch.setattr(runs, "time_finals", lambda _, __, block: done.append(block))
+    monkeypatch.setattr(runs, "attempt", noting(done))
+    monkeypatch.setattr(runs, "time_finals", lambda _, __, block, **___: done.append(block))
     blocks = [{"runtime": "eager"}, {"runtime": "onnxruntime"}]
     path = stored(tmp_path, targets=[0.5, 0.8], seeds=[0, 1], runtimes=blocks)
     words = [str(path), "--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "work")]
@@ -263,11 +280,10 @@ def test_only_what_the_chosen_runs_need_is_made(
     assert done == [1, "onnxruntime", "random-onnxruntime-80-1", blocks[1]]
     done.clear()
     places = runs.Places(load_experiment(path), tmp_path / "results", tmp_path / "work")
-    write_json(places.result(Run("random", "onnxruntime", 0.8, 1)), {})
     comparison.main([*words, *part])
     assert done == [1, blocks[1]]  # its dense network's accuracies are still missing
     done.clear()
-    write_json(places.dense_result(1), {})
+    write_json(places.dense_result(1), {"accuracy": 0.9, "trained_on": {"accuracy": 0.9}})
     comparison.main([*words, *part])
     assert done == [blocks[1]]
 
@@ -334,6 +350,108 @@ def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
     assert str(places.result(first)) in line
 
 
+def test_a_run_that_fails_does_not_end_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runs, "prepared", lambda *_: None)
+    monkeypatch.setattr(runs, "recipe_of", lambda *_, **__: None)
+    monkeypatch.setattr(runs, "run_recipe", fail)
+    path = stored(tmp_path)
+    with pytest.raises(SystemExit):
+        comparison.main([str(path), "--results", str(tmp_path), "--scratch", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "wgates-eager-80-0: failed: RuntimeError: out of memory" in printed
+    assert "random-eager-80-0: failed: RuntimeError: out of memory" in printed
+    assert "small: 2 runs failed; see above" in printed
+    assert (
+        not runs.Places(load_experiment(path), tmp_path, tmp_path).results.joinpath("runs").exists()
+    )
+
+
+def test_whoever_measures_is_alone(tmp_path: Path) -> None:
+    """A process that notes the time again and again stands still while another one measures."""
+    ticking = (
+        "import sys, time, pathlib\n"
+        "last = time.time(); end = last + 30; here = pathlib.Path(sys.argv[1])\n"
+        "(here / 'begun').touch()\n"
+        "while not (here / 'enough').exists() and last < end:\n"
+        "    time.sleep(0.01); now = time.time()\n"
+        "    (here / 'gaps').open('a').write(f'{now - last}\\n'); last = now\n"
+    )
+    measuring = (
+        "import sys, time, pathlib\n"
+        "from benchmarks.comparison.turns import Turns\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "while not (here / 'begun').exists(): time.sleep(0.01)\n"
+        "with Turns(here).alone():\n"
+        "    before = (here / 'gaps').stat().st_size if (here / 'gaps').exists() else 0\n"
+        "    time.sleep(1.0)\n"
+        "    after = (here / 'gaps').stat().st_size if (here / 'gaps').exists() else 0\n"
+        "(here / 'ticks').write_text(str(after - before))\n"
+        "time.sleep(0.2); (here / 'enough').touch()\n"
+    )
+    turns = Turns(tmp_path)
+    commands = [[sys.executable, "-c", code, str(tmp_path)] for code in (ticking, measuring)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(turns.call, commands)) == [0, 0]
+    assert int((tmp_path / "ticks").read_text()) <= 64  # at most the line it was writing
+    assert max(map(float, (tmp_path / "gaps").read_text().split())) >= 1.0
+    assert not list(tmp_path.glob("*.worker"))
+
+
+def test_a_dense_network_that_came_out_differently_is_refused(tmp_path: Path) -> None:
+    """Trained on another machine, it is not the one of the stored runs."""
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    write_json(places.dense_result(0), {"weights": "another"})
+    with pytest.raises(WGatesError, match="is not the one of the stored runs"):
+        runs.make_dense(experiment, places, 0)
+    assert json.loads(places.dense_result(0).read_text()) == {"weights": "another"}
+
+
+def space_of(experiment: Experiment) -> ChannelSpace:
+    network, data, *_ = prepare(dense_recipe(experiment, 0, Path("nowhere")))
+    return trace(network, data.example_input)
+
+
+def test_the_same_networks_are_not_timed_twice(tmp_path: Path) -> None:
+    """A sitting that is repeated until all keep their targets tells of chance."""
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    (first, _), block = comparison.choose(experiment), experiment.runtimes[0]
+    widths = [
+        {"group": group.name, "dense": group.channels, "kept": group.channels}
+        for group in space_of(experiment).groups
+    ]
+    result = {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
+    write_json(places.result(first), result)
+    runs.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    before = places.finals("eager").read_text()
+    runs.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    assert places.finals("eager").read_text() == before
+    runs.time_finals(experiment, places, block, seconds=0.02, passes=1, again=True)
+    assert places.finals("eager").read_text() != before
+
+
+def test_equal_epochs_and_one_block_per_runtime_are_checked(tmp_path: Path) -> None:
+    methods = {
+        "wgates": {"strategy": "wgates", "role": "ours"},
+        "long": {"strategy": "l1", "pruning": {"fine_tune_epochs": 5}},
+        "phase-only": {"strategy": "gdp", "fine_tuned": False},
+        "less": {"strategy": "wgates", "role": "ablation", "pruning": {"gate_epochs": 0}},
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(stored(tmp_path, methods=methods))
+    (problem,) = caught.value.problems
+    assert problem.startswith("method `long`: trains for 6 epochs, the others for 2")
+    blocks = [{"runtime": "eager", "threads": 1}, {"runtime": "eager", "threads": 2}]
+    with pytest.raises(ConfigError, match="eager is there twice"):
+        load_experiment(stored(tmp_path, runtimes=blocks))
+
+
 def test_runs_from_another_dense_network_are_named(tmp_path: Path) -> None:
     """A dense network trained again, on another machine, may not be the one of yesterday's runs."""
     experiment = load_experiment(stored(tmp_path))
@@ -353,10 +471,10 @@ def test_without_ray_it_goes_on_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    done: list[str] = []
+    done: list[object] = []
     monkeypatch.setattr(runs, "prepared", lambda *_: None)
-    monkeypatch.setattr(runs, "time_finals", lambda *_: None)
-    monkeypatch.setattr(runs, "attempt", lambda _, __, run: done.append(run.key) or run.key)
+    monkeypatch.setattr(runs, "time_finals", lambda *_, **__: None)
+    monkeypatch.setattr(runs, "attempt", noting(done))
     path = stored(tmp_path)
     comparison.main([str(path), "--results", str(tmp_path), "--scratch", str(tmp_path), "--ray"])
     assert "wgates-plugin[ray]" in capsys.readouterr().out

@@ -13,11 +13,19 @@ import pytest
 import torch
 import typer
 import typer.main
-from networks import CLASSES, conv_bn, example
+from networks import CLASSES, conv_bn, example, tiny
 from torch import Tensor, nn
 
-from wgates_plugin import MacsModel, trace
+from wgates_plugin import (
+    MacsModel,
+    MacsTarget,
+    PruningSettings,
+    TrainingSettings,
+    prune_to_target,
+    trace,
+)
 from wgates_plugin.cli import app
+from wgates_plugin.errors import ConfigError
 from wgates_plugin.latency import RUNTIMES
 from wgates_plugin.latency.options import options_of
 from wgates_plugin.recipe import Recipe
@@ -157,3 +165,39 @@ def test_every_runtime_is_in_the_table() -> None:
             assert artefact == kind.artefact_name
             same = "as eager" if kind.precisions == RUNTIMES["eager"].precisions else ""
             assert precisions in (", ".join(kind.precisions), same)
+
+
+def test_the_snippet_of_a_strategy_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = README.read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S)
+               if "class Mine(Strategy)" in block]  # fmt: skip
+    (tmp_path / "my_strategies.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = [(torch.randn(4, *example().shape[1:]), torch.randint(CLASSES, (4,)))]
+    result = prune_to_target(
+        tiny("residual"),
+        example(),
+        data,
+        data,
+        target=MacsTarget(fraction=0.6),
+        settings=PruningSettings(
+            strategy="my_strategies:Mine",
+            options={"p": 1},
+            gate_epochs=0,
+            fine_tune_epochs=1,
+            measure_seconds=0.01,
+            min_fraction=0.2,
+            training=TrainingSettings(accelerator="cpu"),
+        ),
+        run_folder=tmp_path / "run",
+        progress=False,
+    )
+    assert result.held
+    assert result.report["strategy"] == "my_strategies:Mine"
+    assert sum(result.plan.widths) < sum(result.plan.space.full_widths)
+    with pytest.raises(ConfigError, match=r"options\.q is unknown to `my_strategies:Mine`"):
+        PruningSettings(strategy="my_strategies:Mine", options={"q": 1})
+    with pytest.raises(ConfigError, match=r"my_strategies.+has no callable `Yours`"):
+        PruningSettings(strategy="my_strategies:Yours")
+    with pytest.raises(ConfigError, match="no subclass of"):
+        PruningSettings(strategy="my_strategies:MySettings")

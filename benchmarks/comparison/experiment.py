@@ -107,6 +107,10 @@ class Experiment(_Block):
             found = ", ".join(ours) or "none"
             raise ValueError(f"role: exactly one method is `ours`, not {found}")
         known = [runtime_name(block) for block in self.runtimes]
+        if twice := [name for name in dict.fromkeys(known) if known.count(name) > 1]:
+            raise ValueError(
+                f"runtimes: {', '.join(twice)} is there twice; make it two experiments"
+            )
         for name, method in self.methods.items():
             unknown: list[object] = [t for t in method.targets or () if t not in self.targets]
             unknown += [runtime for runtime in method.runtimes or () if runtime not in known]
@@ -168,9 +172,19 @@ def load_experiment(path: str | Path, profile: str | None = None) -> Experiment:
     for name in experiment.methods:
         run = Run(name, runtime_name(experiment.runtimes[0]), experiment.targets[0], 0)
         try:
-            recipe_of(experiment, run, Path("run"))
+            found = recipe_of(experiment, run, Path("run")).pruning
         except ConfigError as error:
             problems += [f"method `{name}`: {problem}" for problem in error.problems]
+            continue
+        wanted = _epochs(experiment.recipe.get("pruning", {}))
+        mine = found.gate_epochs + found.fine_tune_epochs
+        if found.unification is not None:
+            mine += found.unification.admm_epochs + found.unification.retrain_epochs
+        if experiment.methods[name].role != "ablation" and mine != wanted:
+            problems.append(
+                f"method `{name}`: trains for {mine} epochs, the others for {wanted}; give all the "
+                "same sum of gate_epochs and fine_tune_epochs"
+            )
     if problems:
         raise ConfigError(f"experiment `{path}`", problems)
     return experiment

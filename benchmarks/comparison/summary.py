@@ -99,8 +99,13 @@ class Cell:
         return [m for m in self.rows if m == self.ours or m in self.rivals]
 
     def missing(self) -> int:
-        """Runs of ours and the rivals that are not there."""
-        return sum(len(self.rows[m].missing) for m in self.contestants)
+        """Runs of ours and the rivals that are not there.
+
+        A method whose target was refused for some seeds and not for others counts with those: near
+        the least latency there is, a single measurement decides.
+        """
+        rows = [self.rows[method] for method in self.contestants]
+        return sum(len(row.missing) + len(row.refused) * bool(row.seeds) for row in rows)
 
     def best(self, methods: Sequence[str]) -> str | None:
         """The complete method of highest mean accuracy among `methods`."""
@@ -160,7 +165,7 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
                         row.missing.append(seed)
                         continue
                     report = _read(stored, stored.stat().st_mtime_ns)
-                    _add(row, seed, report, finals.get(run.key))
+                    _add(row, seed, report, target, finals.get(run.key))
             cells.append(
                 Cell(
                     runtime,
@@ -185,7 +190,9 @@ def _read(path: Path, modified_ns: int) -> dict[str, Any]:
     return {key: report[key] for key in _NEEDED if key in report}
 
 
-def _add(row: Row, seed: int, report: dict[str, Any], final_ratio: float | None) -> None:
+def _add(
+    row: Row, seed: int, report: dict[str, Any], target: float, final_ratio: float | None
+) -> None:
     if report.get("kind") == "refused":
         row.refused[seed] = report["reason"]
         return
@@ -198,7 +205,7 @@ def _add(row: Row, seed: int, report: dict[str, Any], final_ratio: float | None)
     )
     if final_ratio is not None:
         row.finals.append(final_ratio)
-    row.held.append(report["contract"] == "held")
+    row.held.append(report["contract"] == "held" if final_ratio is None else final_ratio <= target)
     row.macs.append(after["macs"] / before["macs"])
     row.parameters.append(after["parameters"] / before["parameters"])
     row.seconds.append(report["seconds"])
