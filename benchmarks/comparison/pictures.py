@@ -19,14 +19,14 @@ AXES = {"ratio": "measured latency over untouched", "macs": "MACs over untouched
 
 
 def cells_by_runtime(experiment: Experiment, results: Path) -> dict[str, list[Cell]]:
-    """Cells of the runtimes on which anything ran, the lowest target first."""
+    """Cells of the runtimes on which a method is complete, the lowest target first."""
     found: dict[str, list[Cell]] = {}
     for cell in sorted(read_cells(experiment, results), key=lambda cell: cell.target):
         found.setdefault(cell.runtime, []).append(cell)
     return {
         runtime: cells
         for runtime, cells in found.items()
-        if any(row.accuracy for cell in cells for row in cell.rows.values())
+        if any(row.complete for cell in cells for row in cell.rows.values())
     }
 
 
@@ -56,7 +56,7 @@ def _draw(panel: Axes, cells: Sequence[Cell], attribute: str, theme: Theme) -> N
     others = [m for m in dict.fromkeys(m for c in cells for m in c.rivals_here) if m not in looks]
     # Ours comes last, on top of everything.
     for number, method in enumerate([*others, *looks]):
-        rows = [c.rows[method] for c in cells if method in c.rows and c.rows[method].accuracy]
+        rows = [c.rows[method] for c in cells if method in c.rows and c.rows[method].complete]
         if not rows:
             continue
         colour, width, label = looks.get(method, (theme.before, 0.8, "other methods"))

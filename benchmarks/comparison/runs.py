@@ -33,6 +33,7 @@ from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline import PruningSettings
 from wgates_plugin.recipe import prepare, run_recipe
 from wgates_plugin.run_folder import weights_digest
+from wgates_plugin.strategies import make_strategy
 from wgates_plugin.surgery import rebuild, resize
 from wgates_plugin.targets import LatencyTarget
 from wgates_plugin.tracing import trace
@@ -92,10 +93,12 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
     weights = weights_digest(network)
     before = evaluate(network, data.val_loader).accuracy
     epochs = settings.gate_epochs + settings.fine_tune_epochs
+    distilled = settings.training.distillation_weight > 0
     trainer = Trainer(
         network,
         data.train_loader,
         dataclasses.replace(settings.training, epochs=epochs),
+        teacher=copy.deepcopy(network) if distilled else None,  # as every method has it
         seed=seed,
         label="dense, trained on",
     )
@@ -184,17 +187,39 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
     try:
         report = run_recipe(recipe, resume=folder.exists(), progress=False).report
     except TargetError as error:
-        write_json(path, {"kind": "refused", "reason": str(error), **dataclasses.asdict(run)})
+        write_json(
+            path,
+            {
+                "kind": "refused",
+                "reason": str(error),
+                **dataclasses.asdict(run),
+                "settings": _plain(recipe.pruning),
+                "resolved_options": resolved_options(recipe.pruning),
+                "environment": describe_environment(),
+            },
+        )
         return
     kept = {key: value for key, value in report.items() if key not in BULK}
     plan = read_json(folder / "plan.json", kind="plan")
     note = plan.get("note", {})
     kept["before_cut"] = note.get("before", [])
     kept["after_cut"] = [step["transform"] for step in note.get("after", [])]
+    kept["resolved_options"] = resolved_options(recipe.pruning)
     kept["dense_weights"] = read_json(folder / "run.json", kind="run description")["weights"]
     if isinstance(kept.get("lpnet"), dict):
         kept["lpnet"] = {k: v for k, v in kept["lpnet"].items() if k != "predictions"}
     write_json(path, kept)
+
+
+def resolved_options(settings: PruningSettings) -> dict[str, Any]:
+    """All of a strategy's settings, those left at their defaults included: defaults change."""
+    return _plain(make_strategy(settings.strategy, settings.options).settings)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON has it."""
+    value: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return value
 
 
 def time_finals(
@@ -315,7 +340,10 @@ def prepared(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> N
             make_samples(experiment, places, block)
 
 
-COMPARED = ("strategy", "options", "gate_epochs", "fine_tune_epochs", "train_weights", "efficiency")
+COMPARED = (
+    "strategy", "options", "gate_epochs", "fine_tune_epochs", "trim_epochs", "train_weights",
+    "efficiency", "training", "samples", "min_fraction", "unification",
+)  # fmt: skip
 """Settings of a stored run that must be those of its experiment."""
 
 
@@ -325,11 +353,14 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
     for run in chosen:
         path = places.result(run)
         stored = read_json(path, kind="run") if path.exists() else {}
-        theirs = stored.get("settings")
+        theirs: Any = stored.get("settings")
         if not isinstance(theirs, dict):
-            continue  # not run, or refused before there were any
+            continue
         pruning = recipe_of(experiment, run, places.run_folder(run)).pruning
-        mine = json.loads(json.dumps(dataclasses.asdict(pruning), default=str))
+        mine = _plain(pruning)
+        if "resolved_options" in stored:
+            theirs = {**theirs, "options": stored["resolved_options"]}
+            mine["options"] = resolved_options(pruning)
         other = [k for k in COMPARED if k in theirs and k in mine and theirs[k] != mine[k]]
         if other:
             changed = ", ".join(f"{key} {theirs[key]} there, {mine[key]} here" for key in other)

@@ -110,6 +110,10 @@ def experiment_text(experiment: Experiment, results: Path) -> str:
 def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
     """Where the page of an experiment lies, beside its runs, and what it says."""
     about = f"# {experiment.name}\n\n{experiment.about[0].upper()}{experiment.about[1:]}."
+    tuned = {name: method.tuning for name, method in experiment.methods.items()}
+    words = [f"- `{name}`: {text}" for name, text in tuned.items() if text != "defaults"]
+    if words:
+        about += "\n\nAll methods take their defaults, but:\n\n" + "\n".join(words)
     path = results / "comparison" / experiment.name / "README.md"
     return path, f"{about}\n\n{experiment_text(experiment, results)}\n"
 
