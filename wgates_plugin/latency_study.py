@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,11 +46,10 @@ def quietest(take: Callable[[], Measurement]) -> Measurement:
     Networks do not slow down alike beside other work, so a disturbed ratio is not only wide but
     wrong. The choice is by spread and never by the latency found.
     """
-    taken = []
-    for _ in range(QUIET_ATTEMPTS):
+    taken = [take()]
+    while relative_spread(taken[-1]) > QUIET and len(taken) < QUIET_ATTEMPTS:
+        time.sleep(taken[-1].seconds)  # let it pass
         taken.append(take())
-        if relative_spread(taken[-1]) <= QUIET:
-            break
     return min(taken, key=relative_spread)
 
 

@@ -352,7 +352,7 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
     lines = []
     for run in chosen:
         path = places.result(run)
-        stored = read_json(path, kind="run") if path.exists() else {}
+        stored: dict[str, Any] = read_json(path, kind="run") if path.exists() else {}
         theirs: Any = stored.get("settings")
         if not isinstance(theirs, dict):
             continue
@@ -369,8 +369,8 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
                 f"`{places.run_folder(run)}` to run it again"
             )
         dense = places.dense_result(run.seed)
-        mine = read_json(dense, kind="dense result").get("weights") if dense.exists() else None
-        if mine is not None and stored.get("dense_weights", mine) != mine:
+        weights = read_json(dense, kind="dense result").get("weights") if dense.exists() else None
+        if weights is not None and stored.get("dense_weights", weights) != weights:
             lines.append(
                 f"{run.key}: pruned from another dense network than the one of seed {run.seed} here "
                 f"(trained on another machine?); delete `{path}` to run it again"
