@@ -189,6 +189,7 @@ class Told:
 
     def __init__(self, pruner: StrategyPruner, answer: Any) -> None:
         self.task: Task | None = None
+        self.has_phase = pruner.strategy.has_phase
         self.answer, pruner.strategy = answer, self  # type: ignore[assignment]
 
     def decide(self, task: Task) -> Decision:
