@@ -45,7 +45,7 @@ def dense_trained_on(recipe: Recipe) -> dict[str, Any]:
     """Accuracy of the unpruned network after the epochs that pruning spent, at the same settings."""
     network, data, _, settings = prepare(recipe)
     network.load_state_dict(load_tensors(recipe.folder / "dense.safetensors", kind="weights"))
-    epochs = settings.gate_epochs + settings.fine_tune_epochs
+    epochs = settings.epochs
     Trainer(
         network,
         data.train_loader,

@@ -109,6 +109,28 @@ def test_a_method_runs_where_it_is_told_to(tmp_path: Path) -> None:
     assert [(c.runtime, c.target) for c in cells if "some" in c.rows] == [("eager", 0.5)]
 
 
+def test_everyone_runs_in_some_cells_and_the_core_in_all(tmp_path: Path) -> None:
+    methods = {
+        "random": {"strategy": "random", "core": True},
+        "some": {"strategy": "l1"},
+        "one": {"strategy": "l2", "targets": [0.8]},
+    }
+    shape = {
+        "methods": methods,
+        "targets": [0.5, 0.8],
+        "runtimes": [{"runtime": "eager"}, {"runtime": "onnxruntime"}],
+    }
+    experiment = load_experiment(stored(tmp_path, everyone={"eager": [0.5]}, **shape))
+    cells = {(c.runtime, c.target): set(c.rows) for c in read_cells(experiment, tmp_path)}
+    assert cells.pop(("eager", 0.5)) == {"random", "some"}
+    assert list(cells.values()) == [{"random"}] * 3
+    assert {(r.runtime, r.target) for r in runs_of(experiment) if r.method == "some"} == {
+        ("eager", 0.5)
+    }
+    with pytest.raises(ConfigError, match=r"everyone: \['cuda', 0.3\] is no target or runtime"):
+        load_experiment(stored(tmp_path, everyone={"cuda": [0.3]}, **shape))
+
+
 def test_methods_may_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
     methods = {"x": {"strategy": "l2"}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(methods))
@@ -199,7 +221,7 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     comparison.main(words)
     experiment = load_experiment(path)
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
-    assert runs.missing(experiment, places) == []
+    assert runs.missing(places, runs_of(experiment)) == []
     finals = json.loads(places.finals("eager").read_text())
     assert set(finals["ratio"]) == {run.key for run in runs_of(experiment)}
     assert all(len(passes) == 3 for passes in finals["passes"].values())
@@ -216,7 +238,8 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert finals["from_widths"] == []
     run = Run("random", "eager", 0.8, 0)
     network, data, _, settings = prepare(dense_recipe(experiment, 0, places.dense_folder(0)))
-    built = runs.of_widths(network, data.example_input, settings, places.result(run))
+    stored_run = json.loads(places.result(run).read_text())
+    built = runs.builder(network, data.example_input, settings)(stored_run)
     delivered = load_tensors(places.run_folder(run) / "pruned.safetensors", kind="weights")
     assert {k: v.shape for k, v in built.state_dict().items()} == {
         k: v.shape for k, v in delivered.items()

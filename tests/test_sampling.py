@@ -537,9 +537,9 @@ def test_samples_of_a_disturbed_sitting_are_tied_to_the_present_one(tmp_path: Pa
 
 def test_the_first_quiet_measurement_counts_or_the_quietest() -> None:
     def of(*spreads: float) -> list[float]:
-        left = [SimpleNamespace(ratio=0.5, ratio_spread=0.5 * s, seconds=1e-3) for s in spreads]
+        left = [SimpleNamespace(relative_spread=spread, seconds=1e-3) for spread in spreads]
         found = quietest(lambda: cast(Any, left.pop(0)))
-        return [found.ratio_spread / found.ratio, len(left)]
+        return [found.relative_spread, len(left)]
 
     assert of(0.01, 0.001) == [0.01, 1]
     assert of(0.03, 0.014, 0.001) == [0.014, 1]

@@ -47,14 +47,10 @@ def quietest(take: Callable[[], Measurement]) -> Measurement:
     wrong. The choice is by spread and never by the latency found.
     """
     taken = [take()]
-    while relative_spread(taken[-1]) > QUIET and len(taken) < QUIET_ATTEMPTS:
+    while taken[-1].relative_spread > QUIET and len(taken) < QUIET_ATTEMPTS:
         time.sleep(taken[-1].seconds)  # let it pass
         taken.append(take())
-    return min(taken, key=relative_spread)
-
-
-def relative_spread(found: Measurement) -> float:
-    return found.ratio_spread / found.ratio
+    return min(taken, key=lambda found: found.relative_spread)
 
 
 def common_drift(drifts: Sequence[float]) -> float:

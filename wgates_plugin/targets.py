@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from wgates_plugin.efficiency.base import check_target
 from wgates_plugin.efficiency.lpnet import STRUCTURES
 from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.option_checks import did_you_mean, value_problems
 from wgates_plugin.strategies.table import strategy_problems
 from wgates_plugin.training.settings import TrainingSettings
 from wgates_plugin.transforms.unification.settings import UnificationSettings
@@ -199,6 +199,11 @@ class PruningSettings:
     unification: UnificationSettings | None = None
     seed: int = 0
 
+    @property
+    def epochs(self) -> int:
+        """All epochs but those of a trim and of unification, whoever learns in them."""
+        return self.gate_epochs + self.fine_tune_epochs
+
     def __post_init__(self) -> None:
         problems = self._form_problems()
         if isinstance(self.options, Mapping):
@@ -278,24 +283,15 @@ class PruningSettings:
 def _spelt_out(kind: type, given: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """The settings that a dict spells out, or what is wrong with it, the key first."""
     known = [field.name for field in dataclasses.fields(kind)]
-    problems: list[str] = []
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean `{near[0]}`? " if near else ""
-            problems.append(f"{key} is unknown; {hint}known: {', '.join(known)}")
+    problems = [
+        f"{key} is unknown; {did_you_mean(key, known)}known: {', '.join(known)}"
+        for key in given
+        if key not in known
+    ]
     try:
         made: Any = TypeAdapter(kind).validate_python(
             {k: v for k, v in given.items() if k in known}
         )
     except ValidationError as error:
-        for one in error.errors():
-            cause = one.get("ctx", {}).get("error")
-            words = f"{one['input']!r}; {one['msg'][0].lower()}{one['msg'][1:]}"
-            problems += (
-                cause.problems
-                if isinstance(cause, ConfigError)
-                else [f"{'.'.join(map(str, one['loc']))} is {words}"]
-            )
-        return None, problems
+        return None, problems + value_problems(error)
     return made, problems

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] = ()) -> None:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
                 runs.time_finals(experiment, places, block, again=arguments.finals)
     write_page(experiment, arguments.results)
-    still = set(runs.missing(experiment, places)) & set(chosen)
+    still = runs.missing(places, chosen)
     if still and not arguments.finals:
         print(f"{experiment.name}: {len(still)} runs failed; see above", flush=True)
         raise SystemExit(1)
@@ -109,7 +109,7 @@ def _missing(
     runs.prepared(experiment, places, chosen)
     for line in runs.outdated(experiment, places, chosen):
         print(line, flush=True)
-    todo = [run for run in chosen if not places.result(run).exists()]
+    todo = runs.missing(places, chosen)
     print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
     command = [sys.executable, "-m", "benchmarks", "comparison", *argv, "--only"]
     return {run: [*command, run.key] for run in todo}

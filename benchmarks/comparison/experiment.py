@@ -19,7 +19,6 @@ from pydantic import (
 
 from benchmarks.records import HOME
 from wgates_plugin.errors import ConfigError
-from wgates_plugin.pipeline import PruningSettings
 from wgates_plugin.recipe import Recipe
 from wgates_plugin.recipe_checks import checked, read
 
@@ -44,6 +43,7 @@ class Method(_Block):
         role: "ours" is held against every "rival"; an "ablation" is ours with one thing changed,
             shown in a table of its own and nobody's rival.
         targets, runtimes: only these of the experiment's; None runs at all.
+        core: it runs in every cell, whatever the experiment says of `everyone`.
     """
 
     strategy: str
@@ -54,11 +54,7 @@ class Method(_Block):
     role: Role = "rival"
     targets: list[float] | None = None
     runtimes: list[str] | None = None
-
-    def runs_at(self, runtime: str, target: float) -> bool:
-        return (self.targets is None or target in self.targets) and (
-            self.runtimes is None or runtime in self.runtimes
-        )
+    core: bool = False
 
 
 class Experiment(_Block):
@@ -70,6 +66,7 @@ class Experiment(_Block):
         recipe: a recipe (see the README) without target, strategy and seed.
         runtimes: keys of a recipe's target besides the amount.
         targets: shares of the untouched network's measured latency.
+        everyone: runtime -> targets at which every method runs; elsewhere the core does. None: all do.
         methods: by name; in the file also the path of a file of them, from the experiment's folder.
         profiles: name -> what to lay over the experiment, such as larger budgets for a GPU.
         rgb: whether the task is one of colour images.
@@ -83,6 +80,7 @@ class Experiment(_Block):
     seeds: list[int]
     methods: dict[str, Method]
     task: str | None = None
+    everyone: dict[str, list[float]] | None = None
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
     rgb: bool = False
 
@@ -92,6 +90,15 @@ class Experiment(_Block):
 
     def with_role(self, *roles: Role) -> list[str]:
         return [name for name, method in self.methods.items() if method.role in roles]
+
+    def has(self, method: str, runtime: str, target: float) -> bool:
+        """Whether a method runs in a cell."""
+        found = self.methods[method]
+        return (
+            (found.targets is None or target in found.targets)
+            and (found.runtimes is None or runtime in found.runtimes)
+            and (found.core or self.everyone is None or target in self.everyone.get(runtime, ()))
+        )
 
     @field_validator("targets")
     @classmethod
@@ -119,6 +126,12 @@ class Experiment(_Block):
                     f"methods.{name}: runs at {unknown}, which is no target or runtime of the "
                     "experiment; name some of its own"
                 )
+        strange: list[object] = [name for name in self.everyone or () if name not in known]
+        strange += [t for ts in (self.everyone or {}).values() for t in ts if t not in self.targets]
+        if strange:
+            raise ValueError(
+                f"everyone: {strange} is no target or runtime of the experiment; name some of its own"
+            )
         return self
 
 
@@ -176,8 +189,8 @@ def load_experiment(path: str | Path, profile: str | None = None) -> Experiment:
         except ConfigError as error:
             problems += [f"method `{name}`: {problem}" for problem in error.problems]
             continue
-        wanted = _epochs(experiment.recipe.get("pruning", {}))
-        mine = found.gate_epochs + found.fine_tune_epochs
+        wanted = dense_recipe(experiment, 0, Path("run")).pruning.epochs
+        mine = found.epochs
         if found.unification is not None:
             mine += found.unification.admm_epochs + found.unification.retrain_epochs
         if experiment.methods[name].role != "ablation" and mine != wanted:
@@ -210,17 +223,10 @@ def runs_of(experiment: Experiment) -> Iterator[Run]:
     for seed in experiment.seeds:
         for block in experiment.runtimes:
             for target in experiment.targets:
-                for name, method in experiment.methods.items():
+                for name in experiment.methods:
                     run = Run(name, runtime_name(block), target, seed)
-                    if method.runs_at(run.runtime, target):
+                    if experiment.has(name, run.runtime, target):
                         yield run
-
-
-def _epochs(pruning: dict[str, Any]) -> int:
-    """All epochs in which a run trains, by its pruning settings."""
-    default = PruningSettings()
-    given = (pruning.get(key, getattr(default, key)) for key in ("gate_epochs", "fine_tune_epochs"))
-    return sum(given)
 
 
 def dense_recipe(experiment: Experiment, seed: int, folder: Path) -> Recipe:
@@ -262,9 +268,9 @@ def recipe_of(
         "options": method.options,
     }
     if not method.fine_tuned:
-        settings = raw["pruning"]
-        settings["gate_epochs"] = _epochs(settings)
-        settings["fine_tune_epochs"] = 0
+        # What a method changes of its settings leaves the epochs of all alone, see `load_experiment`.
+        all_epochs = dense_recipe(experiment, run.seed, folder).pruning.epochs
+        raw["pruning"].update(gate_epochs=all_epochs, fine_tune_epochs=0)
     if grid is not None and raw["pruning"].get("grid") is None:
         raw["pruning"]["grid"] = grid
     if samples is not None and "samples_file" not in method.pruning:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import random
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.comparison.experiment import (
     runs_of,
     runtime_name,
 )
+from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dense_training import WEIGHTS, trained
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.errors import TargetError, WGatesError
@@ -92,7 +93,7 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
     network = trained(network, data, recipe, resume=True, progress=False)
     weights = weights_digest(network)
     before = evaluate(network, data.val_loader).accuracy
-    epochs = settings.gate_epochs + settings.fine_tune_epochs
+    epochs = settings.epochs
     distilled = settings.training.distillation_weight > 0
     trainer = Trainer(
         network,
@@ -257,6 +258,7 @@ def time_finals(
     network.eval()
     reference = runtime.load(network, data.example_input)
     baseline = measure(reference, seconds=3 * seconds).latency_ms
+    like = builder(network, data.example_input, settings)
     found: dict[str, list[dict[str, Any]]] = {}
     order = random.Random(0)
     for _ in range(passes):
@@ -268,7 +270,7 @@ def time_finals(
                 pruned = rebuild(network, folder / "plan.json", folder / "pruned.safetensors")
                 session = runtime.load_delivered(artefact, pruned, data.example_input)
             else:
-                pruned = of_widths(network, data.example_input, settings, places.result(run))
+                pruned = like(read_json(places.result(run), kind="run"))
                 session = runtime.load(pruned, data.example_input)
             timed = measure(
                 session, reference=reference, reference_ms=baseline, seconds=seconds
@@ -310,20 +312,30 @@ def _can_be_timed(places: Places, run: Run) -> bool:
     return stored.get("after_cut") == []
 
 
-def of_widths(
-    network: nn.Module, example: Any, settings: PruningSettings, result: Path
-) -> nn.Module:
-    """A network of the stored widths; which channels and weights are in it is left open."""
-    stored = read_json(result, kind="run")
-    network = apply_steps(copy.deepcopy(network), stored["before_cut"])
-    space = trace(network, example, ignored_layers=settings.ignored_layers)
-    kept = {row["group"]: row["kept"] for row in stored["widths"]}
-    widths = [kept[group.name] for group in space.groups]
-    return resize(network, space, widths).eval()
+def builder(
+    network: nn.Module, example: Any, settings: PruningSettings
+) -> Callable[[dict[str, Any]], nn.Module]:
+    """What builds a network of a stored run's widths; which channels and weights are in it is open.
+
+    A network is traced once for all runs that start from it.
+    """
+    traced: dict[str, tuple[nn.Module, ChannelSpace]] = {}
+
+    def build(stored: dict[str, Any]) -> nn.Module:
+        steps = stored["before_cut"]
+        key = json.dumps(steps)
+        if key not in traced:
+            whole = apply_steps(copy.deepcopy(network), steps)
+            traced[key] = whole, trace(whole, example, ignored_layers=settings.ignored_layers)
+        whole, space = traced[key]
+        kept = {row["group"]: row["kept"] for row in stored["widths"]}
+        return resize(whole, space, [kept[group.name] for group in space.groups]).eval()
+
+    return build
 
 
-def missing(experiment: Experiment, places: Places) -> list[Run]:
-    return [run for run in runs_of(experiment) if not places.result(run).exists()]
+def missing(places: Places, chosen: Iterable[Run]) -> list[Run]:
+    return [run for run in chosen if not places.result(run).exists()]
 
 
 def prepared(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> None:
@@ -331,7 +343,7 @@ def prepared(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> N
 
     Of a seed whose runs are all there, the dense network's accuracies are still asked for.
     """
-    todo = [run for run in chosen if not places.result(run).exists()]
+    todo = missing(places, chosen)
     for seed in dict.fromkeys(run.seed for run in chosen):
         if any(run.seed == seed for run in todo) or not places.dense_result(seed).exists():
             make_dense(experiment, places, seed)

@@ -154,8 +154,8 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
         finals = read_json(path, kind="final latencies")["ratio"] if path.exists() else {}
         for target in experiment.targets:
             rows = {}
-            for name, method in experiment.methods.items():
-                if not method.runs_at(runtime, target):
+            for name in experiment.methods:
+                if not experiment.has(name, runtime, target):
                     continue
                 rows[name] = row = Row(name)
                 for seed in experiment.seeds:

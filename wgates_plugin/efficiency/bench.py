@@ -48,7 +48,7 @@ class Trust:
     def doubt(self, found: Measurement, drifts: Sequence[float]) -> str | None:
         """Why `found` is not to be trusted after neighbours with these `drifts`; None if it is."""
         if found.ratio_spread > self.most_spread * found.ratio:
-            share = found.ratio_spread / found.ratio
+            share = found.relative_spread
             return f"the ratio spreads by {share:.1%}, trusted up to {self.most_spread:.1%}"
         disturbed = disturbed_share(found)
         if disturbed > self.most_disturbed:
@@ -134,7 +134,7 @@ class Bench:
         finally:
             session.close()
         if found is None:
-            least = min(attempts, key=lambda attempt: attempt[0].ratio_spread / attempt[0].ratio)
+            least = min(attempts, key=lambda attempt: attempt[0].relative_spread)
             attempts.remove(least)
             found = least[0]
             logger.info(

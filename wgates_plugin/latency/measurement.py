@@ -92,6 +92,11 @@ class Measurement:
     identity: dict[str, Any]
     environment: dict[str, Any]
 
+    @property
+    def relative_spread(self) -> float:
+        """Spread of the ratio over the ratio."""
+        return self.ratio_spread / self.ratio
+
     def __post_init__(self) -> None:
         problems = self._problems()
         if problems:

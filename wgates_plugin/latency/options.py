@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import typing
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from wgates_plugin.latency.base import BaseRuntime
+from wgates_plugin.option_checks import did_you_mean
 
 
 @functools.cache
@@ -32,8 +32,7 @@ def option_problems(kind: type[BaseRuntime], options: Mapping[str, Any]) -> dict
     problems: dict[str, str] = {}
     for name, value in options.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), list(known), n=1)
-            hint = f"did you mean `{close[0]}`? " if close else ""
+            hint = did_you_mean(name, known)
             listed = f"it knows {', '.join(known)}" if known else "it has none"
             problems[str(name)] = f"no option of runtime `{kind.name}`; {hint}{listed}"
             continue

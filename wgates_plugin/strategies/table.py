@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from wgates_plugin.catalogue.factories import is_factory_name, load_factory
 from wgates_plugin.errors import ConfigError
+from wgates_plugin.option_checks import did_you_mean, value_problems
 from wgates_plugin.strategies.base import Strategy, option_names
 from wgates_plugin.strategies.criteria import REFUSED as REFUSED_CRITERIA
 from wgates_plugin.strategies.criteria_strategy import criterion_strategies
@@ -62,8 +63,7 @@ def strategy_type(name: str) -> type[Strategy]:
             f"strategy `{name}`",
             ["no subclass of wgates_plugin.strategies.Strategy; name a class that is one"],
         )
-    near = difflib.get_close_matches(name, list(STRATEGIES), n=1)
-    hint = f"did you mean `{near[0]}`? " if near else ""
+    hint = did_you_mean(name, STRATEGIES)
     raise ConfigError(
         f"strategy `{name}`",
         [f"{hint}known: {', '.join(STRATEGIES)}, or your own as package.module:Class"],
@@ -101,10 +101,9 @@ def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
     problems = []
     rest = dict(options)
     for key in [key for key in options if key not in known]:
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean `{close[0]}`? " if close else ""
         problems.append(
-            f"options.{key} is unknown to `{name}`; {hint}known: {', '.join(known) or 'none'}"
+            f"options.{key} is unknown to `{name}`; {did_you_mean(key, known)}known: "
+            f"{', '.join(known) or 'none'}"
         )
         del rest[key]
     while True:
@@ -112,14 +111,9 @@ def strategy_problems(name: object, options: Mapping[str, Any]) -> list[str]:
             settings: Any = TypeAdapter(kind.settings_type).validate_python(rest)
         except ValidationError as error:
             before = len(rest)
+            problems += [f"options.{problem}" for problem in value_problems(error)]
             for one in error.errors():
-                cause = one.get("ctx", {}).get("error")
-                if isinstance(cause, ConfigError):
-                    problems += [f"options.{problem}" for problem in cause.problems]
-                else:
-                    where = ".".join(map(str, one["loc"]))
-                    words = one["msg"][0].lower() + one["msg"][1:]
-                    problems.append(f"options.{where} is {one['input']!r}; {words}")
+                if one["loc"]:  # empty where the settings themselves refuse a value
                     rest.pop(str(one["loc"][0]), None)
             # A value of a wrong type says nothing about the ranges of the others until it is gone.
             if len(rest) == before:

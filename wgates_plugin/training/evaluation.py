@@ -89,6 +89,12 @@ def logits_of(output: Any, network: nn.Module) -> Tensor:
     return output
 
 
+def answer(network: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Any]:
+    """(logits, targets) of a batch, on `device`; the network's mode is the caller's."""
+    inputs, targets = unpack(to_device(batch, device))
+    return logits_of(call_with(network, inputs), network), targets
+
+
 def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, int] | None:
     """(number of right answers, number of answers), or None if accuracy has no meaning here.
 
@@ -144,8 +150,7 @@ def evaluate(
     with modes_kept(network), rng_kept(where):
         network.eval()
         for batch in loader:
-            inputs, targets = unpack(to_device(batch, where))
-            logits = logits_of(call_with(network, inputs), network)
+            logits, targets = answer(network, batch, where)
             counted = count_correct(logits, targets)
             if counted is None:
                 raise TrainingError(

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from wgates_plugin.calling import call_with, device_of
+from wgates_plugin.calling import device_of
 from wgates_plugin.errors import MissingExtraError, TrainingError, WGatesError
 from wgates_plugin.latency.base import require
 from wgates_plugin.strategies.metapruning.genes import Widths
 from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
 from wgates_plugin.training.as_found import modes_kept, random_state_kept, rng_kept, seed_epoch
 from wgates_plugin.training.engine import LossFunction
-from wgates_plugin.training.evaluation import evaluate, logits_of, to_device, unpack
+from wgates_plugin.training.evaluation import answer, evaluate
 from wgates_plugin.training.recalibration import recalibrate_batchnorm
 
 logger = logging.getLogger("wgates_plugin")
@@ -104,8 +104,7 @@ def mean_loss(network: nn.Module, loader: Iterable[Any], loss: LossFunction) -> 
     with modes_kept(network), rng_kept(device):
         network.eval()
         for batch in loader:
-            inputs, targets = unpack(to_device(batch, device))
-            logits = logits_of(call_with(network, inputs), network)
+            logits, targets = answer(network, batch, device)
             value = loss(logits, targets)
             if not isinstance(value, torch.Tensor) or value.numel() != 1:
                 got = (

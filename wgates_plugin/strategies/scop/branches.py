@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -42,18 +42,12 @@ def coupled_by_sums(traced: DependencyTrace) -> list[str]:
 
 def _meets_a_sum(producer: Any) -> bool:
     """Does its output go into a sum or difference before another layer makes new channels of it?"""
-    seen: set[Any] = set()
-    waiting = list(producer.outputs)
-    while waiting:
-        found = waiting.pop()
-        if found in seen:
-            continue
-        seen.add(found)
-        if _is_sum(found, _SUMS):
-            return True
-        if not isinstance(found.module, kinds.READERS) or kinds.is_depthwise(found.module):
-            waiting.extend(found.outputs)
-    return False
+
+    def onward(node: Any) -> Iterable[Any]:
+        mixes = isinstance(node.module, kinds.READERS) and not kinds.is_depthwise(node.module)
+        return () if mixes else node.outputs
+
+    return any(_is_sum(node, _SUMS) for node in _walk(producer.outputs, onward))
 
 
 def branch_ends(traced: DependencyTrace) -> dict[str, int]:
@@ -99,7 +93,7 @@ def _end_of_branch(producer: Any) -> nn.Module | None:
     for other in total.inputs:
         if other is not last:
             beside.add(other)
-            beside.update(_behind(other))
+            beside.update(_walk(other.inputs, lambda node: node.inputs))
     sources = [node for node in _sources(producer) if node not in beside]
     module: nn.Module = last.module
     return module if beside and sources and producer not in beside else None
@@ -110,28 +104,23 @@ def _is_sum(node: Any, names: tuple[str, ...] = _SUMS[:1]) -> bool:
     return bool(hasattr(function, "name")) and function.name() in names
 
 
-def _behind(node: Any) -> set[Any]:
-    """All nodes that `node` depends on."""
-    seen: set[Any] = set()
-    waiting = list(node.inputs)
-    while waiting:
-        found = waiting.pop()
-        if found not in seen:
-            seen.add(found)
-            waiting.extend(found.inputs)
-    return seen
-
-
 def _sources(producer: Any) -> Iterator[Any]:
     """Producers whose channels `producer` reads, through whatever lies between."""
+
+    def makes_channels(node: Any) -> bool:
+        return isinstance(node.module, kinds.WEIGHTED) and not kinds.is_depthwise(node.module)
+
+    between = _walk(producer.inputs, lambda node: () if makes_channels(node) else node.inputs)
+    return filter(makes_channels, between)
+
+
+def _walk(first: Iterable[Any], onward: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+    """`first`, and all nodes that `onward` leads to from there; each once."""
     seen: set[Any] = set()
-    waiting = list(producer.inputs)
+    waiting = list(first)
     while waiting:
-        found = waiting.pop()
-        if found in seen:
-            continue
-        seen.add(found)
-        if isinstance(found.module, kinds.WEIGHTED) and not kinds.is_depthwise(found.module):
-            yield found
-        else:
-            waiting.extend(found.inputs)
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(onward(node))
