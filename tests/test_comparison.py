@@ -15,7 +15,7 @@ import yaml
 from comparison_helpers import filled, made_up, stored
 
 from benchmarks import comparison
-from benchmarks.comparison import runs
+from benchmarks.comparison import finals, runs
 from benchmarks.comparison.experiment import (
     FOLDER,
     Experiment,
@@ -222,9 +222,9 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     experiment = load_experiment(path)
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     assert runs.missing(places, runs_of(experiment)) == []
-    finals = json.loads(places.finals("eager").read_text())
-    assert set(finals["ratio"]) == {run.key for run in runs_of(experiment)}
-    assert all(len(passes) == 3 for passes in finals["passes"].values())
+    last = json.loads(places.finals("eager").read_text())
+    assert set(last["ratio"]) == {run.key for run in runs_of(experiment)}
+    assert all(len(passes) == 3 for passes in last["passes"].values())
     report = json.loads(places.result(Run("random", "eager", 0.8, 0)).read_text())
     assert report["strategy"] == "random"
     dense = json.loads(places.dense_result(0).read_text())
@@ -235,11 +235,11 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert "0 runs to do" in capsys.readouterr().out
     assert places.samples("eager").read_text() == samples
     # On a machine without the run folders the same networks are timed, built from their widths.
-    assert finals["from_widths"] == []
+    assert last["from_widths"] == []
     run = Run("random", "eager", 0.8, 0)
     network, data, _, settings = prepare(dense_recipe(experiment, 0, places.dense_folder(0)))
     stored_run = json.loads(places.result(run).read_text())
-    built = runs.builder(network, data.example_input, settings)(stored_run)
+    built = finals.builder(network, data.example_input, settings)(stored_run)
     delivered = load_tensors(places.run_folder(run) / "pruned.safetensors", kind="weights")
     assert {k: v.shape for k, v in built.state_dict().items()} == {
         k: v.shape for k, v in delivered.items()
@@ -247,7 +247,7 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     shutil.rmtree(tmp_path / "work" / experiment.name)
     comparison.main([*words, "--finals"])
     again = json.loads(places.finals("eager").read_text())
-    assert set(again["from_widths"]) == set(again["ratio"]) == set(finals["ratio"])
+    assert set(again["from_widths"]) == set(again["ratio"]) == set(last["ratio"])
     # Another experiment of the task takes the dense network and the samples as they are.
     weights = (places.dense_folder(0) / WEIGHTS).read_bytes()
     other = stored(tmp_path, name="other", task="t")
@@ -294,7 +294,7 @@ def test_only_what_the_chosen_runs_need_is_made(
     monkeypatch.setattr(runs, "make_dense", lambda _, __, seed: done.append(seed))
     monkeypatch.setattr(runs, "make_samples", lambda _, __, block: done.append(block["runtime"]))
     monkeypatch.setattr(runs, "attempt", noting(done))
-    monkeypatch.setattr(runs, "time_finals", lambda _, __, block, **___: done.append(block))
+    monkeypatch.setattr(finals, "time_finals", lambda _, __, block, **___: done.append(block))
     blocks = [{"runtime": "eager"}, {"runtime": "onnxruntime"}]
     path = stored(tmp_path, targets=[0.5, 0.8], seeds=[0, 1], runtimes=blocks)
     words = [str(path), "--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "work")]
@@ -315,8 +315,23 @@ def test_nothing_to_time_leaves_the_last_sitting(tmp_path: Path) -> None:
     experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.4, 0.4, 0.4])
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     before = places.finals("eager").read_text()
-    runs.time_finals(experiment, places, experiment.runtimes[0])
+    finals.time_finals(experiment, places, experiment.runtimes[0])
     assert places.finals("eager").read_text() == before
+
+
+def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = list(runs_of(experiment))
+    places.run_folder(chosen[2]).mkdir(parents=True)
+    (line,) = finals.forget_disturbed(experiment, places, chosen)
+    assert line.startswith(f"{chosen[2].key}: found 0.490 of the latency, the last sitting 0.510")
+    assert runs.missing(places, chosen) == chosen[2:]
+    assert not places.run_folder(chosen[2]).exists()
+    assert set(json.loads(places.finals("eager").read_text())["ratio"]) == {
+        run.key for run in chosen[:2]
+    }
+    assert finals.forget_disturbed(experiment, places, chosen) == []
 
 
 def test_a_grid_is_probed_once_for_all_runs_and_not_where_it_is_given(
@@ -451,11 +466,11 @@ def test_the_same_networks_are_not_timed_twice(tmp_path: Path) -> None:
     ]
     result = {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
     write_json(places.result(first), result)
-    runs.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
     before = places.finals("eager").read_text()
-    runs.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
     assert places.finals("eager").read_text() == before
-    runs.time_finals(experiment, places, block, seconds=0.02, passes=1, again=True)
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1, again=True)
     assert places.finals("eager").read_text() != before
 
 
@@ -496,7 +511,7 @@ def test_without_ray_it_goes_on_and_says_so(
     monkeypatch.setitem(sys.modules, "ray", None)
     done: list[object] = []
     monkeypatch.setattr(runs, "prepared", lambda *_: None)
-    monkeypatch.setattr(runs, "time_finals", lambda *_, **__: None)
+    monkeypatch.setattr(finals, "time_finals", lambda *_, **__: None)
     monkeypatch.setattr(runs, "attempt", noting(done))
     path = stored(tmp_path)
     comparison.main([str(path), "--results", str(tmp_path), "--scratch", str(tmp_path), "--ray"])

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import runs
+from benchmarks.comparison import finals, runs
 from benchmarks.comparison.experiment import (
     FOLDER,
     Experiment,
@@ -66,6 +66,12 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     options.add_argument("--only", help="one run, by its key, with everything shared in place")
     options.add_argument("--finals", action="store_true", help="only time the final networks")
+    options.add_argument(
+        "--again-disturbed",
+        action="store_true",
+        help="run again what found another latency than the last sitting, by "
+        f"{finals.MOST_APART:.0%} or more",
+    )
     arguments = options.parse_args(list(argv))
     experiment = load_experiment(arguments.experiment, arguments.profile)
     chosen = choose(
@@ -83,6 +89,9 @@ def main(argv: Sequence[str] = ()) -> None:
             run = next(run for run in runs_of(experiment) if run.key == arguments.only)
             print(runs.attempt(experiment, places, run), flush=True)
             return
+        if arguments.again_disturbed:
+            for line in finals.forget_disturbed(experiment, places, chosen):
+                print(line, flush=True)
         if not arguments.finals:
             commands = _missing(experiment, places, chosen, argv)
             if arguments.ray and _on_ray(list(commands.values()), gpus=_gpus(experiment)):
@@ -94,7 +103,7 @@ def main(argv: Sequence[str] = ()) -> None:
                     print(runs.attempt(experiment, places, run), flush=True)
         for block in experiment.runtimes:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
-                runs.time_finals(experiment, places, block, again=arguments.finals)
+                finals.time_finals(experiment, places, block, again=arguments.finals)
     write_page(experiment, arguments.results)
     still = runs.missing(places, chosen)
     if still and not arguments.finals:
@@ -111,7 +120,8 @@ def _missing(
         print(line, flush=True)
     todo = runs.missing(places, chosen)
     print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
-    command = [sys.executable, "-m", "benchmarks", "comparison", *argv, "--only"]
+    words = [word for word in argv if word != "--again-disturbed"]
+    command = [sys.executable, "-m", "benchmarks", "comparison", *words, "--only"]
     return {run: [*command, run.key] for run in todo}
 
 

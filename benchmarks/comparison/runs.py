@@ -1,45 +1,37 @@
-"""Doing what is missing: dense networks, latency samples, one run, all final networks timed."""
+"""Doing what is missing: dense networks, latency samples, one run; and what is there but outdated."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-import random
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.comparison.experiment import (
     Experiment,
     Run,
     dense_recipe,
     recipe_of,
-    runs_of,
     runtime_name,
 )
-from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dense_training import WEIGHTS, trained
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.errors import TargetError, WGatesError
 from wgates_plugin.files import read_json, write_json
-from wgates_plugin.latency import RuntimeSettings, get_runtime
 from wgates_plugin.latency.environment import describe_environment
-from wgates_plugin.latency.timing import measure
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline import PruningSettings
 from wgates_plugin.recipe import prepare, run_recipe
 from wgates_plugin.run_folder import weights_digest
 from wgates_plugin.strategies import make_strategy
-from wgates_plugin.surgery import rebuild, resize
 from wgates_plugin.targets import LatencyTarget
 from wgates_plugin.tracing import trace
 from wgates_plugin.training import Trainer, evaluate
-from wgates_plugin.transforms import apply_steps
 
 BULK = ("gates",)
 """Keys of a report that only its own page needs."""
@@ -221,117 +213,6 @@ def _plain(settings: Any) -> dict[str, Any]:
     """A dataclass as JSON has it."""
     value: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     return value
-
-
-def time_finals(
-    experiment: Experiment,
-    places: Places,
-    block: dict[str, Any],
-    *,
-    seconds: float = 1.0,
-    passes: int = 3,
-    again: bool = False,
-) -> None:
-    """Latencies of all final networks of one runtime, timed in one sitting, in random order.
-
-    Each is interleaved with the untouched network; the ratio of the median pass counts. A network
-    whose run folder is no longer there is built again from its stored widths: its latency does not
-    depend on its weights. Nothing is written where there is nothing to time, and the same networks
-    are not timed a second time but for `again`: repeated until all keep their targets, a sitting
-    would tell of chance.
-    """
-    todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
-    todo = [run for run in todo if _can_be_timed(places, run)]
-    path = places.finals(runtime_name(block))
-    known = set(read_json(path, kind="final latencies")["ratio"]) if path.exists() else set()
-    if not todo or (known == {run.key for run in todo} and not again):
-        return
-    runtime = get_runtime(
-        runtime_name(block),
-        RuntimeSettings(
-            **{k: v for k, v in block.items() if k in ("threads", "device", "precision")}
-        ),
-        **block.get("options", {}),
-    )
-    seed = experiment.seeds[0]  # weights have no part in it
-    network, data, _, settings = prepare(dense_recipe(experiment, seed, places.dense_folder(seed)))
-    network.eval()
-    reference = runtime.load(network, data.example_input)
-    baseline = measure(reference, seconds=3 * seconds).latency_ms
-    like = builder(network, data.example_input, settings)
-    found: dict[str, list[dict[str, Any]]] = {}
-    order = random.Random(0)
-    for _ in range(passes):
-        order.shuffle(todo)
-        for run in todo:
-            artefact = _artefact(places, run)
-            if artefact is not None:
-                folder = places.run_folder(run)
-                pruned = rebuild(network, folder / "plan.json", folder / "pruned.safetensors")
-                session = runtime.load_delivered(artefact, pruned, data.example_input)
-            else:
-                pruned = like(read_json(places.result(run), kind="run"))
-                session = runtime.load(pruned, data.example_input)
-            timed = measure(
-                session, reference=reference, reference_ms=baseline, seconds=seconds
-            ).to_json()
-            session.close()
-            found.setdefault(run.key, []).append(timed)
-    reference.close()
-    ratios = {
-        key: sorted(one["latency_ms"] / baseline for one in timed) for key, timed in found.items()
-    }
-    write_json(
-        path,
-        {
-            "runtime": runtime_name(block),
-            "baseline_ms": baseline,
-            "ratio": {key: values[len(values) // 2] for key, values in ratios.items()},
-            "passes": ratios,
-            "from_widths": [run.key for run in todo if _artefact(places, run) is None],
-            "seconds": seconds,
-            "environment": describe_environment(),
-        },
-    )
-
-
-def _artefact(places: Places, run: Run) -> Path | None:
-    if not places.result(run).exists():
-        return None
-    found = list(places.run_folder(run).glob("model.*"))
-    return found[0] if found else None
-
-
-def _can_be_timed(places: Places, run: Run) -> bool:
-    """Whether the delivered file is there, or the run's result says how to build its like."""
-    if _artefact(places, run) is not None:
-        return True
-    if not places.result(run).exists():
-        return False
-    stored = read_json(places.result(run), kind="run")
-    return stored.get("after_cut") == []
-
-
-def builder(
-    network: nn.Module, example: Any, settings: PruningSettings
-) -> Callable[[dict[str, Any]], nn.Module]:
-    """What builds a network of a stored run's widths; which channels and weights are in it is open.
-
-    A network is traced once for all runs that start from it.
-    """
-    traced: dict[str, tuple[nn.Module, ChannelSpace]] = {}
-
-    def build(stored: dict[str, Any]) -> nn.Module:
-        steps = stored["before_cut"]
-        key = json.dumps(steps)
-        if key not in traced:
-            whole = apply_steps(copy.deepcopy(network), steps)
-            traced[key] = whole, trace(whole, example, ignored_layers=settings.ignored_layers)
-        whole, space = traced[key]
-        kept = {row["group"]: row["kept"] for row in stored["widths"]}
-        return resize(whole, space, [kept[group.name] for group in space.groups]).eval()
-
-    return build
 
 
 def missing(places: Places, chosen: Iterable[Run]) -> list[Run]:
