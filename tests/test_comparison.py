@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -410,7 +411,7 @@ def test_a_run_that_fails_does_not_end_the_others(
 
 
 def test_whoever_measures_is_alone(tmp_path: Path) -> None:
-    """A process that notes the time again and again stands still while another one measures."""
+    """A child of a process notes the time again and again; it stands still while another measures."""
     ticking = (
         "import sys, time, pathlib\n"
         "last = time.time(); end = last + 30; here = pathlib.Path(sys.argv[1])\n"
@@ -432,11 +433,27 @@ def test_whoever_measures_is_alone(tmp_path: Path) -> None:
         "time.sleep(0.2); (here / 'enough').touch()\n"
     )
     turns = Turns(tmp_path)
-    commands = [[sys.executable, "-c", code, str(tmp_path)] for code in (ticking, measuring)]
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    commands = [
+        [sys.executable, "-c", *words, str(tmp_path)] for words in ([parent, ticking], [measuring])
+    ]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(turns.call, commands)) == [0, 0]
     assert int((tmp_path / "ticks").read_text()) <= 64  # at most the line it was writing
     assert max(map(float, (tmp_path / "gaps").read_text().split())) >= 1.0
+    assert not list(tmp_path.glob("*.worker"))
+
+
+def test_an_interrupt_ends_all_who_work(tmp_path: Path) -> None:
+    turns = Turns(tmp_path)
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    with ThreadPoolExecutor(1) as pool:
+        begun = tmp_path / "begun"
+        status = pool.submit(turns.call, [sys.executable, "-c", code, str(begun)])
+        while not begun.exists():
+            time.sleep(0.01)
+        turns.interrupt()
+        assert status.result(timeout=30) != 0
     assert not list(tmp_path.glob("*.worker"))
 
 

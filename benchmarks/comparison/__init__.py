@@ -181,7 +181,11 @@ def _in_parallel(commands: list[list[str]], workers: int, turns: Turns) -> None:
         return turns.call(command, environment=environment)
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(call, commands))
+        try:
+            list(pool.map(call, commands))
+        except BaseException:
+            turns.interrupt()
+            raise
 
 
 def _on_ray(commands: list[list[str]], *, gpus: int) -> bool:

@@ -18,8 +18,8 @@ except ImportError:  # not on Windows
 class Turns:
     """Processes that are known by a file in a folder; POSIX only, elsewhere nobody is stopped.
 
-    A process is stopped by signal, wherever it is but for one place: it holds the lock while it
-    measures. Whoever waits for the lock may stand still as well.
+    A process is stopped by signal with all its children, wherever it is but for one place: it holds
+    the lock while it measures. Whoever waits for the lock may stand still as well.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,9 @@ class Turns:
     def call(self, command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> int:
         """Run a command as one of the processes; returns its exit status."""
         with self._lock():  # it begins when nobody measures, and can be stopped from then on
-            process = subprocess.Popen(command, env=environment)
+            process = subprocess.Popen(
+                command, env=environment, process_group=None if fcntl is None else 0
+            )
             known = self.folder / f"{process.pid}.worker"
             known.touch()
         try:
@@ -38,6 +40,12 @@ class Turns:
             known.unlink(missing_ok=True)
             with self._lock():  # nobody measures now; some may stand still for one that was killed
                 self._signal(signal.SIGCONT)
+
+    def interrupt(self) -> None:
+        """End all others as Ctrl-C does, which does not reach them: each has a group of its own."""
+        with self._lock():
+            self._signal(signal.SIGINT)
+            self._signal(signal.SIGCONT)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -66,6 +74,6 @@ class Turns:
             if number == os.getpid():
                 continue
             try:
-                os.kill(number, which)
+                os.killpg(number, which)
             except ProcessLookupError:
                 path.unlink(missing_ok=True)
