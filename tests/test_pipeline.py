@@ -426,7 +426,7 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_state(tmp_path: Path) -> None
 def test_over_target_at_delivery_is_trimmed_and_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_latency_ratios(monkeypatch, [1.28, 0.4])
+    with_latency_ratios(monkeypatch, [1.28] * 3 + [0.4])
     result = run(tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"))
     verdicts = [a["verdict"] for a in result.report["attempts"] if a["stage"] == "delivery"]
     assert verdicts == ["over", "held"]
@@ -435,6 +435,16 @@ def test_over_target_at_delivery_is_trimmed_and_measured_again(
     assert sum(result.plan.widths) < sum(settled)
     with torch.no_grad():
         assert torch.isfinite(result.network(EXAMPLE)).all()
+
+
+def test_one_measurement_alone_cuts_no_trained_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_latency_ratios(monkeypatch, [1.28, 0.6, 0.7])
+    result = run(tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"))
+    delivered = [a for a in result.report["attempts"] if a["stage"] == "delivery"]
+    assert [a["verdict"] for a in delivered] == ["held"]
+    assert result.report["final"]["latency"]["ratio"] == pytest.approx(0.7)
 
 
 def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | None]) -> None:
@@ -463,7 +473,7 @@ def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | No
 def test_killed_after_a_trim_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = LatencyTarget(fraction=0.8, runtime="eager")
     with monkeypatch.context() as patch:
-        with_latency_ratios(patch, [1.28, None])
+        with_latency_ratios(patch, [1.28] * 3 + [None])
         with pytest.raises(Interrupted):
             run(tmp_path / "run", target=target)
     with monkeypatch.context() as patch:
@@ -478,7 +488,7 @@ def test_the_floors_are_not_measured_until_they_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery.closed_loop, "trimmed", lambda plan, *_: plan)
-    with_latency_ratios(monkeypatch, [1.28, 0.5])
+    with_latency_ratios(monkeypatch, [1.28, 0.5, 1.28])
     result = run(tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"))
     assert not result.held
     assert result.report["contract"] == "missed"
@@ -487,7 +497,7 @@ def test_the_floors_are_not_measured_until_they_pass(
 def test_an_untouched_network_is_not_judged_by_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_latency_ratios(monkeypatch, [1.004])
+    with_latency_ratios(monkeypatch, [1.004] * 3)
     assert run(tmp_path / "run", target=LatencyTarget(fraction=1.0, runtime="eager")).held
 
 

@@ -729,7 +729,7 @@ def test_gates_of_a_later_step_start_from_what_was_learned() -> None:
 def test_gates_of_every_step_measure_anew(goal: dict[str, Any]) -> None:
     """Until they have, they hold to what the step before learned."""
     network = tiny("concat")
-    settings = WGatesSettings(learning_rate=0.05, measuring=2)
+    settings = WGatesSettings(learning_rate=0.05, measuring=2, rounds=1)
     pruner = WGatesPruner(network, example(), iterative_steps=2, settings=settings, **goal)
     learn(pruner, network, steps=4)
     learned = pruner.gates.unit_scores()

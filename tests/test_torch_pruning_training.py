@@ -257,7 +257,7 @@ def test_gates_act_from_the_first_training_pass_on() -> None:
 
 @pytest.mark.parametrize("steps", [2, 1])  # measured, or in the midst of it
 def test_gates_close_once_they_are_measured(steps: int) -> None:
-    pruner = pruner_of(settings=replace(AT_ONCE, measuring=2))
+    pruner = pruner_of(settings=replace(AT_ONCE, measuring=2, rounds=1))
     learn(pruner, pruner.model, steps=steps)
     gated = evaluated(pruner.model)
     pruner.detach()
@@ -266,7 +266,7 @@ def test_gates_close_once_they_are_measured(steps: int) -> None:
 
 @pytest.mark.parametrize("measuring", [2, 3])
 def test_a_loop_that_only_measured_is_warned_of(measuring: int) -> None:
-    """Also where the measuring was just done: no gate was closed in training yet."""
+    """Also where the measuring was just done: no gate learned yet."""
     settings = replace(AT_ONCE, measuring=measuring)
     pruner = pruner_of(settings=settings)
     learn(pruner, pruner.model, steps=2)

@@ -1,8 +1,9 @@
-"""Gates that are measured while all are open: what that says, when it ends, how it resumes."""
+"""Gates that are measured before they learn: what that says, when it ends, how it resumes."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from wgates_plugin import trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError
+from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import WGates, WGatesSettings, fit_to_budget
 from wgates_plugin.strategies.budgeting import threshold_widths
 from wgates_plugin.strategies.wgates.measuring import GateMerits
@@ -32,7 +34,7 @@ def make(
     network = (tiny(network) if isinstance(network, str) else network).train()
     space = trace(network, example())
     budget = Budget.of(Limit(MacsModel(space), share * full_cost(space)))
-    options = WGatesSettings(**{"measuring": 3, "learning_rate": 0.05, **settings})
+    options = WGatesSettings(**{"measuring": 3, "rounds": 1, "learning_rate": 0.05, **settings})
     gates = WGates(network, space, budget, options, steps=steps, average=average, ranking=ranking)
     return gates.attach()
 
@@ -92,7 +94,7 @@ def test_capped_groups_are_measured_whole() -> None:
     network = tiny("plain").train()
     space = trace(network, example(), caps={"0.0": 3})
     budget = Budget.of(Limit(MacsModel(space), 0.8 * full_cost(space)))
-    gates = WGates(network, space, budget, WGatesSettings(measuring=2)).attach()
+    gates = WGates(network, space, budget, WGatesSettings(measuring=2, rounds=1)).attach()
     for seed in range(2):
         assert torch.equal(gates._gates().detach(), torch.ones(20))
         train(gates, 1, start=seed)
@@ -117,6 +119,68 @@ def test_the_start_is_one_threshold_over_what_was_measured(name: str) -> None:
         mine = merits[space.unit_slice(index)]
         gone = [unit for unit in range(len(mine)) if unit not in kept]
         assert not gone or float(mine[list(kept)].min()) >= float(mine[gone].max())
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "depthwise"])
+def test_channels_close_in_rounds_on_the_way_to_the_target(name: str) -> None:
+    gates = make(name, 0.4, measuring=8, rounds=4)
+    space, (limit,) = gates.space, gates.budget.limits
+    full, opened = full_cost(space), []
+    for step in range(8):
+        monitor = train(gates, 1, start=step)
+        if step % 2 == 0:
+            opened.append(gates.starting.opened())
+            cost = limit.model(torch.tensor(PruningPlan.from_masks(space, opened[-1]).widths))
+            assert float(cost) <= full - step / 8 * (full - limit.target) + 1e-6
+            assert monitor["open_share"] == pytest.approx(float(opened[-1].mean()))
+    assert opened[0].all()
+    assert not any(mask.requires_grad for mask in opened)  # a step's gradient would add to the last
+    opened.append(gates.plan().mask.float())
+    for wider, narrower in itertools.pairwise(opened):
+        assert narrower.sum() < wider.sum()
+        assert (narrower > wider).sum() <= 1  # reopened by what the budget had left
+    merits = gates.merits.mean()
+    assert merits is not None
+    for index in range(len(space.groups)):
+        mine, last = (each[space.unit_slice(index)] for each in (merits, opened[-2]))
+        assert last.all() or float(mine[last > 0].min()) > float(mine[last == 0].max())
+
+
+def test_what_is_left_is_measured_anew_without_what_closed() -> None:
+    """Two equal channels need each other little; once one is closed, the other does all."""
+    network = tiny("plain").train()
+    space = trace(network, example())
+    merits = GateMerits(4, rounds=2)
+    everything, but_one = torch.ones(space.total_units), torch.ones(space.total_units)
+    but_one[0] = 0.0
+    small = torch.full((space.total_units,), 1.0)
+    small[:2] = 0.1
+    for _ in range(2):
+        merits.add(small, everything)
+    assert merits.round == 1
+    merits.close(but_one)
+    alone = small.clone()
+    alone[:2] = 3.0
+    for _ in range(2):
+        merits.add(alone, but_one)
+    found = merits.mean()
+    assert found is not None
+    assert int(found.argmax()) == 1
+    assert int(found.argmin()) == 0
+    assert not merits.wanted
+
+
+def test_ratios_say_how_wide_the_rounds_end() -> None:
+    network = tiny("plain").train()
+    space = trace(network, example())
+    budget = Budget.of(Limit(MacsModel(space), 0.9 * full_cost(space)))
+    settings = WGatesSettings(measuring=4, rounds=2, learning_rate=0.0)
+    gates = WGates(network, space, budget, settings, opening=(4, 4)).attach()
+    train(gates, 2)
+    gates.network(example())
+    assert PruningPlan.from_masks(space, gates.starting.opened()).widths == (6, 8)
+    train(gates, 2, start=2)
+    assert gates.widths() == (4, 4)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 5])
@@ -212,9 +276,9 @@ def test_a_phase_that_ends_early_is_decided_by_what_was_seen() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "measuring", "expected"),
-    [(None, 50, 50), (400, 50, 50), (100, 50, 25), (7, 50, 1), (3, 50, 0), (100, 0, 0)],
+    [(None, 50, 50), (400, 50, 50), (70, 50, 35), (3, 50, 1), (1, 50, 0), (100, 0, 0)],
 )
-def test_at_most_a_quarter_of_the_phase_is_spent(
+def test_at_most_half_of_the_phase_is_spent(
     steps: int | None, measuring: int, expected: int
 ) -> None:
     assert make(steps=steps, measuring=measuring).merits.steps == expected
@@ -296,9 +360,9 @@ def test_the_first_learning_step_finds_the_budgets_weight() -> None:
 def test_merits_without_a_gradient_are_zero() -> None:
     merits = GateMerits(2)
     assert merits.mean() is None
-    merits.add(torch.zeros(4))
+    merits.add(torch.zeros(4), torch.ones(4))
     assert merits.wanted
-    merits.add(torch.zeros(4))
+    merits.add(torch.zeros(4), torch.ones(4))
     assert not merits.wanted
     assert torch.equal(merits.mean(), torch.zeros(4, dtype=torch.float64))
 

@@ -69,8 +69,8 @@ def main(argv: Sequence[str] = ()) -> None:
     options.add_argument(
         "--again-disturbed",
         action="store_true",
-        help="run again what found another latency than the last sitting, by "
-        f"{finals.MOST_APART:.0%} or more",
+        help="run again what found another latency than the last sitting, by more than "
+        f"{finals.MOST_APART:.0%}, or was cut once more after its fine-tuning",
     )
     arguments = options.parse_args(list(argv))
     experiment = load_experiment(arguments.experiment, arguments.profile)

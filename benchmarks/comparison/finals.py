@@ -32,29 +32,38 @@ MOST_APART = 0.03
 def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:
     """Take away the results of runs that were disturbed, with a line for each.
 
-    Those are runs that found another latency of what they delivered, smaller or larger, than the last
-    sitting did, in which all are timed: other work on the machine led them to other widths.
+    Other work on the machine led them to other widths. Those are runs that found another latency of
+    what they delivered, smaller or larger, than the last sitting did, in which all are timed; and
+    runs that had to cut their network once more after its fine-tuning, for which nothing makes up
+    where all methods have the same epochs.
     """
     lines = []
     for run in chosen:
-        finals = places.finals(run.runtime)
-        if not (finals.exists() and places.result(run).exists()):
+        if not places.result(run).exists():
             continue
-        timed = read_json(finals, kind="final latencies")
+        path = places.finals(run.runtime)
+        timed = read_json(path, kind="final latencies") if path.exists() else {"ratio": {}}
         stored = read_json(places.result(run), kind="run")
-        if run.key not in timed["ratio"] or stored.get("kind") == "refused":
+        why = _disturbed(stored, timed["ratio"].pop(run.key, None))
+        if why is None:
             continue
-        last = timed["ratio"].pop(run.key)
-        own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
-        if abs(own / last - 1.0) <= MOST_APART:
-            continue
-        lines.append(
-            f"{run.key}: found {own:.3f} of the latency, the last sitting {last:.3f}; again"
-        )
+        lines.append(f"{run.key}: {why}; again")
         shutil.rmtree(places.run_folder(run), ignore_errors=True)
         places.result(run).unlink()
-        write_json(finals, timed)
+        if path.exists():
+            write_json(path, timed)
     return lines
+
+
+def _disturbed(stored: dict[str, Any], last: float | None) -> str | None:
+    if stored.get("kind") == "refused":
+        return None
+    if "delivery-1" in stored["seconds"] and not stored["settings"]["trim_epochs"]:
+        return "cut again after its fine-tuning"
+    own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
+    if last is not None and abs(own / last - 1.0) > MOST_APART:
+        return f"found {own:.3f} of the latency, the last sitting {last:.3f}"
+    return None
 
 
 def time_finals(

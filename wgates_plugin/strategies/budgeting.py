@@ -84,6 +84,22 @@ def threshold_widths(
     return at(low)
 
 
+class Descent:
+    """A budget that comes down from the whole network's cost to its target, limit by limit (ours)."""
+
+    def __init__(self, space: ChannelSpace, budget: Budget) -> None:
+        full = torch.tensor(space.full_widths, dtype=torch.float64)
+        self.budget = budget
+        self._over = [
+            max(0.0, float(limit.model(full)) / limit.target - 1.0) for limit in budget.limits
+        ]
+
+    def at(self, done: float) -> Budget:
+        """The budget when `done`, from 0 to 1, of the way is behind."""
+        left = 1.0 - min(1.0, done)
+        return self.budget.scaled([1.0 + left * over for over in self._over])
+
+
 def holds(budget: Budget, widths: Sequence[int]) -> bool:
     return float(budget.excess(torch.tensor(widths, dtype=torch.float64))) <= 0
 

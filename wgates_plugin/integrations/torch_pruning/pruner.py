@@ -37,8 +37,9 @@ class WGatesPruner(TracedPruner):
     """W-Gates as a `torch_pruning` pruner: gates learn in your loop, `step()` removes exactly.
 
     Gates are attached on construction and taken off by the last `step()` or `detach()`. They act
-    from the first training pass on, or once they were measured (`settings.measuring`): until then,
-    and again after each of several steps, evaluation sees the network as it is. Between
+    from the first training pass on, or once they were measured for a round (`settings.measuring`,
+    `settings.rounds`): until then, and again after each of several steps, evaluation sees the
+    network as it is. Between
     `loss.backward()` and `optimizer.step()`, call `regularize(model)` once. With a `target` the
     budget decides every width; without one, `pruning_ratio` does, as in torch-pruning, and the
     gates learn which channels.
@@ -47,8 +48,8 @@ class WGatesPruner(TracedPruner):
         model: the network to prune, in place at `step()`.
         example_inputs: one batch as a tensor, a tuple of arguments or a dict.
         importance: any torch-pruning importance; it ranks the channels where the gates start. None
-            ranks by what the gates measure while they are all open, `settings.measuring` steps
-            long, and by filter norms with `measuring=0`.
+            ranks by what open gates measure, `settings.measuring` steps long, and by filter norms
+            with `measuring=0`.
         efficiency: what is limited: `LPNet`, `MacsModel`, `ParametersModel`, a function of the
             channel space that returns one, or a `Budget` of several limits. Without it a
             target counts MACs, never milliseconds: those need an `LPNet`.
@@ -64,7 +65,7 @@ class WGatesPruner(TracedPruner):
         ignored_layers: modules, names or module types whose output channels stay.
         root_module_types: only groups with a producer of these types are pruned.
         unwrapped_parameters: bare parameters and their channel dimension, for the tracing.
-        steps: gate steps to come before each `step()`: at most a quarter of them is spent on
+        steps: gate steps to come before each `step()`: at most half of them is spent on
             measuring. Needed for settings that slide the target.
         min_channels, min_fraction, floors, caps: see `wgates_plugin.trace`.
         average: called on the gates' gradient; several processes pass their all-reduce.
@@ -289,13 +290,13 @@ class WGatesPruner(TracedPruner):
         check_shapes(self.model, self._now)
 
     def _warn_if_only_measured(self) -> None:
-        """Say that no gate was ever closed in training, where the loop was too short for it."""
+        """Say that no gate learned, where the loop was too short for it."""
         made = self.gates.step
         if made and made == self.gates.merits.done:
             warnings.warn(
                 f"{self._subject}.step: all {made} gate steps were spent on measuring open gates, "
-                "none closed in training: the channels are decided by that measurement alone. Pass "
-                f"steps={made} (at most a quarter of them is then measured), or lower "
+                "none learned: the channels are decided by that measurement alone. Pass "
+                f"steps={made} (at most half of them is then measured), or lower "
                 "`settings=WGatesSettings(measuring=...)`",
                 stacklevel=3,
             )

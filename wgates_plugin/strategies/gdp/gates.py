@@ -20,7 +20,7 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.constraint import AugmentedLagrangian
 from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
-from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget
+from wgates_plugin.strategies.budgeting import Descent, check_feasible, fit_to_budget
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
 from wgates_plugin.strategies.gdp.polarisation import (
     epsilon_at,
@@ -124,8 +124,7 @@ class PolarisedGates:
         self._rigid = rigid_units(network, space).to(device)
         self._ties = _per_unit(space, [float(group.ties) for group in space.groups]).to(device)
         self._least = torch.tensor(space.least_widths(self.settings.grid), dtype=torch.float64)
-        full = torch.tensor(space.full_widths, dtype=torch.float64)
-        self._full_cost = [float(limit.model(full)) for limit in budget.limits]
+        self._descent = Descent(space, budget)
         self.constraint = AugmentedLagrangian(len(budget.limits))
         self.gating = Gating(network, space, self._gates)
         self.step = 0
@@ -293,13 +292,7 @@ class PolarisedGates:
 
     def _current_budget(self) -> Budget:
         """The limits of this step, on their way from today's cost to the target (ours)."""
-        done = min(1.0, self.step / (self.settings.decay_fraction * self.steps))
-        return self.budget.scaled(
-            [
-                1.0 + (1.0 - done) * max(0.0, full / limit.target - 1.0)
-                for full, limit in zip(self._full_cost, self.budget.limits, strict=True)
-            ]
-        )
+        return self._descent.at(self.step / (self.settings.decay_fraction * self.steps))
 
     def _spare_needed_groups(self, before: Tensor, after: Tensor) -> Tensor:
         """Reopen groups that closed altogether, unless the network computes on without them."""

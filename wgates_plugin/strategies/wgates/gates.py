@@ -46,7 +46,7 @@ class WGates:
     Args:
         average: called on the gates' gradient before use; several ranks pass their all-reduce here,
             which keeps gates and plan identical on all of them.
-        steps: gate steps to come: a quarter of them at most is spent on measuring. Needed for
+        steps: gate steps to come: half of them at most is spent on measuring. Needed for
             `start="open"`, whose target slides.
         ranking: merit of each unit (total_units,) to start from; nothing is measured then.
         carried: scores (total_units,) of an earlier phase, which hold until something is measured.
@@ -89,10 +89,7 @@ class WGates:
             opening=opening,
         )
         self.merits = self.starting.merits
-        self._full_cost = [
-            float(limit.model(torch.tensor(space.full_widths, dtype=torch.float64)))
-            for limit in budget.limits
-        ]
+        self._descent = budgeting.Descent(space, budget)
         if not self.merits.wanted:
             self._leave_open()
         self.optimizer = torch.optim.Adam(self.scores.parameters(), lr=self.settings.learning_rate)
@@ -142,7 +139,7 @@ class WGates:
     def _open(self, scores: Tensor) -> Tensor:
         """The mask of these scores; caps would close channels that are yet to be measured."""
         if self.merits.wanted:
-            return torch.ones_like(scores)
+            return self.starting.opened().to(scores, copy=True)  # a leaf is made of it
         return open_mask(self.space, scores, self.settings.grid)
 
     def current_budget(self) -> Budget:
@@ -150,13 +147,7 @@ class WGates:
         if self.settings.start != "open":
             return self.budget
         assert self.steps
-        done = min(1.0, self.step / max(1.0, self.settings.slide_fraction * self.steps))
-        return self.budget.scaled(
-            [
-                1.0 + (1.0 - done) * max(0.0, full / limit.target - 1.0)
-                for full, limit in zip(self._full_cost, self.budget.limits, strict=True)
-            ]
-        )
+        return self._descent.at(self.step / max(1.0, self.settings.slide_fraction * self.steps))
 
     def regularize(self, *, scale: float = 1.0) -> dict[str, float]:
         """Add the budget's gradient to the task's, step the gates, and report the step.
@@ -212,11 +203,12 @@ class WGates:
         return self._unmoved(scores)
 
     def _measure(self, scores: Tensor, gradient: Tensor) -> dict[str, float]:
-        """A step in which open gates are looked at, and none moves."""
-        self.merits.add(gradient)
+        """A step in which open gates are looked at, and none learns."""
+        opened = self.starting.opened().to(scores)
+        self.merits.add(gradient, opened)
         self.step += 1
         self._skipped_in_a_row = 0
-        record = self._unmoved(scores)
+        record = self._unmoved(scores * (2.0 * opened - 1.0))
         if not self.merits.wanted:
             self._leave_open()
         return record

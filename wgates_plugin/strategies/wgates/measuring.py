@@ -1,10 +1,17 @@
-"""What open gates say about their channels, before any is closed."""
+"""What open gates say about their channels, before any learns."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+FADING = 0.5
+"""What a round's sum counts in the next: an open channel gains merit as others close beside it."""
+
+CLOSED = 1e-12
+"""What is left of a closed channel's: the order among its like, behind all that are open."""
 
 
 class GateMerits:
@@ -16,10 +23,16 @@ class GateMerits:
     network its mean is close to 0; its square is, up to one factor for all channels, the empirical
     Fisher information, and so the second-order loss of closing the gate (LeCun et al., "Optimal
     Brain Damage", 1989): comparable between layers.
+
+    That holds for one channel that closes, not for many at once. So those of least merit close in
+    several rounds, and the others are measured anew without them.
+
+    Args:
+        steps: training steps to measure for, in all rounds together.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done = steps, 0
+    def __init__(self, steps: int, rounds: int = 1) -> None:
+        self.steps, self.rounds, self.done = steps, rounds, 0
         self._sum: Tensor | None = None
 
     @property
@@ -27,11 +40,21 @@ class GateMerits:
         """Whether another step is to be measured."""
         return self.done < self.steps
 
-    def add(self, gradient: Tensor) -> None:
-        """One step's gradient (total_units,), on any device."""
-        square = gradient.detach().cpu().double().square()
+    @property
+    def round(self) -> int:
+        """How many rounds are over."""
+        return self.rounds * self.done // self.steps if self.wanted else self.rounds
+
+    def add(self, gradient: Tensor, opened: Tensor) -> None:
+        """One step's gradient (total_units,); that of gates which are not `opened` (0/1) says nothing."""
+        square = (gradient.detach().double().square() * opened).cpu()
         self._sum = square if self._sum is None else self._sum + square
         self.done += 1
+
+    def close(self, opened: Tensor) -> None:
+        """Go on with what is `opened` (0/1); the others stay behind it, in the order they have."""
+        assert self._sum is not None
+        self._sum = self._sum * torch.where(opened.cpu() > 0, FADING, CLOSED)
 
     def mean(self) -> Tensor | None:
         """(total_units,) float64 on the CPU, relative to the largest; None before the first step.
@@ -41,8 +64,14 @@ class GateMerits:
         return None if self._sum is None else self._sum / self._sum.max().clamp_min(1e-300)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "done": self.done, "sum": self._sum}
+        return {
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "done": self.done,
+            "sum": self._sum,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.done = int(state["steps"]), int(state["done"])
+        self.steps, self.rounds = int(state["steps"]), int(state["rounds"])
+        self.done = int(state["done"])
         self._sum = None if state["sum"] is None else state["sum"].cpu()

@@ -18,9 +18,11 @@ class WGatesSettings:
         grid: channel multiple the runtime likes; widths are decided on it.
         start: "target" opens what the budget allows and then exchanges channels at constant cost
             (ours); "open" starts with every gate open and slides the target down.
-        measuring: steps at the beginning, a quarter of the phase at most, in which all gates stay open
-            and are measured: their mean squared gradient says which channels and widths
-            `start="target"` starts from (ours). 0 starts from filter norms at uniform widths.
+        measuring: steps at the beginning, half of the phase at most, in which open gates are measured:
+            their mean squared gradient says which channels and widths `start="target"` starts from
+            (ours). 0 starts from filter norms at uniform widths.
+        rounds: of measuring. After each the channels of least merit close, until the cost has come
+            down evenly to the target's; 1 closes all at once.
         slide_fraction: share of the gate phase over which the target slides, for `start="open"`.
         constraint: "augmented-lagrangian" (ours), or the paper's "linear" or "log" weighting.
         alpha: weight of the paper's forms.
@@ -32,7 +34,8 @@ class WGatesSettings:
     learning_rate: float = 1e-3
     grid: int = 1
     start: str = "target"
-    measuring: int = 50
+    measuring: int = 100
+    rounds: int = 4
     slide_fraction: float = 0.7
     constraint: str = "augmented-lagrangian"
     alpha: float = 1.0
@@ -47,12 +50,10 @@ class WGatesSettings:
                 problems.append(f"{name} {value!r}: must be a finite number of 0 or more")
         if not isinstance(self.grid, int) or self.grid < 1:
             problems.append(f"grid {self.grid!r}: must be a whole number from 1")
-        if (
-            not isinstance(self.measuring, int)
-            or isinstance(self.measuring, bool)
-            or self.measuring < 0
-        ):
-            problems.append(f"measuring {self.measuring!r}: must be a whole number from 0")
+        for name, least in (("measuring", 0), ("rounds", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                problems.append(f"{name} {value!r}: must be a whole number from {least}")
         if self.start not in ("target", "open"):
             problems.append(f"start `{self.start}`: unknown; known: target, open")
         if self.constraint not in CONSTRAINTS:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.wgates.measuring import GateMerits
 from wgates_plugin.strategies.wgates.scores import ranks_within, starting_offsets
@@ -41,13 +43,38 @@ class StartingPoint:
     ) -> None:
         self.space, self.budget, self.settings = space, budget, settings
         measuring = settings.measuring if ranking is None and settings.start == "target" else 0
-        self.merits = GateMerits(measuring if steps is None else min(measuring, steps // 4))
+        most = measuring if steps is None else min(measuring, steps // 2)
+        self.merits = GateMerits(most, settings.rounds)
+        self._descent = budgeting.Descent(space, budget)
+        self._opened = 0, torch.ones(space.total_units)
         self._compares = ranking is None and carried is not None
         known = carried if ranking is None else ranking
         # Norms of now: a wrapper of another library may withhold the weights later.
         self._known = (norms() if known is None else known).detach().cpu()
         self._opening = None if opening is None else tuple(opening)
         self._found: tuple[int, Tensor] | None = None
+
+    def opened(self) -> Tensor:
+        """0/1 (total_units,), on the CPU: what is open while gates are measured, less in each round."""
+        now = self.merits.round
+        if self._opened[0] != now and self.merits.wanted:
+            merits = self.merits.mean()
+            assert merits is not None
+            plan = PruningPlan.top(self.space, merits, self._on_the_way(merits, now))
+            self.merits.close(plan.mask)
+            self._opened = now, plan.mask.float()
+        return self._opened[1]
+
+    def _on_the_way(self, merits: Tensor, rounds: int) -> tuple[int, ...]:
+        """Widths (G,) after so many rounds, from those of the whole network to those to start from."""
+        done = rounds / self.merits.rounds
+        if self._opening is None:
+            return self._affordable(merits, self._descent.at(done))
+        return tuple(
+            min(group.allowed_widths(self.settings.grid), key=lambda w: abs(w - aim))
+            for group, width in zip(self.space.groups, self._opening, strict=True)
+            for aim in [group.channels + done * (width - group.channels)]
+        )
 
     def offsets(self) -> Tensor:
         """Offsets (total_units,) to start from, by what is known so far; on the CPU."""
@@ -70,13 +97,19 @@ class StartingPoint:
     def _widths(self, merits: Tensor | None) -> tuple[int, ...]:
         space, budget, grid = self.space, self.budget, self.settings.grid
         if merits is not None:
-            widths = budgeting.threshold_widths(space, merits, budget, grid)
-        elif self._compares:
+            return self._affordable(merits, budget)
+        if self._compares:
             merits, widths = self._known, space.full_widths
         else:
             merits = ranks_within(space, self._known)
             widths = budgeting.uniform_widths(space, budget, grid)
         return budgeting.fit_to_budget(space, merits, widths, budget, grid)
+
+    def _affordable(self, merits: Tensor, budget: Budget) -> tuple[int, ...]:
+        """Widths (G,) of one threshold over all merits, and what the budget has left."""
+        grid = self.settings.grid
+        widths = budgeting.threshold_widths(self.space, merits, budget, grid)
+        return budgeting.fit_to_budget(self.space, merits, widths, budget, grid)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers; what was known depends on weights that learn on."""
@@ -85,6 +118,8 @@ class StartingPoint:
             "known": self._known,
             "compares": self._compares,
             "opening": None if self._opening is None else list(self._opening),
+            "round": self._opened[0],
+            "opened": self._opened[1],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -92,4 +127,5 @@ class StartingPoint:
         self.merits.load_state_dict(state["merits"])
         self._known, self._compares = state["known"].cpu(), bool(state["compares"])
         self._opening = None if opening is None else tuple(int(width) for width in opening)
+        self._opened = int(state["round"]), state["opened"].cpu()
         self._found = None
