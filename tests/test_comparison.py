@@ -333,10 +333,6 @@ def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> Non
         run.key for run in chosen[:2]
     }
     assert finals.forget_disturbed(experiment, places, chosen) == []
-    trimmed = {**made_up(0.8), "settings": {"trim_epochs": 0}, "seconds": {"delivery-1": 3.0}}
-    write_json(places.result(chosen[2]), trimmed)
-    (line,) = finals.forget_disturbed(experiment, places, chosen)
-    assert line == f"{chosen[2].key}: cut again after its fine-tuning; again"
 
 
 def test_a_grid_is_probed_once_for_all_runs_and_not_where_it_is_given(

@@ -447,6 +447,20 @@ def test_one_measurement_alone_cuts_no_trained_network(
     assert result.report["final"]["latency"]["ratio"] == pytest.approx(0.7)
 
 
+def test_what_was_trained_is_not_cut_where_no_epoch_may_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_latency_ratios(monkeypatch, [1.28] * 3)
+    result = run(
+        tmp_path / "run",
+        target=LatencyTarget(fraction=0.8, runtime="eager"),
+        settings=dataclasses.replace(SETTINGS, trim_epochs=0),
+    )
+    assert not result.held
+    settled = json.loads((tmp_path / "run" / "stages" / "plan.json").read_text())["widths"]
+    assert list(result.plan.widths) == settled
+
+
 def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | None]) -> None:
     """Deliveries that measure at these ratios in turn; None is a kill."""
     original = LatencyStudy.of_file

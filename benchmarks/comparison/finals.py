@@ -32,38 +32,29 @@ MOST_APART = 0.03
 def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:
     """Take away the results of runs that were disturbed, with a line for each.
 
-    Other work on the machine led them to other widths. Those are runs that found another latency of
-    what they delivered, smaller or larger, than the last sitting did, in which all are timed; and
-    runs that had to cut their network once more after its fine-tuning, for which nothing makes up
-    where all methods have the same epochs.
+    Those are runs that found another latency of what they delivered, smaller or larger, than the last
+    sitting did, in which all are timed: other work on the machine led them to other widths.
     """
     lines = []
     for run in chosen:
-        if not places.result(run).exists():
-            continue
         path = places.finals(run.runtime)
-        timed = read_json(path, kind="final latencies") if path.exists() else {"ratio": {}}
-        stored = read_json(places.result(run), kind="run")
-        why = _disturbed(stored, timed["ratio"].pop(run.key, None))
-        if why is None:
+        if not (path.exists() and places.result(run).exists()):
             continue
-        lines.append(f"{run.key}: {why}; again")
+        timed = read_json(path, kind="final latencies")
+        stored = read_json(places.result(run), kind="run")
+        last = timed["ratio"].pop(run.key, None)
+        if last is None or stored.get("kind") == "refused":
+            continue
+        own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
+        if abs(own / last - 1.0) <= MOST_APART:
+            continue
+        lines.append(
+            f"{run.key}: found {own:.3f} of the latency, the last sitting {last:.3f}; again"
+        )
         shutil.rmtree(places.run_folder(run), ignore_errors=True)
         places.result(run).unlink()
-        if path.exists():
-            write_json(path, timed)
+        write_json(path, timed)
     return lines
-
-
-def _disturbed(stored: dict[str, Any], last: float | None) -> str | None:
-    if stored.get("kind") == "refused":
-        return None
-    if "delivery-1" in stored["seconds"] and not stored["settings"]["trim_epochs"]:
-        return "cut again after its fine-tuning"
-    own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
-    if last is not None and abs(own / last - 1.0) > MOST_APART:
-        return f"found {own:.3f} of the latency, the last sitting {last:.3f}"
-    return None
 
 
 def time_finals(

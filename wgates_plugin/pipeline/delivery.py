@@ -124,13 +124,14 @@ def deliver(
     """Export and measure; while over the target, trim, retrain shortly, and measure again.
 
     Where nothing is left to trim it ends: measuring the same network until it passes would be
-    picking the noise that suits.
+    picking the noise that suits. A network that was trained is not trimmed where no epoch may follow.
     """
-    target = job.limits["latency_ms"]
-    for attempt in range(job.settings.attempts):
+    target, settings = job.limits["latency_ms"], job.settings
+    attempts = settings.attempts if settings.trim_epochs or not settings.epochs else 1
+    for attempt in range(attempts):
         found = export(job, network, attempt)
         job.done(f"exporting and measuring the file: {found['latency_ms']:.4g} ms", "export")
-        last = attempt + 1 == job.settings.attempts
+        last = attempt + 1 == attempts
         if target is None or found["latency_ms"] <= target or last:
             break
         narrower = _narrower(job, plan, scores, attempt)
