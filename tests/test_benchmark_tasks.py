@@ -339,7 +339,8 @@ def test_ablations_change_one_thing_of_ours() -> None:
         assert (experiment.task, len(experiment.seeds)) == (task, 5)
         ours = experiment.methods["wgates"]
         compared = load_experiment(task)
-        assert ours == compared.methods["wgates"].model_copy(update={"tuning": ours.tuning})
+        same = {"tuning": ours.tuning, "core": ours.core}
+        assert ours == compared.methods["wgates"].model_copy(update=same)
         epochs = compared.recipe["pruning"]["gate_epochs"]
         epochs += compared.recipe["pruning"]["fine_tune_epochs"]
         for name in experiment.with_role("ablation"):

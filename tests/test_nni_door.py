@@ -323,11 +323,12 @@ def test_the_same_plan_as_through_the_torch_pruning_door() -> None:
 
 
 @pytest.mark.parametrize(("steps", "length"), [(8, None), (None, 8)])
-def test_gates_are_measured_for_a_quarter_of_the_training(
-    steps: int | None, length: int | None
-) -> None:
+def test_gates_are_measured_for_half_of_the_training(steps: int | None, length: int | None) -> None:
     network = tiny("residual")
-    pruner = pruner_of(network, FREE, steps=steps, target=MacsTarget(fraction=0.5))
+    settings = WGatesSettings(rounds=1)
+    pruner = pruner_of(
+        network, FREE, steps=steps, settings=settings, target=MacsTarget(fraction=0.5)
+    )
     seen: list[float] = []
     plain = pruner._learn
 
@@ -338,8 +339,11 @@ def test_gates_are_measured_for_a_quarter_of_the_training(
 
     pruner._learn = watch
     _, masks = pruner.compress(max_steps=length)
-    assert [share == 1.0 for share in seen] == [True, *[False] * 7]  # closed after the second step
-    assert (pruner.gates.merits.done, pruner.gates.step) == (2, 8)
+    assert [share == 1.0 for share in seen] == [
+        *[True] * 3,
+        *[False] * 5,
+    ]  # closed after the fourth
+    assert (pruner.gates.merits.done, pruner.gates.step) == (4, 8)
     check_exact(pruner, masks, network)
 
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] = ()) -> None:
         "--again-disturbed",
         action="store_true",
         help="run again what found another latency than the last sitting, by more than "
-        f"{finals.MOST_APART:.0%}",
+        f"{100 * finals.MOST_APART:.0f} %%",
     )
     arguments = options.parse_args(list(argv))
     experiment = load_experiment(arguments.experiment, arguments.profile)
