@@ -75,5 +75,7 @@ def test_stored_errors_are_within_tolerance() -> None:
 def test_masked_equals_removed_as_the_benchmark_finds_it(masker: str) -> None:
     pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
     found = exactness.error("mobilenet_v2", masker, 0.5, seed=1)
-    assert 0.1 < found["parameters_left"] < 0.9
+    # A budget of half of the MACs promises nothing of the parameters.
+    least = 0.1 if masker == "wgates_target" else 0.2
+    assert least < found["parameters_left"] < 0.8
     assert 0 < found["error"] <= TOLERANCE

@@ -182,14 +182,15 @@ def load_experiment(path: str | Path, profile: str | None = None) -> Experiment:
         problems = [f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"experiment `{path}`", problems) from None
     problems = []
+    settings = {}
     for name in experiment.methods:
         run = Run(name, runtime_name(experiment.runtimes[0]), experiment.targets[0], 0)
         try:
-            found = recipe_of(experiment, run, Path("run")).pruning
+            settings[name] = recipe_of(experiment, run, Path("run")).pruning
         except ConfigError as error:
             problems += [f"method `{name}`: {problem}" for problem in error.problems]
-            continue
-        wanted = dense_recipe(experiment, 0, Path("run")).pruning.epochs
+    wanted = dense_recipe(experiment, 0, Path("run")).pruning.epochs if settings else 0
+    for name, found in settings.items():
         mine = found.epochs
         if found.unification is not None:
             mine += found.unification.admm_epochs + found.unification.retrain_epochs

@@ -35,14 +35,17 @@ def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Ru
     Those are runs that found another latency of what they delivered, smaller or larger, than the last
     sitting did, in which all are timed: other work on the machine led them to other widths.
     """
+    sittings: dict[Path, dict[str, Any]] = {}
     lines = []
     for run in chosen:
         path = places.finals(run.runtime)
         if not (path.exists() and places.result(run).exists()):
             continue
-        timed = read_json(path, kind="final latencies")
+        if path not in sittings:
+            sittings[path] = read_json(path, kind="final latencies")
+        timed = sittings[path]
         stored = read_json(places.result(run), kind="run")
-        last = timed["ratio"].pop(run.key, None)
+        last = timed["ratio"].get(run.key)
         if last is None or stored.get("kind") == "refused":
             continue
         own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
@@ -53,6 +56,7 @@ def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Ru
         )
         shutil.rmtree(places.run_folder(run), ignore_errors=True)
         places.result(run).unlink()
+        del timed["ratio"][run.key]
         write_json(path, timed)
     return lines
 

@@ -39,10 +39,9 @@ class WGatesPruner(TracedPruner):
     Gates are attached on construction and taken off by the last `step()` or `detach()`. They act
     from the first training pass on, or once they were measured for a round (`settings.measuring`,
     `settings.rounds`): until then, and again after each of several steps, evaluation sees the
-    network as it is. Between
-    `loss.backward()` and `optimizer.step()`, call `regularize(model)` once. With a `target` the
-    budget decides every width; without one, `pruning_ratio` does, as in torch-pruning, and the
-    gates learn which channels.
+    network as it is. Between `loss.backward()` and `optimizer.step()`, call `regularize(model)`
+    once. With a `target` the budget decides every width; without one, `pruning_ratio` does, as in
+    torch-pruning, and the gates learn which channels.
 
     Args:
         model: the network to prune, in place at `step()`.
