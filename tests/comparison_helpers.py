@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from benchmarks.comparison.experiment import Experiment, Run, load_experiment
+from benchmarks.comparison.summary import network_of
 from wgates_plugin.files import write_json
 
 SMALL: dict[str, Any] = {
@@ -85,7 +86,7 @@ def filled(
         )
     )
     home = folder / "results" / "comparison" / experiment.name
-    ratios = {}
+    ratios, networks = {}, {}
     for seed in experiment.seeds:
         dense = {"accuracy": 0.9, "trained_on": {"accuracy": 0.92}}
         write_json(home / f"dense-{seed}.json", dense)
@@ -96,7 +97,8 @@ def filled(
             found = refused if isinstance(value, str) else made_up(value)
             write_json(home / "runs" / f"{run.key}.json", found)
             if finals is not None:
-                ratios[run.key] = finals[seed]
+                ratios[run.key], networks[run.key] = finals[seed], network_of(found)
     if finals is not None:
-        write_json(home / "finals-eager.json", {"ratio": ratios})
+        last = {"ratio": ratios, "networks": networks, "disturbed": []}
+        write_json(home / "finals-eager.json", last)
     return experiment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -35,6 +36,7 @@ from wgates_plugin.dense_training import WEIGHTS
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.recipe import load_recipe, prepare
+from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.tracing import trace
 
 
@@ -336,6 +338,16 @@ def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> Non
     assert finals.forget_disturbed(experiment, places, chosen) == []
 
 
+def test_what_the_last_sitting_timed_beside_other_work_stays(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = list(runs_of(experiment))
+    last = json.loads(places.finals("eager").read_text())
+    write_json(places.finals("eager"), {**last, "disturbed": [chosen[2].key]})
+    assert finals.forget_disturbed(experiment, places, chosen) == []
+    assert runs.missing(places, chosen) == []
+
+
 def test_a_grid_is_probed_once_for_all_runs_and_not_where_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,13 +393,15 @@ def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
     places = runs.Places(experiment, tmp_path, tmp_path)
     first, second = comparison.choose(experiment)
     same = {"strategy": "wgates", "options": {}, "gate_epochs": 1, "fine_tune_epochs": 1}
-    write_json(places.result(first), {"settings": same})
+    mine = dataclasses.asdict(WGatesSettings())
+    write_json(places.result(first), {"settings": same, "resolved_options": mine})
     write_json(places.result(second), {"kind": "refused", "reason": "too few"})
     assert runs.outdated(experiment, places, [first, second]) == []
-    write_json(places.result(first), {"settings": {**same, "options": {"learning_rate": 0.1}}})
-    (line,) = runs.outdated(experiment, places, [first, second])
-    assert line.startswith(f"{first.key}: stored with other settings (options {{'learning_rate'")
-    assert str(places.result(first)) in line
+    for resolved in ({**mine, "learning_rate": 0.1}, None):  # None: what they were is not known
+        write_json(places.result(first), {"settings": same, "resolved_options": resolved})
+        (line,) = runs.outdated(experiment, places, [first, second])
+        assert line.startswith(f"{first.key}: stored with other settings (options {resolved} there")
+        assert str(places.result(first)) in line
 
 
 def test_a_run_that_fails_does_not_end_the_others(
@@ -489,7 +503,12 @@ def test_the_same_networks_are_not_timed_twice(tmp_path: Path) -> None:
     finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
     assert places.finals("eager").read_text() == before
     finals.time_finals(experiment, places, block, seconds=0.02, passes=1, again=True)
-    assert places.finals("eager").read_text() != before
+    timed = places.finals("eager").read_text()
+    assert timed != before
+    result["widths"][0]["kept"] //= 2  # the run was made again, and delivered another network
+    write_json(places.result(first), result)
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    assert places.finals("eager").read_text() != timed
 
 
 @pytest.mark.parametrize(
@@ -550,14 +569,43 @@ def test_runs_from_another_dense_network_are_named(tmp_path: Path) -> None:
     experiment = load_experiment(stored(tmp_path))
     places = runs.Places(experiment, tmp_path, tmp_path)
     first, second = comparison.choose(experiment)
-    write_json(places.result(first), {"settings": {}, "dense_weights": "mine"})
-    write_json(places.result(second), {"settings": {}})
+    ours = {"settings": {}, "resolved_options": dataclasses.asdict(WGatesSettings())}
+    write_json(places.result(first), {**ours, "dense_weights": "mine"})
+    write_json(places.result(second), {"settings": {}, "resolved_options": {"scope": "global"}})
     assert runs.outdated(experiment, places, [first, second]) == []
     write_json(places.dense_result(0), {"weights": "mine"})
     assert runs.outdated(experiment, places, [first, second]) == []
     write_json(places.dense_result(0), {"weights": "other"})
     (line,) = runs.outdated(experiment, places, [first, second])
     assert line.startswith(f"{first.key}: pruned from another dense network than the one of seed 0")
+
+
+def test_dense_networks_are_trained_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stored(tmp_path, seeds=[0, 1])
+    words = [str(path), "--results", str(tmp_path), "--scratch", str(tmp_path)]
+    experiment = load_experiment(path)
+    places = runs.Places(experiment, tmp_path, tmp_path)
+    asked: list[list[str]] = []
+
+    def in_parallel(commands: list[list[str]], workers: int, _: object) -> None:
+        assert workers == 2
+        asked.append([command[-1] for command in commands])
+        for command in commands:
+            if command[-1].startswith("dense-"):
+                comparison.main(command[4:])
+
+    monkeypatch.setattr(comparison, "_in_parallel", in_parallel)
+    monkeypatch.setattr(runs, "make_samples", lambda *_: None)
+    with pytest.raises(SystemExit):  # no run was made
+        comparison.main([*words, "--workers", "2"])
+    assert asked[0] == ["dense-0", "dense-1"]
+    assert asked[1] == [run.key for run in runs_of(experiment)]
+    assert all(places.dense_result(seed).exists() for seed in (0, 1))
+    with pytest.raises(SystemExit):
+        comparison.main([*words, "--workers", "2"])
+    assert asked[2:] == asked[1:2]  # the dense networks are there
 
 
 def test_without_ray_it_goes_on_and_says_so(

@@ -8,7 +8,7 @@ from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
-from comparison_helpers import filled
+from comparison_helpers import filled, made_up
 
 from benchmarks import pictures, scoreboard, tables
 from benchmarks.comparison import claims as subject
@@ -66,6 +66,53 @@ def test_cells_are_won_lost_undecided_and_incomplete(tmp_path: Path) -> None:
         "*undecided*: chance is within one standard error of the best",
         "*incomplete*: 2 runs are missing",
     ]
+
+
+def test_behind_the_best_is_lost_even_where_that_is_chance(tmp_path: Path) -> None:
+    cells = {"lost": {"wgates": LOW, "l1": LOW, "random": GOOD}}
+    experiments, results = several(tmp_path, cells)
+    assert values(experiments, results)["wgates_wins_share"] == 0.0
+    assert verdicts_table(experiments, results).endswith("| lost |")
+
+
+def test_over_the_target_nothing_is_won(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "random": LOW}
+    one = filled(tmp_path, runs, ours="wgates", task="t", finals=[0.49, 0.5, 0.52])
+    found = values([one], tmp_path / "results")
+    assert found["wgates_wins_share"] == found["wgates_wins_beyond_one_se_share"] == 0.0
+    assert "lost: ours is over the target" in verdicts_table([one], tmp_path / "results")
+
+
+def test_cells_that_ours_was_tuned_on_are_left_out_of_a_share_of_its_own(tmp_path: Path) -> None:
+    won: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "random": LOW}
+    lost: dict[str, Any] = {"wgates": GOOD, "l1": BETTER, "random": LOW}
+    experiments = [
+        filled(tmp_path, won, ours="wgates", name="a", task="a", tuned_on=True),
+        filled(tmp_path, lost, ours="wgates", name="b", task="b"),
+    ]
+    found = values(experiments, tmp_path / "results")
+    assert found["wgates_wins_share"] == 0.5
+    assert found["wgates_wins_share/untuned"] == 0.0
+
+
+def test_what_learning_exchanged_is_shown(tmp_path: Path) -> None:
+    one = filled(tmp_path, {"wgates": GOOD, "uniform": LOW}, ours="wgates", task="t")
+    name = "units_exchanged_by_learning/t"
+    assert values([one], tmp_path / "results")[name] is None
+    for seed, exchanged in enumerate((0, 3)):
+        path = tmp_path / "results/comparison" / one.name / f"runs/wgates-eager-50-{seed}.json"
+        facts = {"units_kept": 100, "units_exchanged_by_learning": exchanged}
+        write_json(path, {**made_up(0.9), "decision": {"facts": facts}})
+    assert values([one], tmp_path / "results")[name] == pytest.approx(0.015)
+
+
+def test_a_network_that_the_last_sitting_did_not_time_is_not_held(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": GOOD, "l1": GOOD}
+    one = filled(tmp_path, runs, ours="wgates", task="t", finals=[0.5, 0.5, 0.5])
+    assert values([one], tmp_path / "results")["target_held_share/comparison"] == 1.0
+    path = tmp_path / "results/comparison" / one.name / "runs/l1-eager-50-0.json"
+    write_json(path, {**made_up(0.9), "widths": [{"group": "a", "dense": 8, "kept": 4}]})
+    assert values([one], tmp_path / "results")["target_held_share/comparison"] == 5 / 6
 
 
 def test_equal_accuracy_is_a_win_but_not_beyond_an_error(tmp_path: Path) -> None:

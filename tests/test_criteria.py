@@ -246,6 +246,27 @@ def test_taylor_as_shipped_leaves_batchnorm_out_and_ours_does_not() -> None:
         assert torch.allclose(repaired(group), by_conv + by_reader + by_norm)
 
 
+def test_taylor_is_the_mean_of_what_each_batch_says() -> None:
+    network = tiny("plain").eval()
+    group = tp_group(network, trace(network, example()), 0)
+    # The same images twice, their loss turned round: with signs nothing would be left.
+    (inputs, targets), *_ = data()
+    turned = iter([1.0, -1.0])
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return next(turned) * nn.functional.cross_entropy(logits, labels)
+
+    importance = TaylorImportance(normalizer=None, group_reduction="sum")
+    with gradients_of(network, [(inputs, targets)], nn.functional.cross_entropy, importance):
+        once = importance(group)
+    with gradients_of(network, [(inputs, targets)] * 2, loss, importance):
+        assert torch.allclose(importance(group), once)
+    turned = iter([1.0, -1.0])
+    signed = TaylorImportance(normalizer=None, group_reduction="sum", multivariable=True)
+    with gradients_of(network, [(inputs, targets)] * 2, loss, signed):
+        assert float(signed(group).abs().max()) < 1e-6 * float(once.max())
+
+
 def test_hessian_as_shipped_keeps_the_last_sample_and_ours_accumulates() -> None:
     network = tiny("plain").eval()
     space = trace(network, example())

@@ -464,10 +464,11 @@ def test_training_goes_on_behind_the_masks() -> None:
     check_exact(pruner, masks, network)
 
 
-def test_epochs_can_set_the_duration() -> None:
+def test_epochs_can_set_the_duration_and_too_few_are_told() -> None:
     network = tiny("plain")
     pruner = pruner_of(network, steps=None)
-    pruner.compress(max_epochs=1)
+    with pytest.warns(UserWarning, match=r"all 4 steps .* none learned.*training_steps=4"):
+        pruner.compress(max_epochs=1)
     assert pruner.gates.step == 4
 
 

@@ -43,8 +43,9 @@ from wgates_plugin.pipeline import (
 )
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.run_folder import RunFolder
+from wgates_plugin.strategies.wgates import WGatesSettings, WGatesStrategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
-from wgates_plugin.training import TrainingSettings, evaluate
+from wgates_plugin.training import Trainer, TrainingSettings, evaluate
 from wgates_plugin.transforms.unification.settings import UnificationSettings
 from wgates_plugin.verification import relative_error
 
@@ -461,6 +462,38 @@ def test_what_was_trained_is_not_cut_where_no_epoch_may_follow(
     assert not result.held
     settled = json.loads((tmp_path / "run" / "stages" / "plan.json").read_text())["widths"]
     assert list(result.plan.widths) == settled
+
+
+@pytest.mark.parametrize(("gate_epochs", "labels"), [(1, ["gates", "trim"]), (0, [])])
+def test_a_trimmed_network_is_trained_on_unless_nothing_trained_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate_epochs: int, labels: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def noted(*arguments: Any, **options: Any) -> Trainer:
+        seen.append(options["label"])
+        return Trainer(*arguments, **options)
+
+    monkeypatch.setattr("wgates_plugin.pipeline.job.Trainer", noted)
+    monkeypatch.setattr("wgates_plugin.strategies.base.Trainer", noted)
+    with_latency_ratios(monkeypatch, [1.28] * 3 + [0.4])
+    run(
+        tmp_path / "run",
+        target=LatencyTarget(fraction=0.8, runtime="eager"),
+        settings=dataclasses.replace(SETTINGS, gate_epochs=gate_epochs, fine_tune_epochs=0),
+    )
+    assert seen == labels
+
+
+def test_a_run_of_other_defaults_is_not_continued(
+    uninterrupted: PruningResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = dataclasses.replace(WGatesSettings(), rounds=3)
+    monkeypatch.setattr(
+        "wgates_plugin.pipeline.identity.make_strategy", lambda *_: WGatesStrategy(later)
+    )
+    with pytest.raises(RunFolderError, match=r"`settings.options.rounds` was 4, is 3"):
+        run(uninterrupted.run_folder, resume=True)
 
 
 def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | None]) -> None:

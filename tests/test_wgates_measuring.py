@@ -146,6 +146,25 @@ def test_channels_close_in_rounds_on_the_way_to_the_target(name: str) -> None:
         assert last.all() or float(mine[last > 0].min()) > float(mine[last == 0].max())
 
 
+@pytest.mark.parametrize(("rate", "exchanges"), [(0.0, False), (0.3, True)])
+def test_what_learning_changed_of_the_start_is_told(rate: float, exchanges: bool) -> None:
+    gates = make("residual", measuring=2, learning_rate=rate)
+    train(gates, 2)
+    assert gates.only_measured
+    train(gates, 6, start=2)
+    assert not gates.only_measured
+    widths, scores = gates.widths(), gates.decided_scores()
+    facts = gates.learned(scores, widths)
+    assert (facts["steps_measured"], facts["steps_learned"]) == (2, 6)
+    first = PruningPlan.top(gates.space, gates.starting.offsets(), widths)
+    now = PruningPlan.top(gates.space, scores, widths)
+    assert facts["units_kept"] == sum(map(len, now.kept))
+    assert facts["units_exchanged_by_learning"] == sum(
+        len(set(mine) - set(theirs)) for mine, theirs in zip(now.kept, first.kept, strict=True)
+    )
+    assert (facts["units_exchanged_by_learning"] > 0) == exchanges
+
+
 def test_what_is_left_is_measured_anew_without_what_closed() -> None:
     """Two equal channels need each other little; once one is closed, the other does all."""
     network = tiny("plain").train()
@@ -365,6 +384,21 @@ def test_merits_without_a_gradient_are_zero() -> None:
     merits.add(torch.zeros(4), torch.ones(4))
     assert not merits.wanted
     assert torch.equal(merits.mean(), torch.zeros(4, dtype=torch.float64))
+
+
+def test_rounds_are_no_more_than_a_float_keeps_apart() -> None:
+    with pytest.raises(ConfigError, match="rounds 21: must be 20 or less"):
+        WGatesSettings(rounds=21)
+    merits = GateMerits(20, rounds=20)
+    opened = torch.ones(21)
+    for step in range(20):
+        merits.add(torch.ones(21), opened)
+        opened[step] = 0.0
+        merits.close(opened)
+    found = merits.mean()
+    assert found is not None
+    assert (found[1:] > found[:-1]).all()
+    assert float(found.min()) > 0.0
 
 
 @pytest.mark.parametrize("measuring", [-1, 2.5, True, "50"])

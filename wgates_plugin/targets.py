@@ -165,8 +165,8 @@ class PruningSettings:
         margin: aim this far under the target, so that noise does not break the contract.
         attempts: how often the closed loop may correct a network that is over the target.
         trim_epochs: epochs at a tenth of the learning rate after a delivered file was over the target
-            and its network trimmed; they come on top of all others. With 0 fine-tuning epochs, none.
-            0: a network that was trained is never trimmed, and may miss its target.
+            and its network trimmed; they come on top of all others. None where no other epoch trains
+            weights. 0: a network that was trained is never trimmed, and may miss its target.
         recalibration_images: training images for BatchNorm statistics after the removal.
         unification: also give the delivered weights few bits (`transforms.unification`); None does not.
 

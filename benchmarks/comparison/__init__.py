@@ -64,7 +64,9 @@ def main(argv: Sequence[str] = ()) -> None:
         help="as many runs at once as a Ray cluster has room for; its machines must see the same "
         "results, scratch and current folders",
     )
-    options.add_argument("--only", help="one run, by its key, with everything shared in place")
+    options.add_argument(
+        "--only", help="one run, by its key, with everything shared in place; or dense-SEED"
+    )
     options.add_argument("--finals", action="store_true", help="only time the final networks")
     options.add_argument(
         "--again-disturbed",
@@ -86,6 +88,9 @@ def main(argv: Sequence[str] = ()) -> None:
     turns = Turns(arguments.scratch / TURNS)
     with measuring_within(turns.alone):
         if arguments.only:
+            if arguments.only.startswith(runs.DENSE):
+                runs.make_dense(experiment, places, int(arguments.only.removeprefix(runs.DENSE)))
+                return
             run = next(run for run in runs_of(experiment) if run.key == arguments.only)
             print(runs.attempt(experiment, places, run), flush=True)
             return
@@ -93,13 +98,23 @@ def main(argv: Sequence[str] = ()) -> None:
             for line in finals.forget_disturbed(experiment, places, chosen):
                 print(line, flush=True)
         if not arguments.finals:
-            commands = _missing(experiment, places, chosen, argv)
-            if arguments.ray and _on_ray(list(commands.values()), gpus=_gpus(experiment)):
-                pass
-            elif arguments.workers > 1:
-                _in_parallel(list(commands.values()), arguments.workers, turns)
-            else:
-                for run in commands:
+            words = [word for word in argv if word != "--again-disturbed"]
+            command = [sys.executable, "-m", "benchmarks", "comparison", *words, "--only"]
+
+            def side_by_side(keys: list[str]) -> bool:
+                """Whether there was a way to do these so, or nothing to do."""
+                if not keys:
+                    return True
+                commands = [[*command, key] for key in keys]
+                if arguments.ray and _on_ray(commands, gpus=_gpus(experiment)):
+                    return True
+                if arguments.workers > 1:
+                    _in_parallel(commands, arguments.workers, turns)
+                return arguments.workers > 1
+
+            todo = _missing(experiment, places, chosen, side_by_side)
+            if not side_by_side([run.key for run in todo]):
+                for run in todo:
                     print(runs.attempt(experiment, places, run), flush=True)
         for block in experiment.runtimes:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
@@ -112,17 +127,18 @@ def main(argv: Sequence[str] = ()) -> None:
 
 
 def _missing(
-    experiment: Experiment, places: runs.Places, chosen: Sequence[Run], argv: Sequence[str]
-) -> dict[Run, list[str]]:
-    """The chosen runs without a result, with the command of each; what they share is made before."""
-    runs.prepared(experiment, places, chosen)
+    experiment: Experiment,
+    places: runs.Places,
+    chosen: Sequence[Run],
+    ahead: Callable[[list[str]], object],
+) -> list[Run]:
+    """The chosen runs without a result; what they share is made before."""
+    runs.prepared(experiment, places, chosen, ahead)
     for line in runs.outdated(experiment, places, chosen):
         print(line, flush=True)
     todo = runs.missing(places, chosen)
     print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
-    words = [word for word in argv if word != "--again-disturbed"]
-    command = [sys.executable, "-m", "benchmarks", "comparison", *words, "--only"]
-    return {run: [*command, run.key] for run in todo}
+    return todo
 
 
 def choose(

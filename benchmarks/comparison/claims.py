@@ -41,14 +41,14 @@ def share(values: Sequence[bool]) -> float | None:
 
 
 def won(cell: Cell) -> bool:
-    """Ours is at least as accurate, on average over seeds, as the best rival."""
+    """Ours is at least as accurate as the best rival, and keeps the target, on average over seeds."""
     margin = cell.margin()
-    return margin is not None and margin.mean >= 0
+    return margin is not None and margin.mean >= 0 and cell.ours_keeps_target()
 
 
 def won_beyond_one_error(cell: Cell) -> bool:
     margin = cell.margin()
-    return margin is not None and margin.mean > margin.error
+    return margin is not None and margin.mean > margin.error and cell.ours_keeps_target()
 
 
 def share_of(
@@ -139,6 +139,23 @@ def lost_by_ours(cell: Cell) -> Difference | None:
     return None if cell.ours is None else cell.lost(cell.ours)
 
 
+def exchanged_by_learning(experiment: Experiment) -> Read:
+    """Mean over the runs of ours, as far as they say it."""
+
+    def read(folder: Path) -> float | None:
+        cells = read_cells(experiment, folder)
+        rows = [cell.rows[cell.ours] for cell in cells if cell.ours in cell.rows]
+        shares = [
+            facts["units_exchanged_by_learning"] / facts["units_kept"]
+            for row in rows
+            for facts in row.facts
+            if "units_exchanged_by_learning" in facts
+        ]
+        return sum(shares) / len(shares) if shares else None
+
+    return read
+
+
 def weights_against_free(experiment: Experiment) -> Callable[[Path], Difference | None]:
     """Ours minus free gates; of several cells, their mean per seed."""
 
@@ -183,6 +200,13 @@ def _of_task(experiment: Experiment) -> list[Claim]:
                 "on the worse of the runtimes",
                 worst_at_half(experiment, lost_by_ours, max),
             ),
+            Claim(
+                f"units_exchanged_by_learning/{task}",
+                None,
+                "higher",
+                f"{source}; no bar: share of the units kept by ours that its measured start had not kept",
+                exchanged_by_learning(experiment),
+            ),
         ]
     if FREE in experiment.methods:
         difference = weights_against_free(experiment)
@@ -224,6 +248,13 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             "higher",
             f"{SOURCE}; no bar: the same of the complete cells alone",
             share_of(experiments, won, whole=True),
+        ),
+        Claim(
+            "wgates_wins_share/untuned",
+            None,
+            "higher",
+            f"{SOURCE}; no bar: the first without the cells of tasks on which ours was tuned",
+            share_of([one for one in experiments if not one.tuned_on], won),
         ),
         Claim(
             "wgates_wins_beyond_one_se_share",

@@ -70,6 +70,8 @@ class Experiment(_Block):
         methods: by name; in the file also the path of a file of them, from the experiment's folder.
         profiles: name -> what to lay over the experiment, such as larger budgets for a GPU.
         rgb: whether the task is one of colour images.
+        tuned_on: defaults of ours were chosen on this task, by these test images; what is claimed
+            is then counted without its cells too.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Experiment(_Block):
     everyone: dict[str, list[float]] | None = None
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
     rgb: bool = False
+    tuned_on: bool = False
 
     @property
     def ours(self) -> str | None:

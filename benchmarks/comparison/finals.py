@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.comparison.experiment import Experiment, Run, dense_recipe, runs_of, runtime_name
 from benchmarks.comparison.runs import Places
+from benchmarks.comparison.summary import last_ratio, network_of
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency import RuntimeSettings, get_runtime
@@ -42,7 +43,8 @@ def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Ru
     """Take away the results of runs that were disturbed, with a line for each.
 
     Those are runs that found another latency of what they delivered, smaller or larger, than the last
-    sitting did, in which all are timed: other work on the machine led them to other widths.
+    sitting did, in which all are timed: other work on the machine led them to other widths. What was
+    timed beside other work in that sitting says nothing.
     """
     sittings: dict[Path, dict[str, Any]] = {}
     lines = []
@@ -54,8 +56,8 @@ def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Ru
             sittings[path] = read_json(path, kind="final latencies")
         timed = sittings[path]
         stored = read_json(places.result(run), kind="run")
-        last = timed["ratio"].get(run.key)
-        if last is None or stored.get("kind") == "refused":
+        last = last_ratio(timed, run, stored)
+        if last is None or run.key in timed["disturbed"]:
             continue
         own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
         if abs(own / last - 1.0) <= MOST_APART:
@@ -65,7 +67,8 @@ def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Ru
         )
         shutil.rmtree(places.run_folder(run), ignore_errors=True)
         places.result(run).unlink()
-        del timed["ratio"][run.key]
+        for table in (timed["ratio"], timed["networks"]):
+            del table[run.key]
         write_json(path, timed)
     return lines
 
@@ -94,8 +97,9 @@ def time_finals(
     todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
     todo = [run for run in todo if _can_be_timed(places, run)]
     path = places.finals(runtime_name(block))
-    known = set(read_json(path, kind="final latencies")["ratio"]) if path.exists() else set()
-    if not todo or (known == {run.key for run in todo} and not again):
+    networks = {run.key: network_of(read_json(places.result(run), kind="run")) for run in todo}
+    known = read_json(path, kind="final latencies")["networks"] if path.exists() else {}
+    if not todo or (known == networks and not again):
         return
     runtime = get_runtime(
         runtime_name(block),
@@ -149,6 +153,7 @@ def time_finals(
                 key: statistics.median(one["ratio"] for one in _quietest(timings, passes))
                 for key, timings in found.items()
             },
+            "networks": networks,
             "passes": found,
             "disturbed": sorted(slow),
             "from_widths": [run.key for run in todo if _artefact(places, run) is None],

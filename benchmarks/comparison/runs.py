@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from wgates_plugin.errors import TargetError, WGatesError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency_study import LatencyStudy
-from wgates_plugin.pipeline import PruningSettings
+from wgates_plugin.pipeline.identity import options_in_full
 from wgates_plugin.recipe import prepare, run_recipe
 from wgates_plugin.run_folder import weights_digest
-from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget
 from wgates_plugin.tracing import trace
 from wgates_plugin.training import Trainer, evaluate
+
+DENSE = "dense-"
+"""What the key of a dense network begins with; its seed follows."""
 
 BULK = ("gates",)
 """Keys of a report that only its own page needs."""
@@ -187,7 +189,7 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
                 "reason": str(error),
                 **dataclasses.asdict(run),
                 "settings": _plain(recipe.pruning),
-                "resolved_options": resolved_options(recipe.pruning),
+                "resolved_options": options_in_full(recipe.pruning),
                 "environment": describe_environment(),
             },
         )
@@ -197,16 +199,11 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
     note = plan.get("note", {})
     kept["before_cut"] = note.get("before", [])
     kept["after_cut"] = [step["transform"] for step in note.get("after", [])]
-    kept["resolved_options"] = resolved_options(recipe.pruning)
+    kept["resolved_options"] = options_in_full(recipe.pruning)
     kept["dense_weights"] = read_json(folder / "run.json", kind="run description")["weights"]
     if isinstance(kept.get("lpnet"), dict):
         kept["lpnet"] = {k: v for k, v in kept["lpnet"].items() if k != "predictions"}
     write_json(path, kept)
-
-
-def resolved_options(settings: PruningSettings) -> dict[str, Any]:
-    """All of a strategy's settings, those left at their defaults included: defaults change."""
-    return _plain(make_strategy(settings.strategy, settings.options).settings)
 
 
 def _plain(settings: Any) -> dict[str, Any]:
@@ -219,15 +216,33 @@ def missing(places: Places, chosen: Iterable[Run]) -> list[Run]:
     return [run for run in chosen if not places.result(run).exists()]
 
 
-def prepared(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> None:
+def prepared(
+    experiment: Experiment,
+    places: Places,
+    chosen: Sequence[Run],
+    ahead: Callable[[list[str]], object] = lambda _: None,
+) -> None:
     """Everything that the chosen runs share, as far as one of them is still to do.
 
     Of a seed whose runs are all there, the dense network's accuracies are still asked for.
+
+    Args:
+        ahead: called with the keys of the dense networks that are wanted, to make them side by side;
+            what is then not there is made here, one after the other.
     """
     todo = missing(places, chosen)
-    for seed in dict.fromkeys(run.seed for run in chosen):
-        if any(run.seed == seed for run in todo) or not places.dense_result(seed).exists():
-            make_dense(experiment, places, seed)
+    wanted = [
+        seed
+        for seed in dict.fromkeys(run.seed for run in chosen)
+        if not places.dense_result(seed).exists()
+        or (
+            any(run.seed == seed for run in todo)
+            and not (places.dense_folder(seed) / WEIGHTS).exists()
+        )
+    ]
+    ahead([f"{DENSE}{seed}" for seed in wanted])
+    for seed in wanted:
+        make_dense(experiment, places, seed)
     for block in experiment.runtimes:
         if any(run.runtime == runtime_name(block) for run in todo):
             make_samples(experiment, places, block)
@@ -251,9 +266,9 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
             continue
         pruning = recipe_of(experiment, run, places.run_folder(run)).pruning
         mine = _plain(pruning)
-        if "resolved_options" in stored:
-            theirs = {**theirs, "options": stored["resolved_options"]}
-            mine["options"] = resolved_options(pruning)
+        # Without them, stored before defaults were: whatever these are now, they may have been others.
+        theirs = {**theirs, "options": stored.get("resolved_options")}
+        mine["options"] = options_in_full(pruning)
         other = [k for k in COMPARED if k in theirs and k in mine and theirs[k] != mine[k]]
         if other:
             changed = ", ".join(f"{key} {theirs[key]} there, {mine[key]} here" for key in other)

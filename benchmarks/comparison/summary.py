@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -60,6 +62,7 @@ class Row:
     ratio: list[float] = field(default_factory=list)
     finals: list[float] = field(default_factory=list)
     held: list[bool] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
     macs: list[float] = field(default_factory=list)
     parameters: list[float] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
@@ -113,12 +116,19 @@ class Cell:
         return max(whole, key=lambda m: statistics.mean(self.rows[m].accuracy), default=None)
 
     def decided(self) -> bool:
-        """Whether the best method beats chance by more than one standard error."""
+        """Whether the best method beats chance by more than one standard error, or ours falls as far
+        behind the best: that is lost, whoever is best."""
         best = self.best(self.contestants)
-        if best is None or best == CHANCE:
+        if best is None:
             return False
-        found = self.between(best, CHANCE)
-        return found is not None and found.mean > found.error
+        ahead = self.between(best, CHANCE)
+        behind = None if self.ours is None else self.between(best, self.ours)
+        return any(found is not None and found.mean > found.error for found in (ahead, behind))
+
+    def ours_keeps_target(self) -> bool:
+        """On average over seeds: what is won above it is no gain at equal latency."""
+        row = self.rows.get(self.ours or "")
+        return row is not None and statistics.mean(row.ratio) <= self.target
 
     def between(self, first: str, second: str) -> Difference | None:
         """`first` minus `second`; None unless both are complete."""
@@ -151,7 +161,7 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
     for block in experiment.runtimes:
         runtime = runtime_name(block)
         path = home / f"finals-{runtime}.json"
-        finals = read_json(path, kind="final latencies")["ratio"] if path.exists() else {}
+        finals = read_json(path, kind="final latencies") if path.exists() else {}
         for target in experiment.targets:
             rows = {}
             for name in experiment.methods:
@@ -165,7 +175,7 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
                         row.missing.append(seed)
                         continue
                     report = _read(stored, stored.stat().st_mtime_ns)
-                    _add(row, seed, report, target, finals.get(run.key))
+                    _add(row, seed, report, target, last_ratio(finals, run, report))
             cells.append(
                 Cell(
                     runtime,
@@ -180,7 +190,10 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
     return cells
 
 
-_NEEDED = ("kind", "reason", "baseline", "final", "after_removal", "contract", "seconds")
+_NEEDED = (
+    "kind", "reason", "baseline", "final", "after_removal", "contract", "seconds", "decision",
+    "widths", "before_cut", "after_cut",
+)  # fmt: skip
 
 
 @functools.cache
@@ -188,6 +201,24 @@ def _read(path: Path, modified_ns: int) -> dict[str, Any]:
     """What the tables need of a report; every claim and table reads the same thousands of files."""
     report = read_json(path, kind="run")
     return {key: report[key] for key in _NEEDED if key in report}
+
+
+def network_of(report: dict[str, Any]) -> str:
+    """A short digest of the network that a stored run delivered: its widths, and what else changed."""
+    made = [
+        [row["kept"] for row in report.get("widths", ())],
+        report.get("before_cut", []),
+        report.get("after_cut", []),
+    ]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+
+
+def last_ratio(finals: dict[str, Any], run: Run, report: dict[str, Any]) -> float | None:
+    """A run's latency in the last sitting; None where that did not time this very network."""
+    if not finals or finals["networks"].get(run.key) != network_of(report):
+        return None
+    ratio: float = finals["ratio"][run.key]
+    return ratio
 
 
 def _add(
@@ -206,6 +237,7 @@ def _add(
     if final_ratio is not None:
         row.finals.append(final_ratio)
     row.held.append(report["contract"] == "held" if final_ratio is None else final_ratio <= target)
+    row.facts.append(report.get("decision", {}).get("facts", {}))
     row.macs.append(after["macs"] / before["macs"])
     row.parameters.append(after["parameters"] / before["parameters"])
     row.seconds.append(report["seconds"])

@@ -90,6 +90,10 @@ def verdict(cell: Cell) -> str:
     margin = cell.margin()
     if margin is None or margin.mean < 0:
         return "lost"
+    if not cell.ours_keeps_target():
+        return "lost: ours is over the target"
+    if margin.mean == 0:
+        return "tied"
     return "won beyond one standard error" if margin.mean > margin.error else "won"
 
 
@@ -138,9 +142,9 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
                     cell.runtime,
                     f"{round(100 * cell.target)} %",
                     _percent(cell.trained_on) if cell.trained_on else "-",
-                    _accuracy(cell, cell.ours),
+                    _with_latency(cell, cell.ours),
                     "-" if lost is None else _points(lost),
-                    "-" if best is None else f"`{best}` {_accuracy(cell, best)}",
+                    "-" if best is None else f"`{best}` {_with_latency(cell, best)}",
                     "-" if margin is None else _points(margin),
                     _accuracy(cell, "uniform"),
                     _accuracy(cell, CHANCE),
@@ -177,6 +181,12 @@ def _accuracy(cell: Cell, method: str | None) -> str:
     if not row.accuracy:
         return "refused" if row.refused else "*missing*"
     return _percent(row.accuracy) + ("" if row.complete else f" ({len(row.accuracy)} seeds)")
+
+
+def _with_latency(cell: Cell, method: str | None) -> str:
+    row = cell.rows.get(method or "")
+    latency = f" at {statistics.mean(row.ratio):.3f}" if row is not None and row.ratio else ""
+    return _accuracy(cell, method) + latency
 
 
 def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:

@@ -127,7 +127,7 @@ def deliver(
     picking the noise that suits. A network that was trained is not trimmed where no epoch may follow.
     """
     target, settings = job.limits["latency_ms"], job.settings
-    attempts = settings.attempts if settings.trim_epochs or not settings.epochs else 1
+    attempts = settings.attempts if settings.trim_epochs or not job.total_epochs else 1
     for attempt in range(attempts):
         found = export(job, network, attempt)
         job.done(f"exporting and measuring the file: {found['latency_ms']:.4g} ms", "export")
@@ -198,7 +198,7 @@ def _cut_further(job: Job, network: nn.Module, plan: PruningPlan, smaller: Pruni
     remove(network, closed_loop.relative_plan(smaller, plan, space), traced=graph)
     job.recalibrate(network)
     epochs = job.settings.trim_epochs
-    if job.settings.fine_tune_epochs and epochs:
+    if job.total_epochs and epochs:
         training = job.settings.training
         gentle = dataclasses.replace(
             training, learning_rate=training.learning_rate / 10, warmup_epochs=0.0

@@ -9,6 +9,7 @@ from typing import Any
 
 from wgates_plugin.pipeline.callables import name_of
 from wgates_plugin.run_folder import first_batch_digest
+from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, PruningSettings, Target
 
 
@@ -27,8 +28,15 @@ def identity_of_request(
             "val_batches": len(val_loader),  # type: ignore[arg-type]
             "first_val_batch": first_batch_digest(val_loader),
         },
-        "settings": settings_as_json(settings),
+        "settings": {**settings_as_json(settings), "options": options_in_full(settings)},
     }
+
+
+def options_in_full(settings: PruningSettings) -> dict[str, Any]:
+    """The strategy's settings as plain values, those left at their defaults included: these change."""
+    chosen = make_strategy(settings.strategy, settings.options).settings
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(chosen), default=name_of))
+    return plain
 
 
 def settings_as_json(settings: PruningSettings) -> dict[str, Any]:

@@ -102,7 +102,10 @@ def gradients_of(
 ) -> Iterator[None]:
     """Gradients of the loss over `data` in eval mode, while within; the network's own come back.
 
-    Taylor takes the gradient of the mean over batches, Hessian the mean square of each sample's.
+    Taylor gets the mean size of its batches' gradients, so that `|w * gradient|` is the mean of what
+    each batch says: with their signs they all but cancel in a trained network. Only a `multivariable`
+    one, which sums products within a filter, gets the gradient of the mean over batches. Hessian takes
+    the mean square of each sample's.
 
     Raises:
         TrainingError: no batch, or the loss is not finite.
@@ -114,16 +117,21 @@ def gradients_of(
             network.eval().requires_grad_(True)
             for parameter in parameters:
                 parameter.grad = None
+            signed = getattr(importance, "multivariable", False)
+            sums = [torch.zeros_like(parameter) for parameter in parameters]
             batches = 0
             for batch in data:
                 _accumulate(network, batch, loss, importance)
                 batches += 1
+                for parameter, total in zip(parameters, sums, strict=True):
+                    # A layer the loss does not reach has no say, rather than no gradient.
+                    if parameter.grad is not None:
+                        total += parameter.grad if signed else parameter.grad.abs()
+                    parameter.grad = None
             if not batches:
                 raise TrainingError("criterion: `data` gave no batch; give (inputs, targets) pairs")
-            for parameter in parameters:
-                # A layer the loss does not reach has no say, rather than no gradient.
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            for parameter, total in zip(parameters, sums, strict=True):
+                parameter.grad = total / batches
             yield
         finally:
             for parameter, grad in zip(parameters, own, strict=True):

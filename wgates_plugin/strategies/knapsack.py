@@ -107,9 +107,9 @@ class KnapsackStrategy(Strategy):
 def taylor_saliency(task: Task, *, scale: str) -> Tensor:
     """Loss that a unit is worth to first order, (total_units,) float64 on the CPU, 0 or more.
 
-    `sum |w * dL/dw|` over all that goes with the unit (ours): every coupled filter but depthwise
-    ones, the weights that read it, and its BatchNorm scale, where the paper takes BatchNorm's scale
-    and shift alone.
+    `sum |w * dL/dw|`, the mean over batches as in the paper, over all that goes with the unit (ours):
+    every coupled filter but depthwise ones, the weights that read it, and its BatchNorm scale, where
+    the paper takes BatchNorm's scale and shift alone.
     """
     raw = TaylorImportance(group_reduction="sum", normalizer=None)
     found = criteria.criterion_scores(

@@ -291,7 +291,7 @@ class WGatesPruner(TracedPruner):
     def _warn_if_only_measured(self) -> None:
         """Say that no gate learned, where the loop was too short for it."""
         made = self.gates.step
-        if made and made == self.gates.merits.done:
+        if self.gates.only_measured:
             warnings.warn(
                 f"{self._subject}.step: all {made} gate steps were spent on measuring open gates, "
                 "none learned: the channels are decided by that measurement alone. Pass "

@@ -3,8 +3,8 @@
 Li et al., "Joint-optimized channel pruning: W-Gates" (ECCV Workshops 2020, arXiv 2007.02066).
 One linear map per producing layer, shared by its filters, scores each filter from its flattened
 weights; a binary step opens or closes the channel; latency or another cost of the open widths is
-differentiated along with the task loss. Gates are measured while all are open, then start at the
-target from what that says (ours). Departures from the paper are marked (ours).
+differentiated along with the task loss. Before they learn, gates are measured in rounds, which close
+those of least merit until the target is reached (ours). Departures from the paper are marked (ours).
 """
 
 from wgates_plugin.strategies.wgates.gates import WGates

@@ -248,6 +248,32 @@ class WGates:
             "skipped": float(self.skipped),
         }
 
+    @property
+    def only_measured(self) -> bool:
+        """Whether every step so far went into measuring, none into learning."""
+        return 0 < self.step == self.merits.done
+
+    def learned(self, scores: Tensor, widths: Sequence[int]) -> dict[str, Any]:
+        """What learning changed of the starting point, for the report.
+
+        In a phase of a few hundred steps that is little: what was measured then decides.
+
+        Args:
+            scores: (total_units,) decided by. widths: (G,) decided on.
+        """
+        facts: dict[str, Any] = {
+            "steps_measured": self.merits.done,
+            "steps_learned": self.step - self.merits.done,
+        }
+        if self.settings.start == "target":
+            first, now = (
+                PruningPlan.top(self.space, ranking.cpu(), widths).mask
+                for ranking in (self.starting.offsets(), scores)
+            )
+            facts["units_kept"] = int(now.sum())
+            facts["units_exchanged_by_learning"] = int((now & ~first).sum())
+        return facts
+
     @torch.no_grad()
     def unit_scores(self) -> Tensor:
         """The scores as they stand, (total_units,); while measuring, where they would start now."""

@@ -47,7 +47,7 @@ class GateMerits:
 
     def add(self, gradient: Tensor, opened: Tensor) -> None:
         """One step's gradient (total_units,); that of gates which are not `opened` (0/1) says nothing."""
-        square = (gradient.detach().double().square() * opened).cpu()
+        square = gradient.detach().cpu().double().square() * opened.cpu()
         self._sum = square if self._sum is None else self._sum + square
         self.done += 1
 

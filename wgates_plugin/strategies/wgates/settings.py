@@ -8,6 +8,9 @@ from wgates_plugin.efficiency.constraint import CONSTRAINTS
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies.wgates.scores import SCORES
 
+MOST_ROUNDS = 20
+"""What closes in a round goes far behind what closes later; a float knows no more orders of magnitude."""
+
 
 @dataclass(frozen=True)
 class WGatesSettings:
@@ -22,7 +25,7 @@ class WGatesSettings:
             their mean squared gradient says which channels and widths `start="target"` starts from
             (ours). 0 starts from filter norms at uniform widths.
         rounds: of measuring. After each the channels of least merit close, until the cost has come
-            down evenly to the target's; 1 closes all at once.
+            down evenly to the target's; 1 closes all at once, 20 is the most.
         slide_fraction: share of the gate phase over which the target slides, for `start="open"`.
         constraint: "augmented-lagrangian" (ours), or the paper's "linear" or "log" weighting.
         alpha: weight of the paper's forms.
@@ -54,6 +57,8 @@ class WGatesSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problems.append(f"{name} {value!r}: must be a whole number from {least}")
+        if isinstance(self.rounds, int) and self.rounds > MOST_ROUNDS:
+            problems.append(f"rounds {self.rounds}: must be {MOST_ROUNDS} or less")
         if self.start not in ("target", "open"):
             problems.append(f"start `{self.start}`: unknown; known: target, open")
         if self.constraint not in CONSTRAINTS:

@@ -44,5 +44,6 @@ class WGatesStrategy(Strategy):
             monitor = run_phase(task, trainer, {"network": network, "gates": gates}, step)
         finally:
             gates.detach()
-        scores = gates.decided_scores().cpu()
-        return Decision(network, scores, gates.widths(), monitor, trainer.history)
+        scores, widths = gates.decided_scores().cpu(), gates.widths()
+        facts = gates.learned(scores, widths)
+        return Decision(network, scores, widths, monitor, trainer.history, facts)
