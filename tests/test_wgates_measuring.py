@@ -361,6 +361,15 @@ def test_a_bad_batch_is_not_measured() -> None:
     assert torch.equal(hit.unit_scores(), clean.unit_scores())
 
 
+def test_a_bad_batch_in_a_later_round_reports_what_is_open() -> None:
+    gates = make("residual", 0.4, measuring=8, rounds=4)
+    before = train(gates, 3)
+    (gates.network(example()).sum() * float("inf")).backward()
+    skipped = gates.regularize()
+    assert skipped["open_share"] == before["open_share"] < 1.0
+    assert skipped["violation"] == before["violation"]
+
+
 def test_the_first_learning_step_finds_the_budgets_weight() -> None:
     """It is an average from then on, which must not start from nothing."""
     late, early = make(measuring=2), make(measuring=0)

@@ -25,7 +25,8 @@ from wgates_plugin.verification import carried_out, removal_error
 
 _SECOND_OPINIONS = 2
 """On a file that is over the target. A disturbed minute is no reason to cut a trained network again:
-the median of three measurements is, which come with pauses as long as they take."""
+the median of three measurements is, which come with pauses as long as they take. A file under it at
+first is taken at that: of networks that need exactly the target more than half are held, 5 in 8."""
 
 
 def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:

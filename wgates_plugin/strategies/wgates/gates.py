@@ -200,20 +200,23 @@ class WGates:
                 f"gates: gradient not finite at gate step {self.step}, in {MOST_SKIPPED} calls in a "
                 "row; look at the loss and the weights for values that are not finite"
             )
-        return self._unmoved(scores)
+        return self._unmoved(scores, self.starting.opened() if self.merits.wanted else None)
 
     def _measure(self, scores: Tensor, gradient: Tensor) -> dict[str, float]:
         """A step in which open gates are looked at, and none learns."""
-        opened = self.starting.opened().to(scores)
+        opened = self.starting.opened()
         self.merits.add(gradient, opened)
         self.step += 1
         self._skipped_in_a_row = 0
-        record = self._unmoved(scores * (2.0 * opened - 1.0))
+        record = self._unmoved(scores, opened)
         if not self.merits.wanted:
             self._leave_open()
         return record
 
-    def _unmoved(self, scores: Tensor) -> dict[str, float]:
+    def _unmoved(self, scores: Tensor, opened: Tensor | None) -> dict[str, float]:
+        """The report of a step that moved no score; `opened` (0/1) is what is open while measuring."""
+        if opened is not None:
+            scores = scores * (2.0 * opened.to(scores) - 1.0)
         widths = torch.tensor(
             widths_of(self.space, scores, self.settings.grid), dtype=torch.float64
         )
