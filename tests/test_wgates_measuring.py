@@ -20,6 +20,7 @@ from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import WGates, WGatesSettings, fit_to_budget
 from wgates_plugin.strategies.budgeting import threshold_widths
 from wgates_plugin.strategies.wgates.measuring import GateMerits
+from wgates_plugin.strategies.wgates.starting import StartingPoint
 
 
 def make(
@@ -163,6 +164,32 @@ def test_what_learning_changed_of_the_start_is_told(rate: float, exchanges: bool
         len(set(mine) - set(theirs)) for mine, theirs in zip(now.kept, first.kept, strict=True)
     )
     assert (facts["units_exchanged_by_learning"] > 0) == exchanges
+
+
+def test_channels_close_by_merit_for_their_price() -> None:
+    """Equal merits in groups that cost much and in one that costs little."""
+    layers = [conv(3, 16, 3), conv(16, 16, 3), nn.MaxPool2d(4), conv(16, 16, 3), conv(16, 4, 1)]
+    space = trace(nn.Sequential(*layers), example())
+    model = MacsModel(space)
+    budget = Budget.of(Limit(model, 0.3 * full_cost(space)))
+    rows = torch.tensor(space.full_widths, dtype=torch.float64).repeat(len(space.groups) + 1, 1)
+    for index, lowest in enumerate(space.least_widths(1)):
+        rows[index + 1, index] = lowest
+    closing = rows[0] - rows[1:].diagonal()
+    per_unit = (model(rows)[0] - model(rows)[1:]) / closing
+    widths = {}
+    for price in (0.0, 1.0):
+        settings = WGatesSettings(measuring=1, rounds=1, price=price)
+        start = StartingPoint(space, budget, settings, lambda: torch.ones(space.total_units))
+        prices = start._prices()[list(space.offsets[: len(space.groups)])]
+        assert torch.allclose(prices, per_unit / per_unit.max())
+        same = torch.linspace(1.0, 2.0, 16).repeat(len(space.groups))
+        start.merits.add(same, torch.ones(space.total_units))
+        widths[price] = start._widths(start.merits.mean())
+    dearest, cheapest = int(per_unit.argmax()), int(per_unit.argmin())
+    assert widths[1.0][dearest] < widths[0.0][dearest]
+    assert widths[1.0][cheapest] == 16
+    assert sum(widths[1.0]) > sum(widths[0.0])
 
 
 def test_what_is_left_is_measured_anew_without_what_closed() -> None:

@@ -26,6 +26,9 @@ class WGatesSettings:
             (ours). 0 starts from filter norms at uniform widths.
         rounds: of measuring. After each the channels of least merit close, until the cost has come
             down evenly to the target's; 1 closes all at once, 20 is the most.
+        price: how much the cost of a channel counts against its merit where channels close (ours): they
+            close by merit over cost to this power. 1 is merit per cost; 0 looks at merits alone, which
+            keeps few and expensive channels.
         slide_fraction: share of the gate phase over which the target slides, for `start="open"`.
         constraint: "augmented-lagrangian" (ours), or the paper's "linear" or "log" weighting.
         alpha: weight of the paper's forms.
@@ -39,6 +42,7 @@ class WGatesSettings:
     start: str = "target"
     measuring: int = 100
     rounds: int = 4
+    price: float = 1.0
     slide_fraction: float = 0.7
     constraint: str = "augmented-lagrangian"
     alpha: float = 1.0
@@ -47,7 +51,7 @@ class WGatesSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("learning_rate", "alpha"):
+        for name in ("learning_rate", "alpha", "price"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 problems.append(f"{name} {value!r}: must be a finite number of 0 or more")

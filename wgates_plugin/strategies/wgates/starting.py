@@ -16,6 +16,9 @@ from wgates_plugin.strategies.wgates.measuring import GateMerits
 from wgates_plugin.strategies.wgates.scores import ranks_within, starting_offsets
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 
+CHEAPEST = 1e-3
+"""Least price of a unit, relative to the dearest: some groups cost next to nothing."""
+
 
 class StartingPoint:
     """Offsets of the scores at the target (ours), from the best that is known of the channels.
@@ -106,10 +109,33 @@ class StartingPoint:
         return budgeting.fit_to_budget(space, merits, widths, budget, grid)
 
     def _affordable(self, merits: Tensor, budget: Budget) -> tuple[int, ...]:
-        """Widths (G,) of one threshold over all merits, and what the budget has left."""
+        """Widths (G,) of one threshold over all merits for their price, and what the budget has left."""
         grid = self.settings.grid
-        widths = budgeting.threshold_widths(self.space, merits, budget, grid)
+        worth = merits / self._prices() ** self.settings.price
+        widths = budgeting.threshold_widths(self.space, worth, budget, grid)
         return budgeting.fit_to_budget(self.space, merits, widths, budget, grid)
+
+    def _prices(self) -> Tensor:
+        """What a unit costs (total_units,) float64, relative to the dearest; the same for all of a group.
+
+        It is the mean over the units that the group could still close, from the widths that are open.
+        """
+        now = PruningPlan.from_masks(self.space, self._opened[1]).widths
+        least = self.space.least_widths(self.settings.grid)
+        # Row 0 is what is open; in row g + 1 group g is at its least.
+        rows = torch.tensor(now, dtype=torch.float64).repeat(len(now) + 1, 1)
+        rows[range(1, len(now) + 1), range(len(now))] = torch.tensor(
+            [min(pair) for pair in zip(now, least, strict=True)], dtype=torch.float64
+        )
+        with torch.no_grad():
+            costs = self.budget.excess(rows).cpu().double()
+        closing = [
+            max(1, (width - lowest) // group.ties)
+            for width, lowest, group in zip(now, least, self.space.groups, strict=True)
+        ]
+        prices = (costs[0] - costs[1:]) / torch.tensor(closing, dtype=torch.float64)
+        prices = (prices / prices.max().clamp_min(1e-300)).clamp_min(CHEAPEST)
+        return prices.repeat_interleave(torch.tensor([g.units for g in self.space.groups]))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers; what was known depends on weights that learn on."""
