@@ -496,6 +496,19 @@ def test_a_run_of_other_defaults_is_not_continued(
         run(uninterrupted.run_folder, resume=True)
 
 
+def at_ratio(found: Measurement, ratio: float) -> Measurement:
+    """The measurement as if it had come out at `ratio` of its reference."""
+    times = tuple(ratio * other for other in found.reference_samples_ms)
+    return dataclasses.replace(
+        found,
+        latency_ms=ratio * found.reference_ms,
+        ratio=ratio,
+        samples_ms=times,
+        median_ms=statistics.median(times),
+        minimum_ms=min(times),
+    )
+
+
 def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | None]) -> None:
     """Deliveries that measure at these ratios in turn; None is a kill."""
     original = LatencyStudy.of_file
@@ -505,16 +518,7 @@ def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | No
         ratio = left.pop(0)
         if ratio is None:
             raise Interrupted
-        found = original(self, path, network, seconds)
-        times = tuple(ratio * other for other in found.reference_samples_ms)
-        return dataclasses.replace(
-            found,
-            latency_ms=ratio * found.reference_ms,
-            ratio=ratio,
-            samples_ms=times,
-            median_ms=statistics.median(times),
-            minimum_ms=min(times),
-        )
+        return at_ratio(original(self, path, network, seconds), ratio)
 
     monkeypatch.setattr(LatencyStudy, "of_file", scripted)
 

@@ -14,13 +14,14 @@ import torch
 from fake_bench import IDENTITY, steady_bench
 from networks import example, tiny
 
-from tests.test_pipeline import EXAMPLE, SETTINGS, make_network, run, with_latency_ratios
+from tests.test_pipeline import EXAMPLE, SETTINGS, at_ratio, make_network, run, with_latency_ratios
 from wgates_plugin import trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, collect
 from wgates_plugin.errors import ConfigError, TargetError
+from wgates_plugin.files import read_json
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline import preparation
 from wgates_plugin.pipeline.job import Job
@@ -149,6 +150,39 @@ def test_the_job_hands_the_macs_over_and_settles_by_latency(
     settled = [row for row in result.report["attempts"] if row["stage"] == "plan"]
     assert all(row["predicted_ms"] > 0 for row in settled)
     assert settled
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_widths_that_gates_learned_at_are_measured_already(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless learning moved them; then the prediction is the one that is exact where it started."""
+    measure = LatencyStudy.at
+
+    def by_width(self: LatencyStudy, widths: Any, seconds: float, **trust: Any) -> Any:
+        share = sum(widths) / sum(self.space.full_widths)
+        return at_ratio(measure(self, widths, seconds, **trust), 0.2 + 0.8 * share)
+
+    monkeypatch.setattr(LatencyStudy, "at", by_width)
+    decide = WGatesStrategy.decide
+
+    def elsewhere(self: Any, task: Task) -> Decision:
+        found = decide(self, task)
+        return dataclasses.replace(found, widths=task.space.least_widths(task.grid))
+
+    if moved:
+        monkeypatch.setattr(WGatesStrategy, "decide", elsewhere)
+    settings = dataclasses.replace(SETTINGS, options={"learning_rate": 0.0})
+    result = run(
+        tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"), settings=settings
+    )
+    stages = [row["stage"] for row in result.report["attempts"]]
+    start = read_json(result.run_folder / "stages" / "start.json", kind="stage")
+    assert start["held"]
+    assert stages.count("start") == len(start["attempts"]) > 0
+    assert ("plan" in stages) is moved
+    if not moved:
+        assert list(result.plan.widths) == start["widths"]
 
 
 def test_active_sampling_may_go_where_the_optimiser_goes() -> None:

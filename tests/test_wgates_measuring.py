@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -256,6 +256,42 @@ def test_a_resumed_measuring_ends_where_an_uninterrupted_one_does(
     assert torch.equal(resumed.unit_scores(), whole.unit_scores())
     assert (resumed.step, resumed.balance) == (whole.step, whole.balance)
     assert resumed.plan().kept == whole.plan().kept
+
+
+@pytest.mark.parametrize("measuring", [0, 3])
+def test_gates_learn_at_widths_that_were_settled_for_them(measuring: int, tmp_path: Any) -> None:
+    """And go on there after an interruption, under the budget that is exact there."""
+    asked: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    def gates_on(network: nn.Module) -> WGates:
+        space = trace(network.train(), example())
+        full = full_cost(space)
+        budget = Budget.of(Limit(MacsModel(space), 0.6 * full))
+        narrower = Budget.of(Limit(MacsModel(space), 0.4 * full))
+
+        def settle(scores: Tensor, widths: Sequence[int]) -> tuple[tuple[int, ...], Budget]:
+            asked.append((scores, tuple(widths)))
+            return fit_to_budget(space, *asked[0], narrower), narrower
+
+        settings = WGatesSettings(measuring=measuring, learning_rate=0.0)
+        return WGates(network, space, budget, settings, settle=settle).attach()
+
+    gates = gates_on(tiny("plain"))
+    train(gates, 4)
+    (first,) = asked
+    assert cost_of(gates, first[1]) > gates.budget.limits[0].target  # what was wanted had to shrink
+    assert cost_of(gates, gates.widths()) <= gates.budget.limits[0].target
+    assert gates.widths() == fit_to_budget(gates.space, *first, gates.budget)
+    torch.save([gates.state_dict(), gates.network.state_dict()], tmp_path / "state.pt")
+    resumed = gates_on(tiny("plain", 1))
+    state, weights = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.network.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert resumed.budget.limits[0].target == gates.budget.limits[0].target
+    assert resumed.widths() == gates.widths()
+    train(gates, 2, start=4)
+    train(resumed, 2, start=4)
+    assert torch.equal(resumed.unit_scores(), gates.unit_scores())
 
 
 def test_a_channel_that_nobody_reads_has_no_merit_and_goes_first() -> None:

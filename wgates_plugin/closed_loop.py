@@ -27,6 +27,7 @@ class Settled:
     """Widths that were measured, and the record of every attempt on the way."""
 
     widths: tuple[int, ...]
+    measured_ms: float
     held: bool
     attempts: list[dict[str, Any]]
 
@@ -44,6 +45,7 @@ def settle(
     grid: int,
     seconds: float,
     bounded: Callable[[LPNet], EfficiencyModel] = lambda lpnet: lpnet,
+    stage: str = "plan",
 ) -> Settled:
     """Find widths near `widths` that were *measured* under the target, and not far under it.
 
@@ -54,6 +56,7 @@ def settle(
         scores: merit of each unit (total_units,).
         target_ms, margin: the aim is `target_ms * (1 - margin)`.
         bounded: what of a prediction is held to the aim; the prediction itself by default.
+        stage: the attempts' name in the record.
     """
     space, aim = study.space, target_ms * (1.0 - margin)
     local, best, log = lpnet, None, []
@@ -76,7 +79,7 @@ def settle(
             best = current
         log.append(
             {
-                "stage": "plan",
+                "stage": stage,
                 "predicted_ms": predicted,
                 "measured_ms": found,
                 "verdict": "held" if held else "over",
@@ -88,7 +91,7 @@ def settle(
         lpnet = study.refit(lpnet)
         local = lpnet.corrected(current, found)
     chosen = best or min(measured, key=lambda widths: measured[widths])
-    return Settled(chosen, best is not None, log)
+    return Settled(chosen, measured[chosen], best is not None, log)
 
 
 def trimmed(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wgates_plugin import closed_loop
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, Limit
+from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.errors import SurgeryError
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.pipeline.job import Job
@@ -29,28 +30,32 @@ the median of three measurements is, which come with pauses as long as they take
 first is taken at that: of networks that need exactly the target more than half are held, 5 in 8."""
 
 
+_START = "start"
+
+
+def settle_start(job: Job, scores: Tensor, widths: Sequence[int]) -> tuple[tuple[int, ...], Budget]:
+    """Widths measured to keep the target, for a strategy to learn at, and the budget exact there.
+
+    What is cut only after a network has learned, it learned in vain.
+    """
+    found = job.folder.once(_START, functools.partial(_measured, job, scores, widths, _START))
+    return tuple(found["widths"]), job.budget(_exact_at_start(job))
+
+
 def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
-    """The plan: widths measured to keep the target, the highest scores of each group."""
+    """The plan: widths measured to keep the target, the highest scores of each group.
+
+    Those that a strategy learned at are measured already.
+    """
 
     def compute() -> dict[str, Any]:
-        settings, target = job.settings, job.limits["latency_ms"]
-        if job.lpnet is None or target is None:
+        start = job.folder.stage(_START)
+        if start is not None and start["held"] and start["widths"] == list(widths):
+            return {"widths": list(widths), "attempts": []}
+        if job.lpnet is None:
             plan = plan_for_budget(job.space, scores, widths, job.budget(None), job.grid)
             return {"widths": list(plan.widths), "attempts": []}
-        settled = closed_loop.settle(
-            job.study,
-            job.lpnet,
-            scores,
-            widths,
-            target_ms=target,
-            others=job.count_limits(),
-            margin=settings.margin,
-            attempts=settings.attempts,
-            grid=job.grid,
-            seconds=settings.measure_seconds / 2,
-            bounded=job.bounded,
-        )
-        return {"widths": list(settled.widths), "attempts": settled.attempts}
+        return _measured(job, scores, widths, "plan")
 
     found = job.folder.once("plan", compute)
     plan = PruningPlan.top(
@@ -67,6 +72,36 @@ def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
         words += f", {len(found['attempts'])} measured, the last at {last:.4g} ms"
     job.done(words, "plan")
     return plan
+
+
+def _measured(job: Job, scores: Tensor, widths: Sequence[int], stage: str) -> dict[str, Any]:
+    """Widths near `widths` that were measured to keep the latency target, as JSON."""
+    settings, target, lpnet = job.settings, job.limits["latency_ms"], _exact_at_start(job)
+    assert lpnet is not None
+    assert target is not None
+    settled = closed_loop.settle(
+        job.study,
+        lpnet,
+        scores,
+        widths,
+        target_ms=target,
+        others=job.count_limits(),
+        margin=settings.margin,
+        attempts=settings.attempts,
+        grid=job.grid,
+        seconds=settings.measure_seconds / 2,
+        bounded=job.bounded,
+        stage=stage,
+    )
+    return dataclasses.asdict(settled)
+
+
+def _exact_at_start(job: Job) -> LPNet | None:
+    """LPNet, exact at the widths that a strategy learned at, if any were settled for it."""
+    start = job.folder.stage(_START)
+    if start is None or job.lpnet is None:
+        return job.lpnet
+    return job.lpnet.corrected(start["widths"], start["measured_ms"])
 
 
 def _steps(**steps: list[Step]) -> dict[str, Any]:

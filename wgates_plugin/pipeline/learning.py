@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from torch import nn
 
+from wgates_plugin.pipeline import delivery
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.strategies.base import Decision
 
@@ -17,6 +19,8 @@ FINE_TUNE_STATE = "fine-tune.pt"
 def decide(job: Job) -> Decision:
     """Let the strategy decide; its trained network, scores and wanted widths."""
     task = job.task()
+    if job.lpnet is not None and job.settings.efficiency == "latency":
+        task.settle = functools.partial(delivery.settle_start, job)
     state = job.folder.load_state(DECISION_STATE)
     if state is not None:
         network = task.network.cpu()

@@ -130,8 +130,8 @@ def _deliveries(job: Job) -> list[dict[str, Any]]:
 
 def _attempts(job: Job, deliveries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     target = job.limits["latency_ms"]
-    settled = job.folder.stage("plan")
-    rows = list(settled["attempts"]) if settled else []
+    settled = (job.folder.stage(stage) for stage in ("start", "plan"))
+    rows = [attempt for found in settled if found is not None for attempt in found["attempts"]]
     for delivery in deliveries:
         over = target is not None and delivery["latency_ms"] > target
         rows.append(

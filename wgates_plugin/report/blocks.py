@@ -131,7 +131,7 @@ def _count(value: int | None) -> str:
 
 def attempts(report: dict[str, Any]) -> str:
     """What the closed loop predicted, measured and decided."""
-    stages = {"plan": "widths", "delivery": "exported file"}
+    stages = {"start": "widths to learn at", "plan": "widths", "delivery": "exported file"}
     rows = [
         (
             str(number),

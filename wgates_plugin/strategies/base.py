@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -51,6 +51,9 @@ class InMemory:
         self._states[name] = copy.deepcopy(state)
 
 
+Settle = Callable[[Tensor, Sequence[int]], tuple[tuple[int, ...], Budget]]
+
+
 @dataclass
 class Task:
     """What a strategy is given to decide on.
@@ -64,6 +67,9 @@ class Task:
         train_weights: False learns with the network's weights frozen.
         average: mean over processes; the identity in one process.
         seed: of everything random. checkpoints: what an interrupted phase goes on from.
+        settle: scores (total_units,) and widths (G,) -> widths near them that were measured to keep
+            the budget, and that budget, exact there. Measured once, for the first that ask; None
+            where nothing can be.
     """
 
     network: nn.Module
@@ -83,6 +89,7 @@ class Task:
     checkpoints: Checkpoints = field(default_factory=InMemory)
     average: Callable[[Tensor], Tensor] = lambda value: value
     progress: bool | None = None
+    settle: Settle | None = None
 
     def __post_init__(self) -> None:
         check_models(self.space, self.budget)
@@ -152,9 +159,10 @@ class Strategy(ABC):
     """Turns a `Task` into a `Decision`.
 
     Laws: the same seed and data give the same decision; the widths keep the task's budget as its
-    models predict it, lie on the grid and above every floor; an interrupted phase goes on from its
-    checkpoints and ends in the same place; the network it returns computes, with the channels
-    outside its best `widths` gated off, what the strategy trained or judged.
+    models predict it, or as `settle` measured it, lie on the grid and above every floor; an
+    interrupted phase goes on from its checkpoints and ends in the same place; the network it returns
+    computes, with the channels outside its best `widths` gated off, what the strategy trained or
+    judged.
 
     Attributes:
         settings_type: frozen dataclass of options, its defaults the recommended ones.

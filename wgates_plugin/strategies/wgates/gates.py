@@ -16,6 +16,7 @@ from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
+from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.wgates.functions import (
     open_mask,
     per_unit,
@@ -51,6 +52,8 @@ class WGates:
         ranking: merit of each unit (total_units,) to start from; nothing is measured then.
         carried: scores (total_units,) of an earlier phase, which hold until something is measured.
         opening: widths (G,) to start from, in place of those that fit the budget.
+        settle: as in `Task`: where gates start to learn, their widths are measured first, and the
+            budget is put right.
         waiting: act only from the first training pass on; until then, evaluation sees the network
             as it is.
     """
@@ -67,11 +70,12 @@ class WGates:
         ranking: Tensor | None = None,
         carried: Tensor | None = None,
         opening: Sequence[int] | None = None,
+        settle: Settle | None = None,
         waiting: bool = False,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
         self.settings = settings or WGatesSettings()
-        self.steps, self.average = steps, average
+        self.steps, self.average, self._settle = steps, average, settle
         if self.settings.start == "open" and not steps:
             raise ConfigError(
                 "W-Gates", ['start="open" slides the target over the phase: give `steps`']
@@ -108,7 +112,13 @@ class WGates:
     def _leave_open(self) -> None:
         """Go to the starting point; the scores' own offset of +0.25 opens every gate."""
         if self.settings.start == "target":
+            self._hold_measured()
             self.scores.offset.copy_(self.starting.offsets())
+
+    def _hold_measured(self) -> None:
+        """What is learned at widths that a measurement then cuts is lost: measure them first."""
+        if self._settle is not None:
+            self.budget = self.starting.settle(self._settle)
 
     def attach(self) -> WGates:
         self.gating.attach()
@@ -340,4 +350,6 @@ class WGates:
         self.step, self.balance = int(state["step"]), float(state["balance"])
         self.skipped = int(state["skipped"])
         self.starting.load_state_dict(state["start"])
+        if self.settings.start == "target" and not self.merits.wanted:
+            self._hold_measured()
         self._waiting = self._waiting and self.step == 0

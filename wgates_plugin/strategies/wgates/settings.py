@@ -40,7 +40,7 @@ class WGatesSettings:
     learning_rate: float = 1e-3
     grid: int = 1
     start: str = "target"
-    measuring: int = 100
+    measuring: int = 32
     rounds: int = 4
     price: float = 1.0
     slide_fraction: float = 0.7

@@ -12,6 +12,7 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
+from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.wgates.measuring import GateMerits
 from wgates_plugin.strategies.wgates.scores import ranks_within, starting_offsets
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
@@ -86,16 +87,23 @@ class StartingPoint:
             self._found = done, self._offsets()
         return self._found[1]
 
+    def settle(self, settle: Settle) -> Budget:
+        """Start from widths that `settle` measured; returns the budget that is exact there."""
+        self._opening, self.budget = settle(*self._wanted())
+        self._found = None
+        return self.budget
+
     def _offsets(self) -> Tensor:
+        ranking, widths = self._wanted()
+        return starting_offsets(
+            self.space, ranking, widths, grid=self.settings.grid, spread=self.settings.spread
+        )
+
+    def _wanted(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The ranking (total_units,) and the widths (G,) that it asks for."""
         merits = self.merits.mean()
         ranking = self._known if merits is None else merits
-        return starting_offsets(
-            self.space,
-            ranking,
-            self._widths(merits) if self._opening is None else self._opening,
-            grid=self.settings.grid,
-            spread=self.settings.spread,
-        )
+        return ranking, self._widths(merits) if self._opening is None else self._opening
 
     def _widths(self, merits: Tensor | None) -> tuple[int, ...]:
         space, budget, grid = self.space, self.budget, self.settings.grid

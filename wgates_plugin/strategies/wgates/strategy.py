@@ -27,6 +27,7 @@ class WGatesStrategy(Strategy):
             dataclasses.replace(self.settings, grid=task.grid),
             steps=max(1, task.steps),
             average=task.average,
+            settle=task.settle if task.epochs else None,
         )
         if task.epochs == 0:
             return Decision(network, gates.decided_scores().cpu(), gates.widths())
