@@ -467,7 +467,7 @@ def test_training_goes_on_behind_the_masks() -> None:
 def test_epochs_can_set_the_duration_and_too_few_are_told() -> None:
     network = tiny("plain")
     pruner = pruner_of(network, steps=None)
-    with pytest.warns(UserWarning, match=r"all 4 steps .* none learned.*training_steps=4"):
+    with pytest.warns(UserWarning, match=r"all 4 gate steps .* none learned.*training_steps=4"):
         pruner.compress(max_epochs=1)
     assert pruner.gates.step == 4
 

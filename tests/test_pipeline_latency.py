@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from fake_bench import IDENTITY, steady_bench
+from fake_bench import IDENTITY, measured, staircase_ms, steady_bench
 from networks import example, tiny
 
 from tests.test_pipeline import EXAMPLE, SETTINGS, at_ratio, make_network, run, with_latency_ratios
 from wgates_plugin import trace
+from wgates_plugin.closed_loop import settle
 from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
 from wgates_plugin.efficiency.sample_file import SampleFile
@@ -177,12 +178,49 @@ def test_widths_that_gates_learned_at_are_measured_already(
         tmp_path / "run", target=LatencyTarget(fraction=0.8, runtime="eager"), settings=settings
     )
     stages = [row["stage"] for row in result.report["attempts"]]
-    start = read_json(result.run_folder / "stages" / "start.json", kind="stage")
+    start, plan = (
+        read_json(result.run_folder / "stages" / f"{stage}.json", kind="stage")
+        for stage in ("start", "plan")
+    )
     assert start["held"]
     assert stages.count("start") == len(start["attempts"]) > 0
     assert ("plan" in stages) is moved
     if not moved:
-        assert list(result.plan.widths) == start["widths"]
+        assert plan["widths"] == start["widths"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "learned", "stay"),
+    [(0.99, True, True), (1.01, True, False), (0.99, False, False)],
+)
+def test_what_has_learned_is_cut_only_where_it_is_over(
+    ratio: float, learned: bool, stay: bool, tmp_path: Path
+) -> None:
+    """The margin is for widths that nothing has learned at yet; half of it is kept."""
+    space = trace(tiny("residual"), example())
+    file = SampleFile.open(tmp_path / "samples.jsonl", space, IDENTITY)
+    collect(file, space, steady_bench(space), count=12, grid=1, seed=0, seconds_per_sample=0.0)
+    lpnet = LPNet.fit(space, file.widths, file.latencies_ms)
+    wanted = tuple(width - 1 for width in space.full_widths)
+
+    def at(widths: Any, _: float) -> Any:
+        return measured(staircase_ms(space, widths))
+
+    study: Any = SimpleNamespace(space=space, at=at, refit=lambda lpnet: lpnet)
+    settled = settle(
+        study,
+        lpnet,
+        torch.linspace(-0.4, 0.4, space.total_units),
+        wanted,
+        target_ms=at(wanted, 0.0).latency_ms / ratio,
+        margin=0.02,
+        attempts=3,
+        grid=1,
+        seconds=0.0,
+        learned=learned,
+    )
+    assert settled.held
+    assert (settled.widths == wanted) is stay
 
 
 def test_active_sampling_may_go_where_the_optimiser_goes() -> None:

@@ -16,7 +16,7 @@ from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.errors import InfeasibleTargetError, PlanError
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.strategies.budgeting import fit_to_budget
+from wgates_plugin.strategies.budgeting import fit_to_budget, holds
 
 CLOSE_ENOUGH = 0.03
 """A held latency within this share of the aim is not worth another attempt."""
@@ -46,6 +46,7 @@ def settle(
     seconds: float,
     bounded: Callable[[LPNet], EfficiencyModel] = lambda lpnet: lpnet,
     stage: str = "plan",
+    learned: bool = False,
 ) -> Settled:
     """Find widths near `widths` that were *measured* under the target, and not far under it.
 
@@ -57,24 +58,25 @@ def settle(
         target_ms, margin: the aim is `target_ms * (1 - margin)`.
         bounded: what of a prediction is held to the aim; the prediction itself by default.
         stage: the attempts' name in the record.
+        learned: a network has learned at `widths`, and every step away from them costs some of it: they
+            are measured as they are, and stay where half of the margin is left.
     """
     space, aim = study.space, target_ms * (1.0 - margin)
+    as_learned = target_ms * (1.0 - margin / 2)
     local, best, log = lpnet, None, []
     measured: dict[tuple[int, ...], float] = {}
     current = tuple(widths)
     for attempt in range(2 * attempts):
-        budget = Budget((Limit(bounded(local), aim), *others))
-        try:
-            current = fit_to_budget(space, scores, current, budget, grid)
-        except InfeasibleTargetError:
-            # The floors were measured to fit, so the prediction is at fault, not the target.
-            current = space.least_widths(grid)
+        untouched = learned and attempt == 0 and _within(others, widths)
+        if not untouched:
+            budget = Budget((Limit(bounded(local), aim), *others))
+            current = _fitted(space, scores, current, budget, grid)
         if current in measured:
             break
         predicted = float(local(torch.tensor(current, dtype=torch.float64)))
         found = study.at(current, seconds).latency_ms
         measured[current] = found
-        held = found <= aim
+        held = found <= (as_learned if untouched else aim)
         if held and (best is None or found > measured[best]):
             best = current
         log.append(
@@ -92,6 +94,20 @@ def settle(
         local = lpnet.corrected(current, found)
     chosen = best or min(measured, key=lambda widths: measured[widths])
     return Settled(chosen, measured[chosen], best is not None, log)
+
+
+def _fitted(
+    space: ChannelSpace, scores: Tensor, widths: Sequence[int], budget: Budget, grid: int
+) -> tuple[int, ...]:
+    try:
+        return fit_to_budget(space, scores, widths, budget, grid)
+    except InfeasibleTargetError:
+        # The floors were measured to fit, so the prediction is at fault, not the target.
+        return space.least_widths(grid)
+
+
+def _within(limits: Sequence[Limit], widths: Sequence[int]) -> bool:
+    return not limits or holds(Budget(tuple(limits)), widths)
 
 
 def trimmed(

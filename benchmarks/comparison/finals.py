@@ -96,54 +96,21 @@ def time_finals(
     """
     todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
     todo = [run for run in todo if _can_be_timed(places, run)]
+    stored = {run.key: read_json(places.result(run), kind="run") for run in todo}
+    networks = {key: network_of(one) for key, one in stored.items()}
     path = places.finals(runtime_name(block))
-    networks = {run.key: network_of(read_json(places.result(run), kind="run")) for run in todo}
     known = read_json(path, kind="final latencies")["networks"] if path.exists() else {}
     if not todo or (known == networks and not again):
         return
-    runtime = get_runtime(
-        runtime_name(block),
-        RuntimeSettings(
-            **{k: v for k, v in block.items() if k in ("threads", "device", "precision")}
-        ),
-        **block.get("options", {}),
-    )
-    seed = experiment.seeds[0]  # weights have no part in it
-    network, data, _, settings = prepare(dense_recipe(experiment, seed, places.dense_folder(seed)))
-    network.eval()
-    reference = runtime.load(network, data.example_input)
-    like = builder(network, data.example_input, settings)
-
-    def timed(run: Run) -> dict[str, float]:
-        artefact = _artefact(places, run)
-        if artefact is not None:
-            folder = places.run_folder(run)
-            pruned = rebuild(network, folder / "plan.json", folder / "pruned.safetensors")
-            session = runtime.load_delivered(artefact, pruned, data.example_input)
-        else:
-            pruned = like(read_json(places.result(run), kind="run"))
-            session = runtime.load(pruned, data.example_input)
-        found = measure(session, reference=reference, seconds=seconds)
-        session.close()
-        return {"ratio": found.ratio, "reference_ms": found.reference_ms}
-
     environment = describe_environment()
-    before = _baselines(places, todo, environment)
-    found: dict[str, list[dict[str, float]]] = {run.key: [] for run in todo}
-    order, left = random.Random(0), todo
-    for number in range(1, MOST_PASSES * passes + 1):
-        order.shuffle(left)
-        for run in left:
-            found[run.key].append(timed(run))
-        seen = [one["reference_ms"] for timings in found.values() for one in timings]
-        quiet_ms = float(np.quantile([*before, *seen], 0.1))
-        slow = {
-            run.key for run in todo if _slowest(found[run.key], passes) > MOST_SLOWED * quiet_ms
-        }
-        left = [run for run in todo if number < passes or run.key in slow]
-        if not left:
-            break
-    reference.close()
+    before = [
+        one["baseline"]["latency_ms"]
+        for one in stored.values()
+        if one.get("environment") == environment
+    ]
+    sitting = _Sitting(experiment, places, block, seconds)
+    found, quiet_ms, slow = _timings(sitting, todo, passes, before)
+    sitting.close()
     write_json(
         path,
         {
@@ -169,19 +136,76 @@ def time_finals(
         )
 
 
-def _baselines(places: Places, todo: Iterable[Run], environment: dict[str, Any]) -> list[float]:
-    """What the untouched network took in these runs, where they were made in this environment."""
-    stored = [read_json(places.result(run), kind="run") for run in todo]
-    return [
-        one["baseline"]["latency_ms"] for one in stored if one.get("environment") == environment
-    ]
+Timings = list[dict[str, float]]
+"""Of one network: its `ratio` to the untouched one and what that took, `reference_ms`, in each pass."""
 
 
-def _quietest(timings: list[dict[str, float]], count: int) -> list[dict[str, float]]:
+class _Sitting:
+    """One runtime with the untouched network in it, beside which all others are timed."""
+
+    def __init__(
+        self, experiment: Experiment, places: Places, block: dict[str, Any], seconds: float
+    ) -> None:
+        settings = {k: v for k, v in block.items() if k in ("threads", "device", "precision")}
+        self.runtime = get_runtime(
+            runtime_name(block), RuntimeSettings(**settings), **block.get("options", {})
+        )
+        seed = experiment.seeds[0]  # weights have no part in it
+        recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
+        self.network, data, _, pruning = prepare(recipe)
+        self.network.eval()
+        self.places, self.seconds, self.example = places, seconds, data.example_input
+        self.reference = self.runtime.load(self.network, self.example)
+        self.like = builder(self.network, self.example, pruning)
+
+    def time(self, run: Run) -> dict[str, float]:
+        artefact = _artefact(self.places, run)
+        if artefact is not None:
+            folder = self.places.run_folder(run)
+            pruned = rebuild(self.network, folder / "plan.json", folder / "pruned.safetensors")
+            session = self.runtime.load_delivered(artefact, pruned, self.example)
+        else:
+            pruned = self.like(read_json(self.places.result(run), kind="run"))
+            session = self.runtime.load(pruned, self.example)
+        found = measure(session, reference=self.reference, seconds=self.seconds)
+        session.close()
+        return {"ratio": found.ratio, "reference_ms": found.reference_ms}
+
+    def close(self) -> None:
+        self.reference.close()
+
+
+def _timings(
+    sitting: _Sitting, todo: list[Run], passes: int, before: list[float]
+) -> tuple[dict[str, Timings], float, set[str]]:
+    """Timings by run, the quiet latency of the untouched network (ms), and the runs that had no quiet.
+
+    Args:
+        before: what the untouched network took (ms) in sittings before.
+    """
+    found: dict[str, Timings] = {run.key: [] for run in todo}
+    order, left = random.Random(0), list(todo)
+    quiet_ms, slow = 0.0, set[str]()
+    for number in range(1, MOST_PASSES * passes + 1):
+        order.shuffle(left)
+        for run in left:
+            found[run.key].append(sitting.time(run))
+        seen = [one["reference_ms"] for timings in found.values() for one in timings]
+        quiet_ms = float(np.quantile([*before, *seen], 0.1))
+        slow = {
+            run.key for run in todo if _slowest(found[run.key], passes) > MOST_SLOWED * quiet_ms
+        }
+        left = [run for run in todo if number < passes or run.key in slow]
+        if not left:
+            break
+    return found, quiet_ms, slow
+
+
+def _quietest(timings: Timings, count: int) -> Timings:
     return sorted(timings, key=lambda one: one["reference_ms"])[:count]
 
 
-def _slowest(timings: list[dict[str, float]], count: int) -> float:
+def _slowest(timings: Timings, count: int) -> float:
     return _quietest(timings, count)[-1]["reference_ms"]
 
 

@@ -25,7 +25,7 @@ from wgates_plugin.errors import TargetError, WGatesError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency_study import LatencyStudy
-from wgates_plugin.pipeline.identity import options_in_full
+from wgates_plugin.pipeline.identity import options_in_full, settings_as_json
 from wgates_plugin.recipe import prepare, run_recipe
 from wgates_plugin.run_folder import weights_digest
 from wgates_plugin.targets import LatencyTarget
@@ -188,7 +188,7 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
                 "kind": "refused",
                 "reason": str(error),
                 **dataclasses.asdict(run),
-                "settings": _plain(recipe.pruning),
+                "settings": settings_as_json(recipe.pruning),
                 "resolved_options": options_in_full(recipe.pruning),
                 "environment": describe_environment(),
             },
@@ -204,12 +204,6 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
     if isinstance(kept.get("lpnet"), dict):
         kept["lpnet"] = {k: v for k, v in kept["lpnet"].items() if k != "predictions"}
     write_json(path, kept)
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    """A dataclass as JSON has it."""
-    value: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    return value
 
 
 def missing(places: Places, chosen: Iterable[Run]) -> list[Run]:
@@ -265,7 +259,7 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
         if not isinstance(theirs, dict):
             continue
         pruning = recipe_of(experiment, run, places.run_folder(run)).pruning
-        mine = _plain(pruning)
+        mine = settings_as_json(pruning)
         # Without them, stored before defaults were: whatever these are now, they may have been others.
         theirs = {**theirs, "options": stored.get("resolved_options")}
         mine["options"] = options_in_full(pruning)

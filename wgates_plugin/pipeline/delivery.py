@@ -92,6 +92,7 @@ def _measured(job: Job, scores: Tensor, widths: Sequence[int], stage: str) -> di
         seconds=settings.measure_seconds / 2,
         bounded=job.bounded,
         stage=stage,
+        learned=stage != _START and job.trains_in_phase,
     )
     return dataclasses.asdict(settled)
 

@@ -34,12 +34,10 @@ def identity_of_request(
 
 def options_in_full(settings: PruningSettings) -> dict[str, Any]:
     """The strategy's settings as plain values, those left at their defaults included: these change."""
-    chosen = make_strategy(settings.strategy, settings.options).settings
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(chosen), default=name_of))
-    return plain
+    return settings_as_json(make_strategy(settings.strategy, settings.options).settings)
 
 
-def settings_as_json(settings: PruningSettings) -> dict[str, Any]:
-    """The settings as plain values; a callable among the options by its `name_of`."""
+def settings_as_json(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as plain values; a callable among the options by its `name_of`."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=name_of))
     return plain

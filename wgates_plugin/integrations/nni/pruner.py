@@ -334,15 +334,8 @@ class WGatesPruner(Pruner):
                 "WGatesPruner: the gates never learned; the evaluator's training made no optimizer "
                 "step on the wrapped model"
             )
-        if self.gates.only_measured:
-            made = self.gates.step
-            warnings.warn(
-                f"WGatesPruner: all {made} steps of the training were spent on measuring open gates, "
-                "none learned: the channels are decided by that measurement alone. Pass "
-                f"training_steps={made} (at most half of them is then measured), or lower "
-                "`settings=WGatesSettings(measuring=...)`",
-                stacklevel=2,
-            )
+        if words := self.gates.warning("WGatesPruner", "training_steps"):
+            warnings.warn(words, stacklevel=2)
         masks = self.generate_masks()
         self._release()
         self.update_masks(masks)

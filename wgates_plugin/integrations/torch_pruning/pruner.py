@@ -248,7 +248,8 @@ class WGatesPruner(TracedPruner):
             TrainingError: its weights are not finite. The pruner can be used on.
         """
         self._refuse_step()
-        self._warn_if_only_measured()
+        if words := self.gates.warning(f"{self._subject}.step", "steps"):
+            warnings.warn(words, stacklevel=2)
         scores, plan = self.gates.unit_scores(), self._decide()
         self.detach()
         self.current_step += 1
@@ -287,18 +288,6 @@ class WGatesPruner(TracedPruner):
                 "another module now; make a new pruner"
             )
         check_shapes(self.model, self._now)
-
-    def _warn_if_only_measured(self) -> None:
-        """Say that no gate learned, where the loop was too short for it."""
-        made = self.gates.step
-        if self.gates.only_measured:
-            warnings.warn(
-                f"{self._subject}.step: all {made} gate steps were spent on measuring open gates, "
-                "none learned: the channels are decided by that measurement alone. Pass "
-                f"steps={made} (at most half of them is then measured), or lower "
-                "`settings=WGatesSettings(measuring=...)`",
-                stacklevel=3,
-            )
 
     def _decide(self) -> PruningPlan:
         scores = self.gates.decided_scores()

@@ -266,6 +266,16 @@ class WGates:
         """Whether every step so far went into measuring, none into learning."""
         return 0 < self.step == self.merits.done
 
+    def warning(self, subject: str, steps: str) -> str | None:
+        """What a door warns of before it decides: no gate learned. `steps` is its name for `steps`."""
+        if not self.only_measured:
+            return None
+        return (
+            f"{subject}: all {self.step} gate steps were spent on measuring open gates, none learned: "
+            f"the channels are decided by that measurement alone. Pass {steps}={self.step} (at most "
+            "half of them is then measured), or lower `settings=WGatesSettings(measuring=...)`"
+        )
+
     def learned(self, scores: Tensor, widths: Sequence[int]) -> dict[str, Any]:
         """What learning changed of the starting point, for the report.
 
