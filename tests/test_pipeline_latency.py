@@ -14,9 +14,16 @@ import torch
 from fake_bench import IDENTITY, measured, staircase_ms, steady_bench
 from networks import example, tiny
 
-from tests.test_pipeline import EXAMPLE, SETTINGS, at_ratio, make_network, run, with_latency_ratios
-from wgates_plugin import trace
-from wgates_plugin.closed_loop import settle
+from tests.test_pipeline import (
+    EXAMPLE,
+    SETTINGS,
+    Interrupted,
+    at_ratio,
+    make_network,
+    run,
+    with_latency_ratios,
+)
+from wgates_plugin import closed_loop, trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
 from wgates_plugin.efficiency.sample_file import SampleFile
@@ -24,8 +31,9 @@ from wgates_plugin.efficiency.sampling import Active, collect
 from wgates_plugin.errors import ConfigError, TargetError
 from wgates_plugin.files import read_json
 from wgates_plugin.latency_study import LatencyStudy
-from wgates_plugin.pipeline import preparation
+from wgates_plugin.pipeline import delivery, preparation
 from wgates_plugin.pipeline.job import Job
+from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.strategies import Decision, Task, uniform_widths
 from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
 from wgates_plugin.targets import LatencyTarget
@@ -153,18 +161,25 @@ def test_the_job_hands_the_macs_over_and_settles_by_latency(
     assert settled
 
 
+def by_width(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Sub-networks take a share of the untouched one's time by their channels; returns the measured."""
+    measure, seen = LatencyStudy.at, list[tuple[int, ...]]()
+
+    def scripted(self: LatencyStudy, widths: Any, seconds: float, **trust: Any) -> Any:
+        seen.append(tuple(widths))
+        share = sum(widths) / sum(self.space.full_widths)
+        return at_ratio(measure(self, widths, seconds, **trust), 0.2 + 0.8 * share)
+
+    monkeypatch.setattr(LatencyStudy, "at", scripted)
+    return seen
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_widths_that_gates_learned_at_are_measured_already(
     moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless learning moved them; then the prediction is the one that is exact where it started."""
-    measure = LatencyStudy.at
-
-    def by_width(self: LatencyStudy, widths: Any, seconds: float, **trust: Any) -> Any:
-        share = sum(widths) / sum(self.space.full_widths)
-        return at_ratio(measure(self, widths, seconds, **trust), 0.2 + 0.8 * share)
-
-    monkeypatch.setattr(LatencyStudy, "at", by_width)
+    by_width(monkeypatch)
     decide = WGatesStrategy.decide
 
     def elsewhere(self: Any, task: Task) -> Decision:
@@ -185,8 +200,60 @@ def test_widths_that_gates_learned_at_are_measured_already(
     assert start["held"]
     assert stages.count("start") == len(start["attempts"]) > 0
     assert ("plan" in stages) is moved
-    if not moved:
+    if moved:
+        space = trace(make_network(), EXAMPLE)
+        lpnet = LPNet.load(result.run_folder / "lpnet.safetensors", space=space)
+        exact = lpnet.corrected(start["widths"], start["measured_ms"])
+        least = torch.tensor(space.least_widths(int(result.report["grid"]["multiple"])))
+        assert plan["attempts"][0]["predicted_ms"] == pytest.approx(float(exact(least.double())))
+    else:
         assert plan["widths"] == start["widths"]
+
+
+@pytest.mark.parametrize("place", ["before", "within", "after", "an epoch later"])
+def test_interrupted_where_gates_start_to_learn(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was settled stands: it is measured once, whatever happens after it."""
+    seen = by_width(monkeypatch)
+    settings = dataclasses.replace(SETTINGS, options={"measuring": 3})
+    job = functools.partial(
+        run,
+        tmp_path / "run",
+        target=LatencyTarget(fraction=0.8, runtime="eager"),
+        settings=settings,
+    )
+    owner, method = {
+        "before": (delivery, "_measured"),
+        "within": (closed_loop, "fit_to_budget"),
+        "after": (delivery, "_exact_at_start"),
+        "an epoch later": (RunFolder, "save_state"),
+    }[place]
+    original = getattr(owner, method)
+    calls = []
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if place == "an epoch later":
+            original(*args, **kwargs)
+        elif place == "after" and len(calls) == 1:  # on the way in
+            return original(*args, **kwargs)
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, stop)
+        with pytest.raises(Interrupted):
+            job()
+    stage = tmp_path / "run" / "stages" / "start.json"
+    settled = stage.read_text() if stage.exists() else None
+    assert (settled is not None) is (place in ("after", "an epoch later"))
+    seen.clear()
+    result = job(resume=True)
+    assert stage.read_text() == (settled or stage.read_text())
+    starts = [row for row in result.report["attempts"] if row["stage"] == "start"]
+    plans = [row for row in result.report["attempts"] if row["stage"] == "plan"]
+    expected = len(plans) if settled is not None else len(plans) + len(starts)
+    assert len(seen) == expected
 
 
 @pytest.mark.parametrize(
@@ -207,7 +274,7 @@ def test_what_has_learned_is_cut_only_where_it_is_over(
         return measured(staircase_ms(space, widths))
 
     study: Any = SimpleNamespace(space=space, at=at, refit=lambda lpnet: lpnet)
-    settled = settle(
+    settled = closed_loop.settle(
         study,
         lpnet,
         torch.linspace(-0.4, 0.4, space.total_units),

@@ -59,7 +59,8 @@ def settle(
         bounded: what of a prediction is held to the aim; the prediction itself by default.
         stage: the attempts' name in the record.
         learned: a network has learned at `widths`, and every step away from them costs some of it: they
-            are measured as they are, and stay where half of the margin is left.
+            are measured as they are, and stay where half of the margin is left and no more than
+            `CLOSE_ENOUGH` is given away.
     """
     space, aim = study.space, target_ms * (1.0 - margin)
     as_learned = target_ms * (1.0 - margin / 2)

@@ -162,8 +162,10 @@ class PruningSettings:
         measure_seconds: the same for the baseline and for the delivered artefact.
         grid: channel multiple; None probes the runtime.
         min_channels, min_fraction, floors, caps, ignored_layers: see `trace`.
-        margin: aim this far under the target, so that noise does not break the contract.
-        attempts: how often the closed loop may correct a network that is over the target.
+        margin: aim this far under the target, so that noise does not break the contract;
+            half of it is left to widths that a network has learned at.
+        attempts: how often the closed loop may correct a network that is over the target, and widths
+            before a network learns at them.
         trim_epochs: epochs at a tenth of the learning rate after a delivered file was over the target
             and its network trimmed; they come on top of all others. None where no other epoch trains
             weights. 0: a network that was trained is never trimmed, and may miss its target.

@@ -20,6 +20,7 @@ from wgates_plugin.files import write_text
 PHASES = {
     "lpnet": "LPNet",
     "gates": "deciding",
+    "start": "settling to learn at",
     "plan": "settling",
     "removal": "removal",
     "fine_tune": "fine-tuning",

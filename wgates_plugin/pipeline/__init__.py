@@ -41,9 +41,9 @@ def prune_to_target(
     """Prune a trained network until its exported artefact keeps the target.
 
     Baseline measured, LPNet fitted, feasibility measured; the strategy decides (W-Gates trains gates
-    and weights together); widths settled by measurement, channels removed, fine-tuned, exported,
-    measured again; when that is over the target, trimmed and measured again. The given network is
-    only read.
+    and weights together, at widths measured for it); widths settled by measurement, channels
+    removed, fine-tuned, exported, measured again; when that is over the target, trimmed and measured
+    again. The given network is only read.
 
     Args:
         network: a trained classifier whose output is one tensor of logits (N, classes).
@@ -120,7 +120,7 @@ def _run(job: Job) -> None:
     preparation.fit_lpnet(job)
     preparation.check_target_is_feasible(job)
     decision = learning.decide(job)
-    plan = delivery.settle(job, decision.scores, decision.widths)
+    plan = delivery.settle(job, decision)
     plan, network = delivery.remove_channels(job, decision.network, plan)
     network = learning.fine_tune(job, network)
     plan, network = delivery.deliver(job, plan, network, decision.scores)

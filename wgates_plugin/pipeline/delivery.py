@@ -19,6 +19,7 @@ from wgates_plugin.errors import SurgeryError
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.base import Decision
 from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.surgery import remove
 from wgates_plugin.transforms import Step, apply_steps
@@ -38,15 +39,25 @@ def settle_start(job: Job, scores: Tensor, widths: Sequence[int]) -> tuple[tuple
 
     What is cut only after a network has learned, it learned in vain.
     """
-    found = job.folder.once(_START, functools.partial(_measured, job, scores, widths, _START))
-    return tuple(found["widths"]), job.budget(_exact_at_start(job))
+    found = job.folder.once(_START, lambda: _measured(job, scores, widths, _START))
+    exact = _exact_at_start(job)
+    assert exact is not None
+    assert job.aim_ms is not None
+    job.done(
+        f"settling the widths to learn at: {len(found['attempts'])} measured, chosen "
+        f"{found['measured_ms']:.4g} ms",
+        _START,
+    )
+    # Measured: whatever the bound, nothing is left there to be cautious of.
+    return tuple(found["widths"]), Budget((Limit(exact, job.aim_ms), *job.count_limits()))
 
 
-def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
+def settle(job: Job, decision: Decision) -> PruningPlan:
     """The plan: widths measured to keep the target, the highest scores of each group.
 
     Those that a strategy learned at are measured already.
     """
+    scores, widths = decision.scores, decision.widths
 
     def compute() -> dict[str, Any]:
         start = job.folder.stage(_START)
@@ -55,7 +66,7 @@ def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
         if job.lpnet is None:
             plan = plan_for_budget(job.space, scores, widths, job.budget(None), job.grid)
             return {"widths": list(plan.widths), "attempts": []}
-        return _measured(job, scores, widths, "plan")
+        return _measured(job, scores, widths, "plan", learned=decision.learned)
 
     found = job.folder.once("plan", compute)
     plan = PruningPlan.top(
@@ -74,7 +85,9 @@ def settle(job: Job, scores: Tensor, widths: Sequence[int]) -> PruningPlan:
     return plan
 
 
-def _measured(job: Job, scores: Tensor, widths: Sequence[int], stage: str) -> dict[str, Any]:
+def _measured(
+    job: Job, scores: Tensor, widths: Sequence[int], stage: str, *, learned: bool = False
+) -> dict[str, Any]:
     """Widths near `widths` that were measured to keep the latency target, as JSON."""
     settings, target, lpnet = job.settings, job.limits["latency_ms"], _exact_at_start(job)
     assert lpnet is not None
@@ -92,7 +105,7 @@ def _measured(job: Job, scores: Tensor, widths: Sequence[int], stage: str) -> di
         seconds=settings.measure_seconds / 2,
         bounded=job.bounded,
         stage=stage,
-        learned=stage != _START and job.trains_in_phase,
+        learned=learned,
     )
     return dataclasses.asdict(settled)
 

@@ -143,11 +143,6 @@ class Job:
         return self.phase_epochs if self.strategy.trains_weights else 0
 
     @property
-    def trains_in_phase(self) -> bool:
-        """Whether the weights have learned at the decided widths before these are settled."""
-        return self.first_fine_tune_epoch > 0 and self.settings.train_weights
-
-    @property
     def total_epochs(self) -> int:
         """Length of that schedule. Epochs that a strategy has no use for go to the fine-tuning."""
         unused = self.settings.gate_epochs - self.phase_epochs

@@ -148,8 +148,9 @@ def _attempts(job: Job, deliveries: list[dict[str, Any]]) -> list[dict[str, Any]
 def _seconds(job: Job) -> dict[str, float]:
     """Wall time per phase; "lpnet" is the fit alone, "delivery" includes the export."""
     seconds = job.folder.seconds()
-    if "lpnet" in seconds:
-        seconds["lpnet"] = max(0.0, seconds["lpnet"] - seconds.get("sampling", 0.0))
+    for outer, inner_phase in (("lpnet", "sampling"), ("gates", "start")):
+        if outer in seconds:
+            seconds[outer] = max(0.0, seconds[outer] - seconds.get(inner_phase, 0.0))
     inner = ("export",)
     seconds["total"] = sum(value for phase, value in seconds.items() if phase not in inner)
     return seconds

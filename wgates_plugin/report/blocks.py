@@ -23,6 +23,7 @@ PHASES = {
     "sampling": "of this, measuring sub-networks",
     "feasibility": "checking that the target can be reached",
     "gates": "learning the gates",
+    "start": "settling the widths to learn at",
     "plan": "settling the widths",
     "removal": "removing channels",
     "fine_tune": "fine-tuning",

@@ -1,7 +1,7 @@
 """What every strategy is given, what it answers, and how one is called by name.
 
 A strategy turns a network, data and a budget into merits of channels and the widths it wants. It does
-not remove anything and does not measure: doors and pipeline settle the widths and cut.
+not remove anything, and measures only by `Task.settle`: doors and pipeline settle the widths and cut.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ class Decision:
         network: the task's network with the weights that are to be cut, nothing attached to it.
         scores: merit of each unit (total_units,), on the CPU; the highest of each group stay.
         widths: wanted widths (G,); the budget and measurements have the last word.
+        learned: the weights have learned with no more than these widths open, so that every further
+            cut costs some of it.
         monitor: numbers of each step of the phase. history: records of its epochs.
         facts: what the report should show, as JSON.
         pictures: name -> image (H, W, 3) uint8, for the report.
@@ -149,6 +151,7 @@ class Decision:
     network: nn.Module
     scores: Tensor
     widths: tuple[int, ...]
+    learned: bool = field(default=False, kw_only=True)
     monitor: list[dict[str, float]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -159,7 +162,7 @@ class Strategy(ABC):
     """Turns a `Task` into a `Decision`.
 
     Laws: the same seed and data give the same decision; the widths keep the task's budget as its
-    models predict it, or as `settle` measured it, lie on the grid and above every floor; an
+    models predict it, or as `Task.settle` measured it, lie on the grid and above every floor; an
     interrupted phase goes on from its checkpoints and ends in the same place; the network it returns
     computes, with the channels outside its best `widths` gated off, what the strategy trained or
     judged.

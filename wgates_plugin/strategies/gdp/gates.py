@@ -20,6 +20,7 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.constraint import AugmentedLagrangian
 from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
+from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.budgeting import Descent, check_feasible, fit_to_budget
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
 from wgates_plugin.strategies.gdp.polarisation import (
@@ -101,6 +102,8 @@ class PolarisedGates:
         example_inputs: show whether a branch may close without cutting the network in two, and how
             much settling changes the output; without them no branch closes.
         average: called on the gates' gradient before use; several ranks pass their all-reduce here.
+        settle: as in `Task`: the widths of the decision are measured, so that the rest of the phase
+            trains what stays. Not where a branch closed, which costs less than its least width.
     """
 
     def __init__(
@@ -113,10 +116,12 @@ class PolarisedGates:
         steps: int,
         example_inputs: ExampleInputs | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
+        settle: Settle | None = None,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
         self.settings = settings or GDPSettings()
         self.steps, self.average, self.example_inputs = max(1, steps), average, example_inputs
+        self._measured = settle
         check_feasible(space, budget, self.settings.grid)
         device = device_of(network)
         count = space.total_units
@@ -367,6 +372,8 @@ class PolarisedGates:
         ]
         space = dataclasses.replace(self.space, groups=tuple(limits))
         settled = fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.settings.grid)
+        if self._measured is not None and not self._dead:
+            settled, _ = self._measured(merits.cpu(), settled)
         for index, (group, width) in enumerate(zip(self.space.groups, settled, strict=True)):
             where = self.space.unit_slice(index)
             if index in self._dead:

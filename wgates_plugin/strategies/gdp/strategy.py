@@ -47,6 +47,7 @@ class GDPStrategy(Strategy):
             steps=task.steps,
             example_inputs=task.example_inputs,
             average=task.average,
+            settle=task.settle,
         )
         trainer = task.trainer(network, "gates")
 
@@ -71,7 +72,15 @@ class GDPStrategy(Strategy):
             "absorption_error": _absorption_error(network, task.example_inputs, gated),
             "least_open_gate": float(scores[scores > 0].min()),
         }
-        return Decision(network, scores, gates.widths(), monitor, trainer.history, facts)
+        return Decision(
+            network,
+            scores,
+            gates.widths(),
+            monitor,
+            trainer.history,
+            facts,
+            learned=task.train_weights,
+        )
 
     def finish(
         self, network: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs

@@ -100,21 +100,20 @@ class StartingPoint:
         )
 
     def _wanted(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The ranking (total_units,) and the widths (G,) that it asks for."""
-        merits = self.merits.mean()
-        ranking = self._known if merits is None else merits
-        return ranking, self._widths(merits) if self._opening is None else self._opening
+        """The ranking (total_units,), comparable between groups, and the widths (G,) it asks for."""
+        ranking = self.merits.mean()
+        if ranking is None:
+            ranking = self._known if self._compares else ranks_within(self.space, self._known)
+        return ranking, self._widths(ranking) if self._opening is None else self._opening
 
-    def _widths(self, merits: Tensor | None) -> tuple[int, ...]:
+    def _widths(self, ranking: Tensor) -> tuple[int, ...]:
         space, budget, grid = self.space, self.budget, self.settings.grid
-        if merits is not None:
-            return self._affordable(merits, budget)
-        if self._compares:
-            merits, widths = self._known, space.full_widths
-        else:
-            merits = ranks_within(space, self._known)
+        if self.merits.done:
+            return self._affordable(ranking, budget)
+        widths = space.full_widths
+        if not self._compares:
             widths = budgeting.uniform_widths(space, budget, grid)
-        return budgeting.fit_to_budget(space, merits, widths, budget, grid)
+        return budgeting.fit_to_budget(space, ranking, widths, budget, grid)
 
     def _affordable(self, merits: Tensor, budget: Budget) -> tuple[int, ...]:
         """Widths (G,) of one threshold over all merits for their price, and what the budget has left."""

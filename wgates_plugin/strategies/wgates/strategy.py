@@ -47,4 +47,12 @@ class WGatesStrategy(Strategy):
             gates.detach()
         scores, widths = gates.decided_scores().cpu(), gates.widths()
         facts = gates.learned(scores, widths)
-        return Decision(network, scores, widths, monitor, trainer.history, facts)
+        return Decision(
+            network,
+            scores,
+            widths,
+            monitor,
+            trainer.history,
+            facts,
+            learned=task.train_weights,
+        )
