@@ -109,7 +109,7 @@ def time_finals(
         if one.get("environment") == environment
     ]
     sitting = _Sitting(experiment, places, block, seconds)
-    found, quiet_ms, slow = _timings(sitting, todo, passes, before)
+    found, quiet_ms, slow = _timings(sitting, todo, stored, passes, before)
     sitting.close()
     write_json(
         path,
@@ -158,14 +158,14 @@ class _Sitting:
         self.reference = self.runtime.load(self.network, self.example)
         self.like = builder(self.network, self.example, pruning)
 
-    def time(self, run: Run) -> dict[str, float]:
+    def time(self, run: Run, stored: dict[str, Any]) -> dict[str, float]:
         artefact = _artefact(self.places, run)
         if artefact is not None:
             folder = self.places.run_folder(run)
             pruned = rebuild(self.network, folder / "plan.json", folder / "pruned.safetensors")
             session = self.runtime.load_delivered(artefact, pruned, self.example)
         else:
-            pruned = self.like(read_json(self.places.result(run), kind="run"))
+            pruned = self.like(stored)
             session = self.runtime.load(pruned, self.example)
         found = measure(session, reference=self.reference, seconds=self.seconds)
         session.close()
@@ -176,12 +176,16 @@ class _Sitting:
 
 
 def _timings(
-    sitting: _Sitting, todo: list[Run], passes: int, before: list[float]
+    sitting: _Sitting,
+    todo: list[Run],
+    stored: dict[str, dict[str, Any]],
+    passes: int,
+    before: list[float],
 ) -> tuple[dict[str, Timings], float, set[str]]:
     """Timings by run, the quiet latency of the untouched network (ms), and the runs that had no quiet.
 
     Args:
-        before: what the untouched network took (ms) in sittings before.
+        stored: results by run. before: what the untouched network took (ms) in sittings before.
     """
     found: dict[str, Timings] = {run.key: [] for run in todo}
     order, left = random.Random(0), list(todo)
@@ -189,7 +193,7 @@ def _timings(
     for number in range(1, MOST_PASSES * passes + 1):
         order.shuffle(left)
         for run in left:
-            found[run.key].append(sitting.time(run))
+            found[run.key].append(sitting.time(run, stored[run.key]))
         seen = [one["reference_ms"] for timings in found.values() for one in timings]
         quiet_ms = float(np.quantile([*before, *seen], 0.1))
         slow = {

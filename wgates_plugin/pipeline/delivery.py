@@ -40,16 +40,16 @@ def settle_start(job: Job, scores: Tensor, widths: Sequence[int]) -> tuple[tuple
     What is cut only after a network has learned, it learned in vain.
     """
     found = job.folder.once(_START, lambda: _measured(job, scores, widths, _START))
-    exact = _exact_at_start(job)
+    exact, aim = _exact_at_start(job), job.aim_ms
     assert exact is not None
-    assert job.aim_ms is not None
+    assert aim is not None
     job.done(
         f"settling the widths to learn at: {len(found['attempts'])} measured, chosen "
         f"{found['measured_ms']:.4g} ms",
         _START,
     )
     # Measured: whatever the bound, nothing is left there to be cautious of.
-    return tuple(found["widths"]), Budget((Limit(exact, job.aim_ms), *job.count_limits()))
+    return tuple(found["widths"]), Budget((Limit(exact, aim), *job.count_limits()))
 
 
 def settle(job: Job, decision: Decision) -> PruningPlan:
