@@ -580,6 +580,31 @@ def test_runs_from_another_dense_network_are_named(tmp_path: Path) -> None:
     assert line.startswith(f"{first.key}: pruned from another dense network than the one of seed 0")
 
 
+def test_runs_of_two_machines_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stored(tmp_path)
+    experiment = load_experiment(path)
+    places = runs.Places(experiment, tmp_path, tmp_path)
+    first, second = comparison.choose(experiment)
+    here = {"cpu": "one", "cpu_capability": "AVX512"}
+    monkeypatch.setattr(runs, "describe_environment", lambda: here)
+    write_json(places.result(first), {"environment": {**here, "cores": 2}})
+    runs.refuse_other_machines(experiment, places)
+    monkeypatch.setattr(runs, "describe_environment", lambda: {**here, "cpu": "two"})
+    runs.refuse_other_machines(experiment, places, [])
+    words = [str(path), "--results", str(tmp_path), "--scratch", str(tmp_path)]
+    with pytest.raises(ConfigError) as caught:
+        comparison.main(words)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        "runtime eager: 1 stored runs are from one AVX512, this machine is two"
+    )
+    assert not places.result(second).exists()
+    with pytest.raises(ConfigError, match="this machine is two AVX512"):
+        comparison.main([*words, "--methods", first.method, "--finals"])
+
+
 def test_dense_networks_are_trained_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

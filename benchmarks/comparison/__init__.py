@@ -94,6 +94,10 @@ def main(argv: Sequence[str] = ()) -> None:
             run = next(run for run in runs_of(experiment) if run.key == arguments.only)
             print(runs.attempt(experiment, places, run), flush=True)
             return
+        busy = {run.runtime for run in runs.missing(places, chosen)}
+        if arguments.finals or arguments.again_disturbed:
+            busy = {run.runtime for run in chosen}
+        runs.refuse_other_machines(experiment, places, busy)
         if arguments.again_disturbed:
             for line in finals.forget_disturbed(experiment, places, chosen):
                 print(line, flush=True)

@@ -17,11 +17,12 @@ from benchmarks.comparison.experiment import (
     Run,
     dense_recipe,
     recipe_of,
+    runs_of,
     runtime_name,
 )
 from wgates_plugin.dense_training import WEIGHTS, trained
 from wgates_plugin.efficiency.learner import Learner
-from wgates_plugin.errors import TargetError, WGatesError
+from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency_study import LatencyStudy
@@ -204,6 +205,44 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
     if isinstance(kept.get("lpnet"), dict):
         kept["lpnet"] = {k: v for k, v in kept["lpnet"].items() if k != "predictions"}
     write_json(path, kept)
+
+
+MACHINE = ("cpu", "cpu_capability", "gpu")
+"""Of an environment: what two latencies that are compared have in common."""
+
+
+def refuse_other_machines(
+    experiment: Experiment, places: Places, runtimes: Iterable[str] | None = None
+) -> None:
+    """All runs on one runtime belong on one machine, the one whose milliseconds are their target.
+
+    Args:
+        runtimes: those on which something is to be measured; None for all.
+
+    Raises:
+        ConfigError: runs of another machine are stored; all runtimes at once.
+    """
+    here = _machine(describe_environment())
+    others: dict[str, list[str]] = {}
+    for run in runs_of(experiment):
+        path = places.result(run)
+        if (runtimes is None or run.runtime in runtimes) and path.exists():
+            there = _machine(read_json(path, kind="run").get("environment", {}))
+            if there not in ("", here):
+                others.setdefault(run.runtime, []).append(there)
+    problems = [
+        f"runtime {runtime}: {len(found)} stored runs are from {', '.join(sorted(set(found)))}, this "
+        f"machine is {here}, and latencies of two machines say nothing of methods; go on there, give "
+        f"`--results` a folder of its own, or delete `{places.results / 'runs'}/*-{runtime}-*` to make "
+        "them all here"
+        for runtime, found in others.items()
+    ]
+    if problems:
+        raise ConfigError(f"experiment {experiment.name}", problems)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return " ".join(str(environment[key]) for key in MACHINE if environment.get(key))
 
 
 def missing(places: Places, chosen: Iterable[Run]) -> list[Run]:
