@@ -8,23 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparison.claims import COMPARED
-from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
+from benchmarks.comparison.pictures import RUNTIME_WORDS, both_themes, draw_experiment
 from benchmarks.not_faster import OURS, RIVAL
 from benchmarks.records import parser, read_record
-from wgates_plugin.files import atomic_path
-from wgates_plugin.latency.base import require
-from wgates_plugin.report.theme import DARK, LIGHT, Theme, new_figure, style
+from wgates_plugin.report.theme import Theme, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RUNTIME_WORDS = {
-    "onnxruntime": "ONNX\nRuntime",
-    "openvino": "OpenVINO",
-    "eager": "PyTorch\neager",
-    "executorch": "Execu-\nTorch",
-}
 NETWORK_WORDS = {"mobilenet_v2": "MobileNetV2", "resnet34": "ResNet-34", "resnet50": "ResNet-50"}
 WORDS = {RIVAL: "torch-pruning, uniform 30 %", OURS: "wgates-plugin, same MACs"}
 BAR = 0.42
@@ -95,33 +87,14 @@ def draw(folder: Path) -> list[Path]:
         if record is None:
             print(f"{name}: no record; run `python -m benchmarks {name}`")
             continue
-        written += _both_themes(folder / name, functools.partial(picture, record))
+        written += both_themes(folder / name, functools.partial(picture, record))
     for experiment in COMPARED:
         if experiment.with_role("ablation"):
             continue
-        by_runtime = cells_by_runtime(experiment, folder)
-        if not by_runtime:
+        found = draw_experiment(experiment, folder)
+        if not found:
             print(f"{experiment.name}: no runs; run `python -m benchmarks comparison ...`")
-        for runtime, cells in by_runtime.items():
-            title = f"{experiment.task} on {RUNTIME_WORDS.get(runtime, runtime)}".replace("\n", " ")
-            written += _both_themes(
-                folder / "comparison" / experiment.name / runtime,
-                functools.partial(draw_trade_off, title, cells),
-            )
-    return written
-
-
-def _both_themes(path: Path, picture: Callable[[Theme], Figure]) -> list[Path]:
-    """`path` with `.svg` and `-dark.svg` behind it."""
-    matplotlib = require("matplotlib", extra="plots", purpose="drawing the benchmarks' pictures")
-    written = []
-    for theme in (LIGHT, DARK):
-        # Without the salt and the date, the same record would not give the same file.
-        with matplotlib.rc_context({**style(theme), "svg.hashsalt": path.name}):
-            figure = picture(theme)
-            written.append(path.with_name(f"{path.name}{theme.suffix}.svg"))
-            with atomic_path(written[-1]) as part:
-                figure.savefig(part, format="svg", metadata={"Date": None})
+        written += found
     return written
 
 

@@ -301,6 +301,12 @@ def holds(value: float | None, bar: float | None, better: str, most: float | Non
     return value <= bar if better == "lower" else value >= bar
 
 
+def _word(entry: Entry) -> str:
+    if entry.bar is None:
+        return "shown"
+    return "holds" if entry.holds else "MISSED"
+
+
 def entries(folder: Path) -> list[Entry]:
     """The scoreboard of a results folder."""
     found = []
@@ -324,7 +330,7 @@ def main(argv: Sequence[str] = ()) -> None:
         value = "-" if entry.value is None else f"{entry.value:.4g}"
         sign = "<=" if entry.better == "lower" else ">="
         print(
-            f"{'holds' if entry.holds else 'MISSED':7} {entry.claim}: {value}"
+            f"{_word(entry):7} {entry.claim}: {value}"
             + ("" if entry.interval is None else " ({:.4g} to {:.4g})".format(*entry.interval))
             + ("" if entry.bar is None else f" {sign} {entry.bar:g}")
         )

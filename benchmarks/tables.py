@@ -46,7 +46,7 @@ def score_table(folder: Path) -> str:
             f"`{entry.claim}`",
             _value(entry),
             _bar(entry),
-            "yes" if entry.holds else "**no**",
+            "" if entry.bar is None else "yes" if entry.holds else "**no**",
         ]
         for entry in scoreboard.entries(folder)
     ]

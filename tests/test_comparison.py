@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,18 +20,20 @@ from comparison_helpers import filled, made_up, stored
 
 from benchmarks import comparison
 from benchmarks.comparison import finals, runs
+from benchmarks.comparison import turns as turns_module
 from benchmarks.comparison.experiment import (
     FOLDER,
     Experiment,
     Run,
     dense_recipe,
     load_experiment,
+    merged,
     recipe_of,
     runs_of,
 )
 from benchmarks.comparison.summary import Difference, read_cells
-from benchmarks.comparison.tables import HEAD, experiment_text
-from benchmarks.comparison.turns import Turns
+from benchmarks.comparison.tables import HEAD, experiment_text, page
+from benchmarks.comparison.turns import Turns, folder_of
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dense_training import WEIGHTS
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
@@ -48,6 +51,10 @@ def test_committed_experiments_are_sound(path: Path) -> None:
     assert experiment.ours == "wgates"
     keys = [run.key for run in runs_of(experiment)]
     assert len(set(keys)) == len(keys)
+    for profile in experiment.profiles:
+        other = load_experiment(path, profile)
+        assert other.name == f"{path.stem}-{profile}"
+        assert len(list(runs_of(other))) >= len(experiment.seeds) * len(other.methods)
 
 
 def test_every_method_gets_the_same_but_what_it_names(tmp_path: Path) -> None:
@@ -248,6 +255,11 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert {k: v.shape for k, v in built.state_dict().items()} == {
         k: v.shape for k, v in delivered.items()
     }
+    # A file of other widths than the result's is not taken for the run's.
+    report_file = places.run_folder(run) / "report.json"
+    other_widths = {**json.loads(report_file.read_text()), "widths": []}
+    write_json(report_file, other_widths)
+    assert finals._artefact(places, run, stored_run) is None
     shutil.rmtree(tmp_path / "work" / experiment.name)
     comparison.main([*words, "--finals"])
     again = json.loads(places.finals("eager").read_text())
@@ -331,6 +343,10 @@ def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> Non
     (line,) = finals.forget_disturbed(experiment, places, chosen)
     assert line.startswith(f"{chosen[2].key}: found 0.490 of the latency, the last sitting 0.510")
     assert runs.missing(places, chosen) == chosen[2:]
+    assert finals.read_replaced(places) == [
+        {"run": chosen[2].key, "accuracy": 0.8, "own": 0.49, "last": 0.51}
+    ]
+    assert "1 runs were made again" in page(experiment, tmp_path / "results")[1]
     assert not places.run_folder(chosen[2]).exists()
     assert set(json.loads(places.finals("eager").read_text())["ratio"]) == {
         run.key for run in chosen[:2]
@@ -459,6 +475,32 @@ def test_whoever_measures_is_alone(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.worker"))
 
 
+def test_a_file_left_by_a_killed_process_stops_nobody(tmp_path: Path) -> None:
+    """Its number may be another's by now."""
+    turns = Turns(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        (tmp_path / f"{stranger.pid}.worker").write_text("1")
+        with turns.alone():
+            state = Path(f"/proc/{stranger.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state != "T"
+            assert not list(tmp_path.glob("*.worker"))
+        stranger.communicate(b"\n")
+
+
+def test_machines_that_share_a_folder_sign_up_apart(tmp_path: Path) -> None:
+    assert folder_of(tmp_path) == folder_of(tmp_path / "." / "x" / "..")
+    assert folder_of(tmp_path) != folder_of(tmp_path / "x")
+    assert tmp_path not in folder_of(tmp_path).parents
+
+
+def test_a_command_runs_as_one_of_those_who_take_turns(tmp_path: Path) -> None:
+    word = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpgrp() == os.getpid()))"
+    out = tmp_path / "out"
+    command = [sys.executable, turns_module.__file__, str(tmp_path), sys.executable, "-c", word]
+    assert subprocess.run([*command, str(out)], check=False).returncode == 0
+    assert out.read_text() == "True"
+
+
 def test_an_interrupt_ends_all_who_work(tmp_path: Path) -> None:
     turns = Turns(tmp_path)
     code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
@@ -537,7 +579,9 @@ def test_a_network_timed_beside_other_work_is_timed_again(
     result = {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
     write_json(places.result(first), result)
     timings = iter(
-        SimpleNamespace(ratio=0.4 + 0.1 * number, reference_ms=one)
+        SimpleNamespace(
+            **{**dict.fromkeys(finals.RAW), "ratio": 0.4 + 0.1 * number, "reference_ms": one}
+        )
         for number, one in enumerate(reference_ms)
     )
     monkeypatch.setattr(finals, "measure", lambda *_, **__: next(timings))
@@ -578,6 +622,28 @@ def test_runs_from_another_dense_network_are_named(tmp_path: Path) -> None:
     write_json(places.dense_result(0), {"weights": "other"})
     (line,) = runs.outdated(experiment, places, [first, second])
     assert line.startswith(f"{first.key}: pruned from another dense network than the one of seed 0")
+
+
+def test_a_dense_network_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path, tmp_path)
+    chosen = comparison.choose(experiment)
+    write_json(places.dense_result(0), {"made_by": runs._made_by(experiment)})
+    runs.refuse_other_dense(experiment, places, [0])
+    recipe = merged(experiment.recipe, {"pruning": {"fine_tune_epochs": 3}})
+    longer = load_experiment(stored(tmp_path, recipe=recipe))
+    with pytest.raises(ConfigError) as caught:
+        runs.prepared(longer, places, chosen)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        "the dense network of seed 0 is of another recipe (epochs changed since)"
+    )
+
+
+def test_an_unknown_run_is_refused(tmp_path: Path) -> None:
+    words = [str(stored(tmp_path)), "--results", str(tmp_path), "--scratch", str(tmp_path)]
+    with pytest.raises(ConfigError, match="--only no-such-run: no run of it"):
+        comparison.main([*words, "--only", "no-such-run"])
 
 
 def test_runs_of_two_machines_are_not_mixed(
@@ -653,7 +719,7 @@ def test_runs_on_ray_are_processes_of_one_thread(tmp_path: Path) -> None:
     word = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
     places = [tmp_path / name for name in "ab"]
     commands = [[sys.executable, "-c", word, str(place)] for place in places]
-    assert comparison._on_ray(commands, gpus=0)
+    assert comparison._on_ray(commands, tmp_path, gpus=0)
     assert [place.read_text() for place in places] == ["1", "1"]
 
 

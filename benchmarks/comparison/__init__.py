@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import finals, runs
+from benchmarks.comparison import finals, runs, turns
 from benchmarks.comparison.experiment import (
     FOLDER,
     Experiment,
@@ -29,8 +29,8 @@ from benchmarks.comparison.experiment import (
     runs_of,
     runtime_name,
 )
+from benchmarks.comparison.pictures import draw_experiment
 from benchmarks.comparison.tables import write_page
-from benchmarks.comparison.turns import Turns
 from benchmarks.records import parser
 from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency.base import require
@@ -38,8 +38,6 @@ from wgates_plugin.latency.timing import measuring_within
 
 CLAIM = "at equal measured latency, no other method keeps more accuracy"
 SCRATCH = Path("runs") / "comparison"
-TURNS = "workers"
-"""Where workers sign up, in the scratch folder."""
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -85,13 +83,13 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     places = runs.Places(experiment, arguments.results, arguments.scratch)
     torch.set_num_threads(1)
-    turns = Turns(arguments.scratch / TURNS)
-    with measuring_within(turns.alone):
+    ours = turns.Turns(turns.folder_of(arguments.scratch))
+    with measuring_within(ours.alone):
         if arguments.only:
             if arguments.only.startswith(runs.DENSE):
                 runs.make_dense(experiment, places, int(arguments.only.removeprefix(runs.DENSE)))
                 return
-            run = next(run for run in runs_of(experiment) if run.key == arguments.only)
+            run = _run_of_key(experiment, arguments.only)
             print(runs.attempt(experiment, places, run), flush=True)
             return
         busy = {run.runtime for run in runs.missing(places, chosen)}
@@ -110,10 +108,10 @@ def main(argv: Sequence[str] = ()) -> None:
                 if not keys:
                     return True
                 commands = [[*command, key] for key in keys]
-                if arguments.ray and _on_ray(commands, gpus=_gpus(experiment)):
+                if arguments.ray and _on_ray(commands, arguments.scratch, _gpus(experiment)):
                     return True
                 if arguments.workers > 1:
-                    _in_parallel(commands, arguments.workers, turns)
+                    _in_parallel(commands, arguments.workers, ours)
                 return arguments.workers > 1
 
             todo = _missing(experiment, places, chosen, side_by_side)
@@ -124,10 +122,26 @@ def main(argv: Sequence[str] = ()) -> None:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
                 finals.time_finals(experiment, places, block, again=arguments.finals)
     write_page(experiment, arguments.results)
+    try:
+        draw_experiment(experiment, arguments.results)
+    except MissingExtraError as error:
+        print(f"{error}; the page is without pictures", flush=True)
     still = runs.missing(places, chosen)
     if still and not arguments.finals:
         print(f"{experiment.name}: {len(still)} runs failed; see above", flush=True)
         raise SystemExit(1)
+
+
+def _run_of_key(experiment: Experiment, key: str) -> Run:
+    for run in runs_of(experiment):
+        if run.key == key:
+            return run
+    raise ConfigError(
+        f"experiment {experiment.name}",
+        [
+            f"--only {key}: no run of it; a key is METHOD-RUNTIME-PERCENT-SEED, as in its files of runs"
+        ],
+    )
 
 
 def _missing(
@@ -182,48 +196,50 @@ def choose(
     ]
 
 
-def _caller() -> Callable[[list[str]], None]:
-    """Runs a command here, in a process of one thread. A closure, which Ray ships by value: a worker
-    finds this module in the folder only."""
+def _caller(scratch: Path) -> Callable[[list[str]], None]:
+    """Runs a command where it is called, in a process of one thread that stands still while another of
+    that machine measures. A closure, which Ray ships by value: a worker finds this module in the folder
+    only."""
     folder = os.getcwd()
+    turn = [sys.executable, turns.__file__, str(scratch)]
 
     def call(command: list[str]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=False, cwd=folder, env=environment)
+        subprocess.run([*turn, *command], check=False, cwd=folder, env=environment)
 
     return call
 
 
-def _in_parallel(commands: list[list[str]], workers: int, turns: Turns) -> None:
+def _in_parallel(commands: list[list[str]], workers: int, ours: turns.Turns) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def call(command: list[str]) -> int:
-        return turns.call(command, environment=environment)
+        return ours.call(command, environment=environment)
 
     with ThreadPoolExecutor(workers) as pool:
         try:
             list(pool.map(call, commands))
         except BaseException:
-            turns.interrupt()
+            ours.interrupt()
             raise
 
 
-def _on_ray(commands: list[list[str]], *, gpus: int) -> bool:
+def _on_ray(commands: list[list[str]], scratch: Path, gpus: int) -> bool:
     """The same on a Ray cluster (RAY_ADDRESS, or one of this machine); False where there is no Ray."""
     try:
         ray = require("ray", extra="ray", purpose="runs on a cluster")
     except MissingExtraError as error:
         print(f"{error}; going on without it, with `--workers` processes here", flush=True)
         return False
-    ours = not ray.is_initialized()
-    if ours:
+    started_here = not ray.is_initialized()
+    if started_here:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report
         ray.init(include_dashboard=False)
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_caller())
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_caller(scratch))
     try:
         ray.get([remote.remote(command) for command in commands])
     finally:
-        if ours:
+        if started_here:
             ray.shutdown()
     return True
 

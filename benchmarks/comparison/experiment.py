@@ -39,7 +39,7 @@ class Method(_Block):
         strategy, options: who decides, see `wgates_plugin.strategies`.
         pruning: settings that this method needs different from the others', laid over theirs.
         fine_tuned: False gives the epochs of fine-tuning to the phase before.
-        tuning: how its settings were found, in words; every method is entitled to the same effort.
+        tuning: how its settings were found, in words; readers judge by it.
         role: "ours" is held against every "rival"; an "ablation" is ours with one thing changed,
             shown in a table of its own and nobody's rival.
         targets, runtimes: only these of the experiment's; None runs at all.

@@ -44,7 +44,8 @@ def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Ru
 
     Those are runs that found another latency of what they delivered, smaller or larger, than the last
     sitting did, in which all are timed: other work on the machine led them to other widths. What was
-    timed beside other work in that sitting says nothing.
+    timed beside other work in that sitting says nothing. What they had found stays on record in
+    `Places.replaced`: a run that is made again is another draw of its accuracy too.
     """
     sittings: dict[Path, dict[str, Any]] = {}
     lines = []
@@ -65,12 +66,23 @@ def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Ru
         lines.append(
             f"{run.key}: found {own:.3f} of the latency, the last sitting {last:.3f}; again"
         )
+        gone = read_replaced(places)
+        entry = {"run": run.key, "accuracy": stored["final"]["accuracy"], "own": own, "last": last}
+        write_json(places.replaced, {"kind": "replaced runs", "runs": [*gone, entry]})
         shutil.rmtree(places.run_folder(run), ignore_errors=True)
         places.result(run).unlink()
         for table in (timed["ratio"], timed["networks"]):
             del table[run.key]
         write_json(path, timed)
     return lines
+
+
+def read_replaced(places: Places) -> list[dict[str, Any]]:
+    """What runs had found that were taken away as disturbed, oldest first."""
+    if not places.replaced.exists():
+        return []
+    found: list[dict[str, Any]] = read_json(places.replaced, kind="replaced runs")["runs"]
+    return found
 
 
 def time_finals(
@@ -98,6 +110,7 @@ def time_finals(
     todo = [run for run in todo if _can_be_timed(places, run)]
     stored = {run.key: read_json(places.result(run), kind="run") for run in todo}
     networks = {key: network_of(one) for key, one in stored.items()}
+    artefacts = {run.key: _artefact(places, run, stored[run.key]) for run in todo}
     path = places.finals(runtime_name(block))
     known = read_json(path, kind="final latencies")["networks"] if path.exists() else {}
     if not todo or (known == networks and not again):
@@ -108,7 +121,7 @@ def time_finals(
         for one in stored.values()
         if one.get("environment") == environment
     ]
-    sitting = _Sitting(experiment, places, block, seconds)
+    sitting = _Sitting(experiment, places, block, artefacts, seconds)
     found, quiet_ms, slow = _timings(sitting, todo, stored, passes, before)
     sitting.close()
     write_json(
@@ -123,7 +136,7 @@ def time_finals(
             "networks": networks,
             "passes": found,
             "disturbed": sorted(slow),
-            "from_widths": [run.key for run in todo if _artefact(places, run) is None],
+            "from_widths": [key for key, artefact in artefacts.items() if artefact is None],
             "seconds": seconds,
             "environment": environment,
         },
@@ -136,15 +149,26 @@ def time_finals(
         )
 
 
-Timings = list[dict[str, float]]
-"""Of one network: its `ratio` to the untouched one and what that took, `reference_ms`, in each pass."""
+Timings = list[dict[str, Any]]
+"""Of one network, in each pass: its `ratio` to the untouched one, what that took (`reference_ms`), and
+the samples behind them."""
+
+RAW = (
+    "ratio", "ratio_spread", "reference_ms", "samples_ms", "reference_samples_ms", "disturbed", "seconds",
+)  # fmt: skip
+"""What is kept of a measurement; where it was taken is the same for all."""
 
 
 class _Sitting:
     """One runtime with the untouched network in it, beside which all others are timed."""
 
     def __init__(
-        self, experiment: Experiment, places: Places, block: dict[str, Any], seconds: float
+        self,
+        experiment: Experiment,
+        places: Places,
+        block: dict[str, Any],
+        artefacts: dict[str, Path | None],
+        seconds: float,
     ) -> None:
         settings = {k: v for k, v in block.items() if k in ("threads", "device", "precision")}
         self.runtime = get_runtime(
@@ -154,12 +178,13 @@ class _Sitting:
         recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
         self.network, data, _, pruning = prepare(recipe)
         self.network.eval()
-        self.places, self.seconds, self.example = places, seconds, data.example_input
+        self.places, self.artefacts, self.seconds = places, artefacts, seconds
+        self.example = data.example_input
         self.reference = self.runtime.load(self.network, self.example)
         self.like = builder(self.network, self.example, pruning)
 
-    def time(self, run: Run, stored: dict[str, Any]) -> dict[str, float]:
-        artefact = _artefact(self.places, run)
+    def time(self, run: Run, stored: dict[str, Any]) -> dict[str, Any]:
+        artefact = self.artefacts[run.key]
         if artefact is not None:
             folder = self.places.run_folder(run)
             pruned = rebuild(self.network, folder / "plan.json", folder / "pruned.safetensors")
@@ -169,7 +194,7 @@ class _Sitting:
             session = self.runtime.load(pruned, self.example)
         found = measure(session, reference=self.reference, seconds=self.seconds)
         session.close()
-        return {"ratio": found.ratio, "reference_ms": found.reference_ms}
+        return {name: getattr(found, name) for name in RAW}
 
     def close(self) -> None:
         self.reference.close()
@@ -213,21 +238,22 @@ def _slowest(timings: Timings, count: int) -> float:
     return _quietest(timings, count)[-1]["reference_ms"]
 
 
-def _artefact(places: Places, run: Run) -> Path | None:
-    if not places.result(run).exists():
+def _artefact(places: Places, run: Run, stored: dict[str, Any]) -> Path | None:
+    """The delivered file, if the run folder is that of the stored result."""
+    folder = places.run_folder(run)
+    found = list(folder.glob("model.*"))
+    if not found or not (folder / "report.json").exists():
         return None
-    found = list(places.run_folder(run).glob("model.*"))
-    return found[0] if found else None
+    report = read_json(folder / "report.json", kind="report")
+    return found[0] if report.get("widths") == stored.get("widths") else None
 
 
 def _can_be_timed(places: Places, run: Run) -> bool:
     """Whether the delivered file is there, or the run's result says how to build its like."""
-    if _artefact(places, run) is not None:
-        return True
     if not places.result(run).exists():
         return False
     stored = read_json(places.result(run), kind="run")
-    return stored.get("after_cut") == []
+    return stored.get("after_cut") == [] or _artefact(places, run, stored) is not None
 
 
 def builder(

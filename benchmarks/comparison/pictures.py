@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.comparison.experiment import Experiment
 from benchmarks.comparison.summary import CHANCE, Cell, Row, mean_and_spread, read_cells
-from wgates_plugin.report.theme import Theme, new_figure
+from wgates_plugin.files import atomic_path
+from wgates_plugin.latency.base import require
+from wgates_plugin.report.theme import DARK, LIGHT, Theme, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+RUNTIME_WORDS = {
+    "onnxruntime": "ONNX\nRuntime",
+    "openvino": "OpenVINO",
+    "eager": "PyTorch\neager",
+    "executorch": "Execu-\nTorch",
+}
+
 AXES = {"ratio": "measured latency over untouched", "macs": "MACs over untouched"}
 """Attribute of a row -> what it is called."""
+
+
+def draw_experiment(experiment: Experiment, results: Path) -> list[Path]:
+    """Draw `RUNTIME.svg` and `RUNTIME-dark.svg` beside an experiment's page, as far as it has runs.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    written = []
+    for runtime, cells in cells_by_runtime(experiment, results).items():
+        words = RUNTIME_WORDS.get(runtime, runtime).replace("\n", " ")
+        written += both_themes(
+            results / "comparison" / experiment.name / runtime,
+            functools.partial(
+                draw_trade_off, f"{experiment.task or experiment.name} on {words}", cells
+            ),
+        )
+    return written
+
+
+def both_themes(path: Path, picture: Callable[[Theme], Figure]) -> list[Path]:
+    """`path` with `.svg` and `-dark.svg` behind it."""
+    matplotlib = require("matplotlib", extra="plots", purpose="drawing the benchmarks' pictures")
+    written = []
+    for theme in (LIGHT, DARK):
+        # Without the salt and the date, the same record would not give the same file.
+        with matplotlib.rc_context({**style(theme), "svg.hashsalt": path.name}):
+            figure = picture(theme)
+            written.append(path.with_name(f"{path.name}{theme.suffix}.svg"))
+            with atomic_path(written[-1]) as part:
+                figure.savefig(part, format="svg", metadata={"Date": None})
+    return written
 
 
 def cells_by_runtime(experiment: Experiment, results: Path) -> dict[str, list[Cell]]:
@@ -55,12 +97,14 @@ def _draw(panel: Axes, cells: Sequence[Cell], attribute: str, theme: Theme) -> N
     }
     others = [m for m in dict.fromkeys(m for c in cells for m in c.rivals_here) if m not in looks]
     # Ours comes last, on top of everything.
-    for number, method in enumerate([*others, *looks]):
+    told = set[str]()
+    for method in [*others, *looks]:
         rows = [c.rows[method] for c in cells if method in c.rows and c.rows[method].complete]
         if not rows:
             continue
         colour, width, label = looks.get(method, (theme.before, 0.8, "other methods"))
-        _line(panel, rows, attribute, colour, width, label if method in looks or not number else "")
+        _line(panel, rows, attribute, colour, width, "" if label in told else label)
+        told.add(label)
     panel.grid(axis="y")
 
 

@@ -39,6 +39,9 @@ DENSE = "dense-"
 BULK = ("gates",)
 """Keys of a report that only its own page needs."""
 
+PLACES = ("samples_file", "lpnet_file", "workers")
+"""Settings of a stored run that say nothing of what it did; all others must be the experiment's."""
+
 
 class Places:
     """Where an experiment's raw results are kept, and where it works.
@@ -70,6 +73,10 @@ class Places:
 
     def grid(self, runtime: str) -> Path:
         return self.shared / f"grid-{runtime}.json"
+
+    @property
+    def replaced(self) -> Path:
+        return self.results / "replaced.json"
 
     def finals(self, runtime: str) -> Path:
         return self.results / f"finals-{runtime}.json"
@@ -113,6 +120,7 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
             "seed": seed,
             "weights": weights,
             "accuracy": before,
+            "made_by": _made_by(experiment),
             "trained_on": {
                 "accuracy": evaluate(network, data.val_loader).accuracy,
                 "epochs": epochs,
@@ -121,6 +129,31 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
             "environment": describe_environment(),
         },
     )
+
+
+def _made_by(experiment: Experiment) -> dict[str, Any]:
+    """What the dense networks of an experiment, and their training on, depend on."""
+    pruning = dense_recipe(experiment, experiment.seeds[0], Path("dense")).pruning
+    made: dict[str, Any] = {k: v for k, v in experiment.recipe.items() if k != "pruning"}
+    return {**made, "training": settings_as_json(pruning.training), "epochs": pruning.epochs}
+
+
+def refuse_other_dense(experiment: Experiment, places: Places, seeds: Iterable[int]) -> None:
+    """Raises ConfigError where a dense result is of another recipe than the experiment's now."""
+    mine = _made_by(experiment)
+    problems = []
+    for seed in seeds:
+        path = places.dense_result(seed)
+        theirs = read_json(path, kind="dense result").get("made_by") if path.exists() else None
+        if theirs not in (None, mine):
+            changed = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+            problems.append(
+                f"the dense network of seed {seed} is of another recipe ({', '.join(changed)} changed "
+                f"since); undo that, or delete `{path}`, `{places.dense_folder(seed)}` and the runs "
+                f"of that seed in `{places.results / 'runs'}`"
+            )
+    if problems:
+        raise ConfigError(f"experiment {experiment.name}", problems)
 
 
 def make_samples(experiment: Experiment, places: Places, block: dict[str, Any]) -> None:
@@ -189,13 +222,14 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
                 "kind": "refused",
                 "reason": str(error),
                 **dataclasses.asdict(run),
-                "settings": settings_as_json(recipe.pruning),
+                "settings": _without_places(settings_as_json(recipe.pruning)),
                 "resolved_options": options_in_full(recipe.pruning),
                 "environment": describe_environment(),
             },
         )
         return
     kept = {key: value for key, value in report.items() if key not in BULK}
+    kept["settings"] = _without_places(kept["settings"])
     plan = read_json(folder / "plan.json", kind="plan")
     note = plan.get("note", {})
     kept["before_cut"] = note.get("before", [])
@@ -208,7 +242,8 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
 
 
 MACHINE = ("cpu", "cpu_capability", "gpu")
-"""Of an environment: what two latencies that are compared have in common."""
+"""Of an environment: what two latencies that are compared have in common, beside the versions of torch
+and of the runtime."""
 
 
 def refuse_other_machines(
@@ -222,18 +257,19 @@ def refuse_other_machines(
     Raises:
         ConfigError: runs of another machine are stored; all runtimes at once.
     """
-    here = _machine(describe_environment())
+    here = describe_environment()
     others: dict[str, list[str]] = {}
     for run in runs_of(experiment):
         path = places.result(run)
         if (runtimes is None or run.runtime in runtimes) and path.exists():
-            there = _machine(read_json(path, kind="run").get("environment", {}))
-            if there not in ("", here):
+            there = _machine(read_json(path, kind="run").get("environment", {}), run.runtime)
+            if there not in ("", _machine(here, run.runtime)):
                 others.setdefault(run.runtime, []).append(there)
     problems = [
         f"runtime {runtime}: {len(found)} stored runs are from {', '.join(sorted(set(found)))}, this "
-        f"machine is {here}, and latencies of two machines say nothing of methods; go on there, give "
-        f"`--results` a folder of its own, or delete `{places.results / 'runs'}/*-{runtime}-*` to make "
+        f"machine is {_machine(here, runtime)}, and latencies of two machines say nothing of methods; "
+        "go on there, give `--results` a folder of its own, or delete "
+        f"`{places.results / 'runs'}/*-{runtime}-*` to make "
         "them all here"
         for runtime, found in others.items()
     ]
@@ -241,8 +277,15 @@ def refuse_other_machines(
         raise ConfigError(f"experiment {experiment.name}", problems)
 
 
-def _machine(environment: dict[str, Any]) -> str:
-    return " ".join(str(environment[key]) for key in MACHINE if environment.get(key))
+def _machine(environment: dict[str, Any], runtime: str) -> str:
+    words = [str(environment[key]) for key in MACHINE if environment.get(key)]
+    libraries = environment.get("libraries", {})
+    words += [f"{name} {libraries[name]}" for name in ("torch", runtime) if libraries.get(name)]
+    return " ".join(words)
+
+
+def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in PLACES}
 
 
 def missing(places: Places, chosen: Iterable[Run]) -> list[Run]:
@@ -263,6 +306,7 @@ def prepared(
         ahead: called with the keys of the dense networks that are wanted, to make them side by side;
             what is then not there is made here, one after the other.
     """
+    refuse_other_dense(experiment, places, dict.fromkeys(run.seed for run in chosen))
     todo = missing(places, chosen)
     wanted = [
         seed
@@ -281,13 +325,6 @@ def prepared(
             make_samples(experiment, places, block)
 
 
-COMPARED = (
-    "strategy", "options", "gate_epochs", "fine_tune_epochs", "trim_epochs", "train_weights",
-    "efficiency", "training", "samples", "min_fraction", "unification",
-)  # fmt: skip
-"""Settings of a stored run that must be those of its experiment."""
-
-
 def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> list[str]:
     """A line for each stored run whose settings are no longer those of the experiment."""
     lines = []
@@ -302,7 +339,10 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
         # Without them, stored before defaults were: whatever these are now, they may have been others.
         theirs = {**theirs, "options": stored.get("resolved_options")}
         mine["options"] = options_in_full(pruning)
-        other = [k for k in COMPARED if k in theirs and k in mine and theirs[k] != mine[k]]
+        common = [key for key in theirs if key in _without_places(mine)]
+        # A grid that the experiment leaves open was probed.
+        common = [key for key in common if key != "grid" or mine["grid"] is not None]
+        other = [key for key in common if theirs[key] != mine[key]]
         if other:
             changed = ", ".join(f"{key} {theirs[key]} there, {mine[key]} here" for key in other)
             lines.append(
@@ -314,7 +354,8 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
         if weights is not None and stored.get("dense_weights", weights) != weights:
             lines.append(
                 f"{run.key}: pruned from another dense network than the one of seed {run.seed} here "
-                f"(trained on another machine?); delete `{path}` to run it again"
+                f"(trained on another machine?); delete `{path}` and `{places.run_folder(run)}` to run "
+                "it again"
             )
     return lines
 

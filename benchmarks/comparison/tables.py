@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison.experiment import Experiment
+from benchmarks.comparison.experiment import Experiment, Method
 from benchmarks.comparison.summary import (
     CHANCE,
     Cell,
@@ -15,7 +16,7 @@ from benchmarks.comparison.summary import (
     mean_and_spread,
     read_cells,
 )
-from wgates_plugin.files import write_text
+from wgates_plugin.files import read_json, write_text
 
 PHASES = {
     "lpnet": "LPNet",
@@ -114,13 +115,35 @@ def experiment_text(experiment: Experiment, results: Path) -> str:
 
 def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
     """Where the page of an experiment lies, beside its runs, and what it says."""
+    home = results / "comparison" / experiment.name
+    replaced = home / "replaced.json"
     about = f"# {experiment.name}\n\n{experiment.about[0].upper()}{experiment.about[1:]}."
-    tuned = {name: method.tuning for name, method in experiment.methods.items()}
-    words = [f"- `{name}`: {text}" for name, text in tuned.items() if text != "defaults"]
+    words = [
+        f"- `{name}`: {text}"
+        for name, method in experiment.methods.items()
+        if (text := _apart(method))
+    ]
     if words:
         about += "\n\nAll methods take their defaults, but:\n\n" + "\n".join(words)
-    path = results / "comparison" / experiment.name / "README.md"
-    return path, f"{about}\n\n{experiment_text(experiment, results)}\n"
+    gone = read_json(replaced, kind="replaced runs")["runs"] if replaced.exists() else []
+    if gone:
+        about += (
+            f"\n\n{len(gone)} runs were made again, for they were disturbed; `replaced.json` has what "
+            "they had found."
+        )
+    return home / "README.md", f"{about}\n\n{experiment_text(experiment, results)}\n"
+
+
+def _apart(method: Method) -> str:
+    """What a method has that is not its default, and how that was found; empty for nothing."""
+    words = [
+        f"{key}: {json.dumps(value)}"
+        for key, value in {**method.options, **method.pruning}.items()
+        if value is not None
+    ]
+    words += [] if method.fine_tuned else ["all epochs in its own phase"]
+    said = "" if method.tuning == "defaults" else method.tuning
+    return "; ".join(part for part in (", ".join(words), said) if part)
 
 
 def write_page(experiment: Experiment, results: Path) -> None:
