@@ -21,7 +21,7 @@ from networks import randomised
 from torch import nn
 
 from benchmarks import comparison
-from benchmarks.comparison import runs
+from benchmarks.comparison import runs, turns
 from benchmarks.comparison.experiment import FOLDER, Run, load_experiment, recipe_of
 from benchmarks.tasks import emoji, emoji_packages, networks
 from wgates_plugin import trace
@@ -380,13 +380,19 @@ def folder_recipe(recipe: dict[str, Any], folder: Path) -> None:
     ("name", "change", "method"),
     [
         ("cifar10_resnet20", cifar_recipe, "l1-shipped"),
+        ("cifar100_resnet20", cifar_recipe, "wgates"),
         ("imagefolder", folder_recipe, "uniform"),
     ],
 )
 def test_experiments_for_users_with_data_run(
-    tmp_path: Path, name: str, change: Callable[[dict[str, Any], Path], None], method: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    change: Callable[[dict[str, Any], Path], None],
+    method: str,
 ) -> None:
     """The committed file with generated images and next to no training."""
+    monkeypatch.setattr(turns, "folder_of", lambda _: tmp_path / "workers")
     raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     recipe = raw["recipe"]
     change(recipe, pictures(tmp_path / "images"))
@@ -405,7 +411,7 @@ def test_experiments_for_users_with_data_run(
     comparison.main([str(path), "--results", str(results), "--scratch", str(scratch)])
     places = runs.Places(load_experiment(path), results, scratch)
     report = json.loads(places.result(Run(method, "eager", 0.95, 0)).read_text())
-    assert report["strategy"] == "l1"
+    assert report["strategy"] == known[method]["strategy"]
     assert report["final"]["parameters"] < report["baseline"]["parameters"]
     assert list(json.loads(places.finals("eager").read_text())["ratio"]) == [
         Run(method, "eager", 0.95, 0).key

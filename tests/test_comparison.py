@@ -43,6 +43,12 @@ from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.tracing import trace
 
 
+@pytest.fixture(autouse=True)
+def _no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes sign up in the test's own folder."""
+    monkeypatch.setattr(turns_module, "folder_of", lambda _: tmp_path / "workers")
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_experiments_are_sound(path: Path) -> None:
     experiment = load_experiment(path)
@@ -408,7 +414,7 @@ def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
     experiment = load_experiment(stored(tmp_path))
     places = runs.Places(experiment, tmp_path, tmp_path)
     first, second = comparison.choose(experiment)
-    same = {"strategy": "wgates", "options": {}, "gate_epochs": 1, "fine_tune_epochs": 1}
+    same = {"strategy": "wgates", "options": {}, "gate_epochs": 1, "fine_tune_epochs": 1, "seed": 7}
     mine = dataclasses.asdict(WGatesSettings())
     write_json(places.result(first), {"settings": same, "resolved_options": mine})
     write_json(places.result(second), {"kind": "refused", "reason": "too few"})
@@ -418,6 +424,11 @@ def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
         (line,) = runs.outdated(experiment, places, [first, second])
         assert line.startswith(f"{first.key}: stored with other settings (options {resolved} there")
         assert str(places.result(first)) in line
+    write_json(
+        places.result(first), {"settings": {**same, "margin": 0.1}, "resolved_options": mine}
+    )
+    (line,) = runs.outdated(experiment, places, [first])
+    assert "(margin 0.1 there, 0.02 here)" in line
 
 
 def test_a_run_that_fails_does_not_end_the_others(

@@ -70,8 +70,8 @@ class Experiment(_Block):
         methods: by name; in the file also the path of a file of them, from the experiment's folder.
         profiles: name -> what to lay over the experiment, such as larger budgets for a GPU.
         rgb: whether the task is one of colour images.
-        tuned_on: defaults of ours were chosen on this task, by these test images; what is claimed
-            is then counted without its cells too.
+        tuned_on: defaults of ours were chosen on this task; what is claimed is then counted without
+            its cells too.
     """
 
     name: str
@@ -108,6 +108,9 @@ class Experiment(_Block):
     def _shares(cls, value: list[float]) -> list[float]:
         if not value or not all(0 < share < 1 for share in value):
             raise ValueError("give shares between 0 and 1")
+        percents = [round(100 * share) for share in value]
+        if len(set(percents)) < len(percents):
+            raise ValueError("two are the same percent, by which files of runs are named")
         return value
 
     @model_validator(mode="after")

@@ -339,7 +339,7 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
         # Without them, stored before defaults were: whatever these are now, they may have been others.
         theirs = {**theirs, "options": stored.get("resolved_options")}
         mine["options"] = options_in_full(pruning)
-        common = [key for key in theirs if key in _without_places(mine)]
+        common = [key for key in theirs if key in _without_places(mine) and key != "seed"]
         # A grid that the experiment leaves open was probed.
         common = [key for key in common if key != "grid" or mine["grid"] is not None]
         other = [key for key in common if theirs[key] != mine[key]]

@@ -153,8 +153,8 @@ def write_page(experiment: Experiment, results: Path) -> None:
 
 def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
     """One line per cell: ours, the best rival, uniform widths and chance, and who is ahead."""
-    head = ["task", "runtime", "latency", "trained on", "ours", "lost", "best rival", "margin",
-            "uniform", "chance", ""]  # fmt: skip
+    head = ["task", "runtime", "latency", "trained on", "ours", "lost", "rivals", "best rival",
+            "margin", "uniform", "chance", ""]  # fmt: skip
     rows = []
     for experiment in experiments:
         for cell in read_cells(experiment, results):
@@ -168,6 +168,7 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
                     _percent(cell.trained_on) if cell.trained_on else "-",
                     _with_latency(cell, cell.ours),
                     "-" if lost is None else _points(lost),
+                    str(len(cell.rivals_here)),
                     "-" if best is None else f"`{best}` {_with_latency(cell, best)}",
                     "-" if margin is None else _points(margin),
                     _accuracy(cell, "uniform"),
@@ -209,8 +210,10 @@ def _accuracy(cell: Cell, method: str | None) -> str:
 
 def _with_latency(cell: Cell, method: str | None) -> str:
     row = cell.rows.get(method or "")
-    latency = f" at {statistics.mean(row.ratio):.3f}" if row is not None and row.ratio else ""
-    return _accuracy(cell, method) + latency
+    if row is None or not row.ratio:
+        return _accuracy(cell, method)
+    own = "" if len(row.finals) == len(row.ratio) else " by its own measurement"
+    return f"{_accuracy(cell, method)} at {statistics.mean(row.ratio):.3f}{own}"
 
 
 def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
