@@ -32,7 +32,7 @@ from benchmarks.comparison.experiment import (
     runs_of,
 )
 from benchmarks.comparison.summary import Difference, read_cells
-from benchmarks.comparison.tables import HEAD, experiment_text, page
+from benchmarks.comparison.tables import HEAD, experiment_text, page, verdict
 from benchmarks.comparison.turns import Turns, folder_of
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dense_training import WEIGHTS
@@ -227,6 +227,16 @@ def test_refused_runs_are_shown_and_all_of_a_method_are_no_missing_ones(tmp_path
     text = experiment_text(experiment, tmp_path / "results")
     assert "| `wide` | 3 refused: too few ms |" in text
     assert "(2 seeds, 1 refused: too few)" in text
+
+
+def test_a_target_that_nobody_reaches_is_said_to_be_so(tmp_path: Path) -> None:
+    refused = {"wgates": ["too few ms"] * 3, "random": ["too few ms"] * 3}
+    experiment = filled(tmp_path, refused, ours="wgates")
+    (cell,) = read_cells(experiment, tmp_path / "results")
+    assert cell.out_of_reach()
+    assert not cell.missing()
+    assert not cell.decided()
+    assert verdict(cell).startswith("*out of reach* of every method")
 
 
 def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

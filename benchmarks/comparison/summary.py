@@ -110,6 +110,11 @@ class Cell:
         rows = [self.rows[method] for method in self.contestants]
         return sum(len(row.missing) + len(row.refused) * bool(row.seeds) for row in rows)
 
+    def out_of_reach(self) -> bool:
+        """Whether the target was refused to ours and to all rivals, with every seed."""
+        rows = [self.rows[method] for method in self.contestants]
+        return bool(rows) and not any(row.missing or row.seeds for row in rows)
+
     def best(self, methods: Sequence[str]) -> str | None:
         """The complete method of highest mean accuracy among `methods`."""
         whole = [m for m in methods if self.rows[m].complete]

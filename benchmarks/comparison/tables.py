@@ -84,9 +84,11 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def verdict(cell: Cell) -> str:
-    """What a cell says: missing runs, undecided, or whether ours is ahead."""
+    """What a cell says: missing runs, out of reach, undecided, or whether ours is ahead."""
     if missing := cell.missing():
         return f"*incomplete*: {missing} runs are missing"
+    if cell.out_of_reach():
+        return "*out of reach* of every method: even the least widths were measured over the target"
     if CHANCE in cell.rows and not cell.decided():
         return "*undecided*: chance is within one standard error of the best"
     margin = cell.margin()
