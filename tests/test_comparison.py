@@ -661,6 +661,17 @@ def test_a_dense_network_of_another_recipe_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("count", "workers"), [(1, 2), (3, 2), (20, 2), (100, 3)])
+def test_a_process_does_a_few_runs_and_fewer_towards_the_end(count: int, workers: int) -> None:
+    keys = [str(number) for number in range(count)]
+    handfuls = comparison._handfuls(keys, workers)
+    assert [key for few in handfuls for key in few] == keys
+    sizes = [len(few) for few in handfuls]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= comparison.MOST_AT_ONCE
+    assert sizes[-1] == 1
+
+
 def test_an_unknown_run_is_refused(tmp_path: Path) -> None:
     words = [str(stored(tmp_path)), "--results", str(tmp_path), "--scratch", str(tmp_path)]
     with pytest.raises(ConfigError, match="--only no-such-run: no run of it"):

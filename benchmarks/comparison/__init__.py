@@ -38,6 +38,8 @@ from wgates_plugin.latency.timing import measuring_within
 
 CLAIM = "at equal measured latency, no other method keeps more accuracy"
 SCRATCH = Path("runs") / "comparison"
+MOST_AT_ONCE = 4
+"""Runs that one process does, one after the other."""
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -63,7 +65,10 @@ def main(argv: Sequence[str] = ()) -> None:
         "results, scratch and current folders",
     )
     options.add_argument(
-        "--only", help="one run, by its key, with everything shared in place; or dense-SEED"
+        "--only",
+        nargs="+",
+        metavar="KEY",
+        help="these runs, by their keys, with everything shared in place; or dense-SEED",
     )
     options.add_argument("--finals", action="store_true", help="only time the final networks")
     options.add_argument(
@@ -86,11 +91,13 @@ def main(argv: Sequence[str] = ()) -> None:
     ours = turns.Turns(turns.folder_of(arguments.scratch))
     with measuring_within(ours.alone):
         if arguments.only:
-            if arguments.only.startswith(runs.DENSE):
-                runs.make_dense(experiment, places, int(arguments.only.removeprefix(runs.DENSE)))
-                return
-            run = _run_of_key(experiment, arguments.only)
-            print(runs.attempt(experiment, places, run), flush=True)
+            for key in arguments.only:
+                if key.startswith(runs.DENSE):
+                    runs.make_dense(experiment, places, int(key.removeprefix(runs.DENSE)))
+                else:
+                    print(
+                        runs.attempt(experiment, places, _run_of_key(experiment, key)), flush=True
+                    )
             return
         busy = {run.runtime for run in runs.missing(places, chosen)}
         if arguments.finals or arguments.again_disturbed:
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] = ()) -> None:
                 """Whether there was a way to do these so, or nothing to do."""
                 if not keys:
                     return True
-                commands = [[*command, key] for key in keys]
+                commands = [[*command, *few] for few in _handfuls(keys, arguments.workers)]
                 if arguments.ray and _on_ray(commands, arguments.scratch, _gpus(experiment)):
                     return True
                 if arguments.workers > 1:
@@ -130,6 +137,17 @@ def main(argv: Sequence[str] = ()) -> None:
     if still and not arguments.finals:
         print(f"{experiment.name}: {len(still)} runs failed; see above", flush=True)
         raise SystemExit(1)
+
+
+def _handfuls(keys: list[str], workers: int) -> list[list[str]]:
+    """Keys in the order given, a few for each process: one takes seconds to begin. Towards the end
+    fewer, so that all are done at about the same time."""
+    handfuls, left = [], keys
+    while left:
+        count = max(1, min(MOST_AT_ONCE, len(left) // (2 * workers)))
+        handfuls.append(left[:count])
+        left = left[count:]
+    return handfuls
 
 
 def _run_of_key(experiment: Experiment, key: str) -> Run:
