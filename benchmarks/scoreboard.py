@@ -33,10 +33,12 @@ class Entry:
     holds: bool
     source: str
     interval: tuple[float, float] | None = None
+    most: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Every field; the interval where there is one."""
-        return {key: value for key, value in asdict(self).items() if key != "interval" or value}
+        """Every field; the interval and the upper end of a band where there is one."""
+        fields = asdict(self).items()
+        return {k: v for k, v in fields if k not in ("interval", "most") or v is not None}
 
 
 def target_held_share(folder: Path) -> float | None:
@@ -315,7 +317,9 @@ def entries(folder: Path) -> list[Entry]:
         good = holds(value, claim.bar, claim.better, claim.most)
         interval = claim.interval(folder) if claim.interval else None
         found.append(
-            Entry(claim.name, value, claim.bar, claim.better, good, claim.source, interval)
+            Entry(
+                claim.name, value, claim.bar, claim.better, good, claim.source, interval, claim.most
+            )
         )
     return found
 

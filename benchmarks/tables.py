@@ -65,6 +65,8 @@ def _value(entry: scoreboard.Entry) -> str:
 def _bar(entry: scoreboard.Entry) -> str:
     if entry.bar is None:
         return "shown only"
+    if entry.most is not None:
+        return f"{entry.bar:g} to {entry.most:g}"
     return f"{'at most' if entry.better == 'lower' else 'at least'} {entry.bar:g}"
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wgates_plugin import ChannelSpace, trace
-from wgates_plugin.efficiency import Budget, EfficiencyModel, Limit, LPNet
+from wgates_plugin.efficiency import Budget, EfficiencyModel, Limit, LPNet, MacsModel
+from wgates_plugin.efficiency.base import measured_grid
 from wgates_plugin.efficiency.belonging import check_inputs
 from wgates_plugin.efficiency.counts import LayerShapes
 from wgates_plugin.efficiency.lpnet import weighted_names
@@ -248,6 +249,22 @@ def test_a_refit_knows_what_was_measured_since(wide: ChannelSpace, lpnet: LPNet)
     assert again.report == lpnet.report
 
 
+def test_lpnet_knows_the_multiple_that_was_measured(wide: ChannelSpace) -> None:
+    widths, latencies, _ = Staircase(wide).data(20, 0)
+    assert LPNet.fit(wide, widths, latencies).grid == 1
+    fours = [
+        [
+            full if w == full else max(4, w // 4 * 4)
+            for w, full in zip(row, wide.full_widths, strict=True)
+        ]
+        for row in widths
+    ]
+    model = LPNet.fit(wide, fours, latencies)
+    assert (model.grid, model.upper(0.5).grid, model.corrected(fours[0], 3.0).grid) == (4, 4, 4)
+    budget = Budget.of(Limit(MacsModel(wide), 1e9), Limit(model, 1.0))
+    assert [measured_grid(each) for each in (None, MacsModel, model, budget)] == [1, 1, 4, 4]
+
+
 def test_fitting_is_repeatable_and_leaves_the_random_state(
     wide: ChannelSpace, lpnet: LPNet, tmp_path: Path
 ) -> None:
@@ -294,6 +311,7 @@ def test_lpnet_survives_its_file(wide: ChannelSpace, lpnet: LPNet, tmp_path: Pat
             assert torch.equal(again(rows), model(rows)), kind
             assert torch.equal(again.interval(rows)[1], model.interval(rows)[1]), kind
             assert again.report == model.report
+            assert again.grid == model.grid
             assert (again.fingerprint, again.structure) == (wide.fingerprint, model.structure)
     other = trace(tiny("residual"), example())
     with pytest.raises(FileFormatError, match="fitted for another network"):

@@ -28,12 +28,12 @@ from torch import Tensor
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
 from wgates_plugin.efficiency.bench import Bench, Trust, half_widths, light_bench
+from wgates_plugin.efficiency.lpnet.data import grid_of
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import (
     Active,
     collect,
     draw_widths,
-    grid_of,
     mixed_grids,
 )
 from wgates_plugin.errors import FileFormatError, MeasurementError

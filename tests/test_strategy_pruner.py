@@ -14,9 +14,14 @@ from test_strategies import SMALL, TRAINING, batches
 from torch import Tensor, nn
 
 from wgates_plugin import trace
-from wgates_plugin.efficiency import MacsModel
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
-from wgates_plugin.integrations.torch_pruning import StrategyPruner, WGatesPruner
+from wgates_plugin.integrations.torch_pruning import (
+    PolarisedGates,
+    StrategyPruner,
+    WGatesPruner,
+)
 from wgates_plugin.strategies import STRATEGIES, Decision, Task
 from wgates_plugin.strategies.budgeting import fit_to_budget
 from wgates_plugin.verification import removal_error
@@ -41,6 +46,42 @@ def test_every_strategy_prunes_to_a_target(strategy: str) -> None:
     decided = pruner.decision.network.eval()
     assert removal_error(decided, pruner.model.eval(), pruner.plan, example()) <= 1e-5
     assert len(pruner.DG.pruning_history()) > 0
+
+
+class Measured:
+    """MACs, as if a latency model had been measured on multiples of 4 alone."""
+
+    name, unit, grid = "latency", "ms", 4
+
+    def __init__(self, space: ChannelSpace) -> None:
+        self.count = MacsModel(space)
+
+    def __call__(self, widths: Tensor) -> Tensor:
+        return self.count(widths)
+
+
+@pytest.mark.parametrize(
+    ("word", "multiple"), [({}, 4), ({"round_to": 1}, 1), ({"round_to": 2}, 2)]
+)
+def test_widths_are_those_that_the_latency_model_has_seen(
+    word: dict[str, int], multiple: int
+) -> None:
+    space = pruner_of().space
+    model = Measured(space)
+    full = float(model(torch.tensor(space.full_widths)))
+    limit: dict[str, Any] = {"efficiency": model, "target": 0.5 * full, **word}
+    pruner = pruner_of("l1", **limit)
+    pruner.step()
+    assert pruner.plan is not None
+    widths = zip(pruner.plan.widths, space.full_widths, strict=True)
+    cut = [width for width, whole in widths if width < whole]
+    assert cut
+    assert all(width % multiple == 0 for width in cut)
+    in_loop = WGatesPruner(tiny("residual"), example(), **limit)
+    assert (pruner.round_to or 1, in_loop.round_to or 1) == (multiple, multiple)
+    in_loop.detach()
+    gates = PolarisedGates(tiny("residual"), space, Budget.of(Limit(model, full)), steps=2)
+    assert gates.settings.grid == 4
 
 
 @pytest.mark.parametrize("strategy", ["l1", "taylor", "wgates"])

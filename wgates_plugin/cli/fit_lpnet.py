@@ -135,7 +135,8 @@ def fit_lpnet(
         from wgates_plugin.efficiency.farm import Farm
         from wgates_plugin.efficiency.learner import Learner
         from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES, LPNet, check_choice
-        from wgates_plugin.efficiency.sampling import check_space, grid_of, mixed_grids
+        from wgates_plugin.efficiency.lpnet.data import grid_of
+        from wgates_plugin.efficiency.sampling import check_space, mixed_grids
         from wgates_plugin.latency_study import LatencyStudy
         from wgates_plugin.targets import LatencyTarget
         from wgates_plugin.tracing import trace
@@ -221,7 +222,7 @@ def _share(value: float | None) -> str:
 
 def _on_grid(space: ChannelSpace, file: SampleFile) -> str:
     """The grid that the samples are on, whatever was asked for now."""
-    from wgates_plugin.efficiency.sampling import grid_of
+    from wgates_plugin.efficiency.lpnet.data import grid_of
 
     multiple = grid_of(space, file.widths)
     return "" if multiple is None else f" on multiples of {multiple} channels"

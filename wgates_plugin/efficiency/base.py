@@ -90,6 +90,18 @@ class Budget:
         )
 
 
+def measured_grid(efficiency: object) -> int:
+    """The channel multiple on which all measurements of a model, or of a budget's models, lie.
+
+    A latency model knows no other widths, and a runtime may be slower at those. 1 where nothing is
+    said, as by a model that counts.
+    """
+    limits = efficiency.limits if isinstance(efficiency, Budget) else ()
+    models = [limit.model for limit in limits] or [efficiency]
+    grids = [getattr(model, "grid", 1) for model in models]
+    return math.lcm(*(grid for grid in grids if isinstance(grid, int) and grid >= 1))
+
+
 def _check_model(model: object) -> None:
     """Refuse what predicts no cost.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.bench import Bench, Taken, Trust
 from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES
+from wgates_plugin.efficiency.lpnet.data import grid_of
 from wgates_plugin.efficiency.sample_file import SampleFile as SampleFile
 from wgates_plugin.efficiency.sample_record import Source
 from wgates_plugin.errors import MeasurementError
@@ -220,20 +221,6 @@ def _too_few(there: int, grid: int) -> MeasurementError:
         f"sampling: only {there} different widths on a grid of {grid}, at least {LEAST_SAMPLES} "
         "are needed; use a finer grid or lower floors"
     )
-
-
-def grid_of(space: ChannelSpace, rows: Sequence[Sequence[int]]) -> int | None:
-    """The coarsest grid that these widths (N, G) all lie on, full widths aside; None for no others.
-
-    A group whose channels go in ties is on any grid that divides its ties.
-    """
-    cut = {
-        width
-        for widths in rows
-        for width, group in zip(widths, space.groups, strict=True)
-        if width < group.channels
-    }
-    return math.gcd(*cut) if cut else None
 
 
 def _multiple(space: ChannelSpace, grid: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,6 +89,20 @@ class LatencyData:
 def weighted_names(space: ChannelSpace) -> list[str]:
     """Names of the layers with a weight: those that latency is charged to."""
     return [layer.name for layer in space.layers if layer.kernel > 0]
+
+
+def grid_of(space: ChannelSpace, rows: Sequence[Sequence[int]]) -> int | None:
+    """The coarsest grid that these widths (N, G) all lie on, full widths aside; None for no others.
+
+    A group whose channels go in ties is on any grid that divides its ties.
+    """
+    cut = {
+        width
+        for widths in rows
+        for width, group in zip(widths, space.groups, strict=True)
+        if width < group.channels
+    }
+    return math.gcd(*cut) if cut else None
 
 
 def folds(widths: Tensor, *, parts: int, seed: int) -> list[Tensor]:

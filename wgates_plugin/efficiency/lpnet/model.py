@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.lpnet.data import LatencyData, folds
+from wgates_plugin.efficiency.lpnet.data import LatencyData, folds, grid_of
 from wgates_plugin.efficiency.lpnet.held_out import HeldOut, cross_validated
 from wgates_plugin.efficiency.lpnet.layers import LayersStructure
 from wgates_plugin.efficiency.lpnet.mlp import MlpStructure
@@ -94,6 +94,8 @@ class LPNet:
     Attributes:
         held_out: what cross-validation predicted; intervals are as wide as it was wrong.
         identity: of the runtime that was measured (`Runtime.identity`); None where it is not known.
+        grid: the coarsest channel multiple of all widths that were measured, full ones aside; 1 where
+            they have none in common. Gates keep to it unless told otherwise.
     """
 
     name, unit = "latency", "ms"
@@ -105,6 +107,7 @@ class LPNet:
         self._correction = 1.0
         self.report: FitReport | None = None
         self.identity: dict[str, Any] | None = None
+        self.grid = 1
 
     @property
     def structure(self) -> str:
@@ -219,6 +222,7 @@ class LPNet:
             alone = LayersStructure.fit(space, data, seed=seed)
             model = _better(model, cls._judged(space, alone, data, seed))
         model.identity = None if identity is None else dict(identity)
+        model.grid = grid_of(space, data.widths.long().tolist()) or 1
         return model
 
     @classmethod
@@ -278,6 +282,7 @@ class LPNet:
             "correction": self._correction,
             "report": asdict(self.report) if self.report else None,
             "identity": self.identity,
+            "grid": self.grid,
             "space": self.space.to_json(),
         }
         tensors = {f"structure.{name}": value for name, value in self._structure.tensors().items()}
@@ -311,6 +316,7 @@ class LPNet:
             model._correction = float(about["correction"])
             model.report = FitReport(**about["report"]) if about["report"] else None
             model.identity = dict(about["identity"]) if about.get("identity") else None
+            model.grid = int(about.get("grid", 1))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"LPNet `{path}`: description and numbers do not fit together ({error}); fit it again"
@@ -334,6 +340,10 @@ class UpperBound:
     @property
     def identity(self) -> dict[str, Any] | None:
         return self.lpnet.identity
+
+    @property
+    def grid(self) -> int:
+        return self.lpnet.grid
 
     def __call__(self, widths: Tensor) -> Tensor:
         return self.lpnet.interval(widths, self.coverage)[1]

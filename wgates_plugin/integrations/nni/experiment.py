@@ -19,7 +19,7 @@ from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
+from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, measured_grid
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.nni.choices import ConfigList
@@ -132,8 +132,8 @@ def build_pruner(
     Args:
         parameters: `pruner`, a key of `PRUNERS`; one of `sparse_ratio`, `target` (in the unit of
             `efficiency`) and `target_fraction` (of what the untouched network costs); optionally
-            `training_steps` (100) and, under a target, `grid` (1), the channel multiple that widths
-            keep to.
+            `training_steps` (100) and, under a target, `grid`, the channel multiple that widths keep
+            to (that of the widths which an `LPNet` has measured, otherwise 1).
         evaluator: for pruners that learn; its optimizer belongs to `model`.
         efficiency: what the target limits, such as an `LPNet`; by default MACs.
         data: batches (inputs, targets) with a length, for this package's other strategies; they
@@ -149,7 +149,8 @@ def build_pruner(
     if problems:
         raise ConfigError("experiment parameters", problems)
     space = trace(model, example_inputs)
-    grid = parameters.get("grid", 1)
+    by_ratio = "sparse_ratio" in parameters
+    grid = parameters.get("grid") or (1 if by_ratio else measured_grid(efficiency))
     order = Order(
         model,
         example_inputs,

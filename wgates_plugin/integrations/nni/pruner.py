@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.errors import ConfigError, PlanError, TrainingError
 from wgates_plugin.integrations.nni.asked import (
     Efficiency,
@@ -74,7 +74,8 @@ class WGatesPruner(Pruner):
             channel space that returns one, or a `Budget` of several limits. By default MACs.
         target: the limit in the model's unit, or a `MacsTarget`, `ParametersTarget` or
             `LatencyTarget` (which needs an `LPNet`).
-        settings: how gates learn.
+        settings: how gates learn, and the channel multiple; by default, under a latency, that of the
+            widths which LPNet has measured.
         min_channels: least width of every layer.
 
     Attributes:
@@ -99,11 +100,12 @@ class WGatesPruner(Pruner):
         settings: WGatesSettings | None = None,
         min_channels: int = 1,
     ) -> None:
-        settings = settings or WGatesSettings()
+        by_ratio = target is None and not isinstance(efficiency, Budget)
+        if settings is None:
+            settings = WGatesSettings(grid=1 if by_ratio else measured_grid(efficiency))
         untrained = evaluator is None and training_steps is None
         if untrained:
             training_steps = 0
-        by_ratio = target is None and not isinstance(efficiency, Budget)
         read = read_config(model, config_list)
         choices, problems = read.choices, list(read.problems)
         problems += contradictions(

@@ -48,7 +48,8 @@ class StrategyPruner(WGatesPruner):
             settings are `options`.
         data: batches (inputs, targets), with a length.
         epochs, training, loss: of its phase; without effect where it does not learn.
-        grid: channel multiple that widths keep to, under a target.
+        grid: channel multiple that widths keep to, under a target; by default, under a latency, that
+            of the widths which LPNet has measured.
         model, config_list, example_inputs, efficiency, target, min_channels: as in `WGatesPruner`;
             example inputs are by default the first batch.
 
@@ -73,7 +74,7 @@ class StrategyPruner(WGatesPruner):
         training: TrainingSettings | None = None,
         loss: LossFunction | None = None,
         seed: int = 0,
-        grid: int = 1,
+        grid: int | None = None,
         evaluator: Evaluator | None = None,
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         example_inputs: ExampleInputs | None = None,
@@ -112,7 +113,7 @@ class StrategyPruner(WGatesPruner):
             example_inputs=example_inputs,
             efficiency=efficiency,
             target=target,
-            settings=WGatesSettings(grid=grid),
+            settings=None if grid is None else WGatesSettings(grid=grid),
             min_channels=min_channels,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
 from wgates_plugin.integrations.torch_pruning import checks, options
 from wgates_plugin.integrations.torch_pruning.base import (
@@ -57,7 +57,8 @@ class WGatesPruner(TracedPruner):
         pruning_ratio_dict: module or tuple of modules -> its own ratio.
         global_pruning, isomorphic: rank over all groups, or over groups of one structure.
         max_pruning_ratio: largest share of any group that may go.
-        round_to: channel multiple of every width that is cut.
+        round_to: channel multiple of every width that is cut; by default, under a latency, that of
+            the widths which LPNet has measured, and 1 otherwise.
         iterative_steps, iterative_pruning_ratio_scheduler: how many times `step()` is called, and
             how much of the way is done after each. Gates learn under the limit of the step to come,
             and are attached anew after each.
@@ -116,7 +117,7 @@ class WGatesPruner(TracedPruner):
         **others: Any,
     ) -> None:
         model = options.plain(model)
-        settings = settings or WGatesSettings()
+        settings = settings or WGatesSettings(grid=measured_grid(efficiency))
         problems = []
         if round_to is not None and not checks.is_whole(round_to, least=1):
             problems.append(f"round_to {round_to!r}: needs a whole number from 1")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.efficiency.base import measured_grid
 from wgates_plugin.errors import PlanError
 from wgates_plugin.integrations.torch_pruning import checks
 from wgates_plugin.integrations.torch_pruning.base import Efficiency, TracedPruner, linear
@@ -73,7 +74,8 @@ class StrategyPruner(TracedPruner):
             settings are `options`.
         data: batches (inputs, targets), with a length; None for criteria of weights alone.
         epochs, training, loss: of its phase; without effect where it does not learn.
-        round_to: channel multiple of every width that is cut.
+        round_to: channel multiple of every width that is cut; by default, under a latency, that of
+            the widths which LPNet has measured, and 1 otherwise.
         efficiency, target, and all other words: as in `WGatesPruner`; without `efficiency`, a
             target counts MACs.
 
@@ -156,7 +158,7 @@ class StrategyPruner(TracedPruner):
             model,
             example_inputs,
             problems,
-            grid=round_to or 1,
+            grid=round_to or measured_grid(efficiency),
             efficiency=efficiency,
             target=target,
             pruning_ratio=pruning_ratio,

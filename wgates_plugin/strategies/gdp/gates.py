@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.efficiency.constraint import AugmentedLagrangian
 from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
@@ -119,7 +119,7 @@ class PolarisedGates:
         settle: Settle | None = None,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
-        self.settings = settings or GDPSettings()
+        self.settings = settings or GDPSettings(grid=measured_grid(budget))
         self.steps, self.average, self.example_inputs = max(1, steps), average, example_inputs
         self._measured = settle
         check_feasible(space, budget, self.settings.grid)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.efficiency.constraint import make_constraint
 from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
@@ -74,7 +74,7 @@ class WGates:
         waiting: bool = False,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
-        self.settings = settings or WGatesSettings()
+        self.settings = settings or WGatesSettings(grid=measured_grid(budget))
         self.steps, self.average, self._settle = steps, average, settle
         if self.settings.start == "open" and not steps:
             raise ConfigError(
