@@ -13,9 +13,9 @@ import torch
 from networks import example, tiny
 from nni_helpers import evaluator
 from test_strategies import SMALL, TRAINING, batches
-from torch import nn
+from torch import Tensor, nn
 
-from wgates_plugin import trace
+from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import MacsModel
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni import (
@@ -66,6 +66,44 @@ def test_masks_carry_the_decision_out(strategy: str) -> None:
     assert sum(p.numel() for p in model.parameters()) < sum(
         p.numel() for p in tiny("residual").parameters()
     )
+
+
+class Measured:
+    """MACs, as if a latency model had been measured on multiples of 2 alone."""
+
+    name, unit, grid = "latency", "ms", 2
+
+    def __init__(self, space: ChannelSpace) -> None:
+        self.fingerprint, self.count = space.fingerprint, MacsModel(space)
+
+    def __call__(self, widths: Tensor) -> Tensor:
+        return self.count(widths)
+
+
+@pytest.mark.parametrize(("word", "multiple"), [({}, 2), ({"grid": 1}, 1), ({"grid": 4}, 4)])
+def test_widths_are_those_that_the_latency_model_has_seen(
+    word: dict[str, int], multiple: int
+) -> None:
+    model = Measured(trace(tiny("residual"), example()))
+    full = float(model(torch.tensor(trace(tiny("residual"), example()).full_widths)))
+    limit: dict[str, Any] = {"efficiency": model, "target": 0.6 * full}
+    pruner = pruner_of("l1", **limit, **word)
+    pruner.compress()
+    assert pruner.plan is not None
+    pairs = zip(pruner.plan.widths, pruner.space.full_widths, strict=True)
+    assert all(width % multiple == 0 for width, whole in pairs if width < whole)
+    assert pruner._settings.grid == multiple
+    parameters = {"pruner": "wgates", "target": 0.6 * full, **word}
+    network = tiny("residual")
+    named = build_pruner(
+        parameters,
+        model=network,
+        evaluator=evaluator(network),
+        example_inputs=example(),
+        efficiency=model,
+    )
+    assert isinstance(named, WGatesPruner)
+    assert named._settings.grid == multiple
 
 
 def test_a_ratio_says_how_many() -> None:
