@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,13 @@ def test_tables_fill_the_readme(tmp_path: Path) -> None:
 def test_tables_need_their_markers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no markers"):
         tables.rewritten("# Benchmarks\n", tmp_path)
+
+
+def test_no_committed_result_names_a_place_on_a_machine() -> None:
+    places = re.compile(r'"(/|[A-Z]:\\\\)\w')
+    paths = [*RESULTS.rglob("*.json"), RESULTS.parent / "scoreboard.json"]
+    assert len(paths) > 100
+    assert [path for path in paths if places.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_committed_results_and_readme_agree() -> None:
