@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -611,6 +612,32 @@ def test_a_network_timed_beside_other_work_is_timed_again(
     assert len(last["passes"][first.key]) == passes
     assert last["ratio"][first.key] == pytest.approx(ratio)
     assert len(last["disturbed"]) == disturbed
+
+
+def test_a_machine_whose_speed_wanders_is_not_timed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = load_experiment(stored(tmp_path, seeds=list(range(20))))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = comparison.choose(experiment, methods=["wgates"])
+    widths = [
+        {"group": group.name, "dense": group.channels, "kept": group.channels}
+        for group in space_of(experiment).groups
+    ]
+    for run in chosen:
+        result = {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
+        write_json(places.result(run), result)
+    speeds = itertools.chain([1.0] * 10, itertools.repeat(1.2))
+    timing = dict.fromkeys(finals.RAW) | {"ratio": 0.4}
+    monkeypatch.setattr(
+        finals,
+        "measure",
+        lambda *_, **__: SimpleNamespace(**{**timing, "reference_ms": next(speeds)}),
+    )
+    finals.time_finals(experiment, places, experiment.runtimes[0], passes=2)
+    last = json.loads(places.finals("eager").read_text())
+    assert {len(timings) for timings in last["passes"].values()} == {3}
+    assert len(last["disturbed"]) == 20
 
 
 def test_equal_epochs_and_one_block_per_runtime_are_checked(tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ MOST_APART = 0.03
 MOST_SLOWED = 1.05
 """Times its quiet latency: what the untouched network may take beside a timing that is not doubted."""
 
+LEAST_HELP = 0.9
+"""Share of the networks timed beside other work that a further pass may leave, if they are not `FEW`:
+where it leaves more, the machine's own speed wanders, and the next would help as little."""
+
+FEW = 10
+
 MOST_PASSES = 3
 """Times the passes asked for: how many there may be for a network that is timed beside other work."""
 
@@ -98,8 +104,8 @@ def time_finals(
 
     Each is interleaved with the untouched network, once in each pass. Two networks do not slow down
     alike beside other work, so those that were timed while the untouched one was slow are timed in
-    further passes; of one network's ratios the median of those `passes` counts beside which the
-    untouched one was quickest. The choice never looks at the network that is judged.
+    further passes, as long as these help; of one network's ratios the median of those `passes` counts
+    beside which the untouched one was quickest. The choice never looks at the network that is judged.
 
     A network whose run folder is no longer there is built again from its stored widths: its latency
     does not depend on its weights. Nothing is written where there is nothing to time, and the same
@@ -221,11 +227,13 @@ def _timings(
             found[run.key].append(sitting.time(run, stored[run.key]))
         seen = [one["reference_ms"] for timings in found.values() for one in timings]
         quiet_ms = float(np.quantile([*before, *seen], 0.1))
+        slower = len(slow)
         slow = {
             run.key for run in todo if _slowest(found[run.key], passes) > MOST_SLOWED * quiet_ms
         }
         left = [run for run in todo if number < passes or run.key in slow]
-        if not left:
+        helped = number <= passes or len(slow) <= max(FEW, LEAST_HELP * slower)
+        if not left or not helped:
             break
     return found, quiet_ms, slow
 
