@@ -80,6 +80,7 @@ class Cell:
 
     Attributes:
         ours: the method that is held against the `rivals`. Ablations are rows, but neither.
+        processor: on which the last sitting was; empty before there was one.
     """
 
     runtime: str
@@ -89,6 +90,7 @@ class Cell:
     trained_on: list[float]
     ours: str | None = None
     rivals: tuple[str, ...] = ()
+    processor: str = ""
 
     def row(self, method: str) -> Row:
         return self.rows[method]
@@ -190,6 +192,7 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
                     [dense[s]["trained_on"]["accuracy"] for s in experiment.seeds if s in dense],
                     experiment.ours,
                     tuple(experiment.with_role("rival")),
+                    finals.get("environment", {}).get("cpu", ""),
                 )
             )
     return cells

@@ -105,7 +105,7 @@ def experiment_text(experiment: Experiment, results: Path) -> str:
     """All cells of an experiment: a heading line and a table each."""
     parts = []
     for cell in read_cells(experiment, results):
-        words = f"**{round(100 * cell.target)} % of the latency on {cell.runtime}**"
+        words = f"**{round(100 * cell.target)} % of the latency on {_where(cell)}**"
         if cell.dense:
             words += f": untouched {_percent(cell.dense)}, trained on {_percent(cell.trained_on)}"
         found = verdict(cell)
@@ -113,6 +113,10 @@ def experiment_text(experiment: Experiment, results: Path) -> str:
             words += f"; {found}"
         parts.append(words + "\n\n" + _markdown(HEAD, cell_table(cell)))
     return "\n\n".join(parts)
+
+
+def _where(cell: Cell) -> str:
+    return f"{cell.runtime}, {cell.processor}" if cell.processor else cell.runtime
 
 
 def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
@@ -196,7 +200,7 @@ def matrix_text(experiment: Experiment, results: Path) -> str:
             if any(method in cell.rows for cell in mine)
         ]
         name = experiment.task or experiment.name
-        parts.append(f"**{name} on {runtime}**\n\n{_markdown(head, rows)}")
+        parts.append(f"**{name} on {_where(mine[0])}**\n\n{_markdown(head, rows)}")
     return "\n\n".join(parts)
 
 
