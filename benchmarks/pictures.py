@@ -89,10 +89,8 @@ def draw(folder: Path) -> list[Path]:
             continue
         written += both_themes(folder / name, functools.partial(picture, record))
     for experiment in COMPARED:
-        if experiment.with_role("ablation"):
-            continue
         found = draw_experiment(experiment, folder)
-        if not found:
+        if not found and not experiment.with_role("ablation"):
             print(f"{experiment.name}: no runs; run `python -m benchmarks comparison ...`")
         written += found
     return written

@@ -31,10 +31,14 @@ AXES = {"ratio": "measured latency over untouched", "macs": "MACs over untouched
 def draw_experiment(experiment: Experiment, results: Path) -> list[Path]:
     """Draw `RUNTIME.svg` and `RUNTIME-dark.svg` beside an experiment's page, as far as it has runs.
 
+    One of ablations, which are nobody's rivals, has no picture.
+
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    written = []
+    written: list[Path] = []
+    if experiment.with_role("ablation"):
+        return written
     for runtime, cells in cells_by_runtime(experiment, results).items():
         words = RUNTIME_WORDS.get(runtime, runtime).replace("\n", " ")
         written += both_themes(
