@@ -525,7 +525,10 @@ def test_a_command_runs_as_one_of_those_who_take_turns(tmp_path: Path) -> None:
 
 def test_an_interrupt_ends_all_who_work(tmp_path: Path) -> None:
     turns = Turns(tmp_path)
-    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    code = (  # a shell's background job ignores Ctrl-C, and so do its children
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    )
     with ThreadPoolExecutor(1) as pool:
         begun = tmp_path / "begun"
         status = pool.submit(turns.call, [sys.executable, "-c", code, str(begun)])
