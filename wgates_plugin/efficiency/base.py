@@ -96,8 +96,9 @@ def measured_grid(efficiency: object) -> int:
     A latency model knows no other widths, and a runtime may be slower at those. 1 where nothing is
     said, as by a model that counts.
     """
-    limits = efficiency.limits if isinstance(efficiency, Budget) else ()
-    models = [limit.model for limit in limits] or [efficiency]
+    models: list[object] = [efficiency]
+    if isinstance(efficiency, Budget):
+        models = [limit.model for limit in efficiency.limits]
     grids = [getattr(model, "grid", 1) for model in models]
     return math.lcm(*(grid for grid in grids if isinstance(grid, int) and grid >= 1))
 
