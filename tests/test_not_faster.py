@@ -20,6 +20,7 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.errors import InfeasibleTargetError, MissingExtraError
 from wgates_plugin.latency import get_runtime
+from wgates_plugin.report.theme import LIGHT
 from wgates_plugin.tracing import trace
 
 CLAIM = "speed_at_equal_macs_vs_torch_pruning/mobilenet_v2/onnxruntime"
@@ -266,7 +267,7 @@ def test_pictures_are_drawn_for_light_and_dark_and_repeat(tmp_path: Path) -> Non
 def test_bars_are_as_high_as_the_record_says() -> None:
     pytest.importorskip("matplotlib")
     record = {"numbers": {"mobilenet_v2": {"onnxruntime": made_up(rival=1.2)}}}
-    (panel,) = pictures.draw_not_faster(record, pictures.LIGHT).axes
+    (panel,) = pictures.draw_not_faster(record, LIGHT).axes
     heights = [bar.get_height() for bar in cast(Any, panel).patches]
     assert heights == pytest.approx([1.2, 0.5])
     assert panel.get_ylim()[1] > 1.2
