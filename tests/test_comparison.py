@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -554,16 +555,21 @@ def space_of(experiment: Experiment) -> ChannelSpace:
     return trace(network, data.example_input)
 
 
+def of_full_widths(experiment: Experiment) -> dict[str, Any]:
+    """A made-up result whose network can be built again."""
+    widths = [
+        {"group": group.name, "dense": group.channels, "kept": group.channels}
+        for group in space_of(experiment).groups
+    ]
+    return {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
+
+
 def test_the_same_networks_are_not_timed_twice(tmp_path: Path) -> None:
     """A sitting that is repeated until all keep their targets tells of chance."""
     experiment = load_experiment(stored(tmp_path))
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     (first, _), block = comparison.choose(experiment), experiment.runtimes[0]
-    widths = [
-        {"group": group.name, "dense": group.channels, "kept": group.channels}
-        for group in space_of(experiment).groups
-    ]
-    result = {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
+    result = of_full_widths(experiment)
     write_json(places.result(first), result)
     finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
     before = places.finals("eager").read_text()
@@ -597,11 +603,7 @@ def test_a_network_timed_beside_other_work_is_timed_again(
     experiment = load_experiment(stored(tmp_path))
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     first, _ = comparison.choose(experiment)
-    widths = [
-        {"group": group.name, "dense": group.channels, "kept": group.channels}
-        for group in space_of(experiment).groups
-    ]
-    result = {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
+    result = of_full_widths(experiment)
     write_json(places.result(first), result)
     timings = iter(
         SimpleNamespace(
@@ -623,12 +625,8 @@ def test_a_machine_whose_speed_wanders_is_not_timed_for_ever(
     experiment = load_experiment(stored(tmp_path, seeds=list(range(20))))
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     chosen = comparison.choose(experiment, methods=["wgates"])
-    widths = [
-        {"group": group.name, "dense": group.channels, "kept": group.channels}
-        for group in space_of(experiment).groups
-    ]
+    result = of_full_widths(experiment)
     for run in chosen:
-        result = {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
         write_json(places.result(run), result)
     speeds = itertools.chain([1.0] * 10, itertools.repeat(1.2))
     timing = dict.fromkeys(finals.RAW) | {"ratio": 0.4}

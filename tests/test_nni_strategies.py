@@ -10,12 +10,13 @@ pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plu
 pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI import Lightning
 
 import torch
+from helpers import MeasuredMacs
 from networks import example, tiny
 from nni_helpers import evaluator
 from test_strategies import SMALL, TRAINING, batches
-from torch import Tensor, nn
+from torch import nn
 
-from wgates_plugin import ChannelSpace, trace
+from wgates_plugin import trace
 from wgates_plugin.efficiency import MacsModel
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni import (
@@ -68,24 +69,13 @@ def test_masks_carry_the_decision_out(strategy: str) -> None:
     )
 
 
-class Measured:
-    """MACs, as if a latency model had been measured on multiples of 2 alone."""
-
-    name, unit, grid = "latency", "ms", 2
-
-    def __init__(self, space: ChannelSpace) -> None:
-        self.fingerprint, self.count = space.fingerprint, MacsModel(space)
-
-    def __call__(self, widths: Tensor) -> Tensor:
-        return self.count(widths)
-
-
 @pytest.mark.parametrize(("word", "multiple"), [({}, 2), ({"grid": 1}, 1), ({"grid": 4}, 4)])
 def test_widths_are_those_that_the_latency_model_has_seen(
     word: dict[str, int], multiple: int
 ) -> None:
-    model = Measured(trace(tiny("residual"), example()))
-    full = float(model(torch.tensor(trace(tiny("residual"), example()).full_widths)))
+    space = trace(tiny("residual"), example())
+    model = MeasuredMacs(space, grid=2)
+    full = float(model(torch.tensor(space.full_widths)))
     limit: dict[str, Any] = {"efficiency": model, "target": 0.6 * full}
     pruner = pruner_of("l1", **limit, **word)
     pruner.compress()

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning as tp
-from helpers import same_tensors, snapshot
+from helpers import MeasuredMacs, same_tensors, snapshot
 from networks import example, tiny
 from test_strategies import SMALL, TRAINING, batches
 from torch import Tensor, nn
 
 from wgates_plugin import trace
-from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
 from wgates_plugin.integrations.torch_pruning import (
@@ -48,18 +47,6 @@ def test_every_strategy_prunes_to_a_target(strategy: str) -> None:
     assert len(pruner.DG.pruning_history()) > 0
 
 
-class Measured:
-    """MACs, as if a latency model had been measured on multiples of 4 alone."""
-
-    name, unit, grid = "latency", "ms", 4
-
-    def __init__(self, space: ChannelSpace) -> None:
-        self.count = MacsModel(space)
-
-    def __call__(self, widths: Tensor) -> Tensor:
-        return self.count(widths)
-
-
 @pytest.mark.parametrize(
     ("word", "multiple"), [({}, 4), ({"round_to": 1}, 1), ({"round_to": 2}, 2)]
 )
@@ -67,7 +54,7 @@ def test_widths_are_those_that_the_latency_model_has_seen(
     word: dict[str, int], multiple: int
 ) -> None:
     space = pruner_of().space
-    model = Measured(space)
+    model = MeasuredMacs(space, grid=4)
     full = float(model(torch.tensor(space.full_widths)))
     limit: dict[str, Any] = {"efficiency": model, "target": 0.5 * full, **word}
     pruner = pruner_of("l1", **limit)

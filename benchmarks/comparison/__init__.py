@@ -10,6 +10,7 @@ sampled. `--profile gpu` lays the experiment's block of that name over it, and k
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -43,41 +44,7 @@ MOST_AT_ONCE = 4
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    options = parser("comparison", __doc__)
-    known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
-    options.add_argument("experiment", help=f"a YAML file, or one of: {known}")
-    options.add_argument("--profile", help="one of the experiment's profiles, such as gpu")
-    options.add_argument("--scratch", type=Path, default=SCRATCH, help="where run folders go")
-    options.add_argument("--methods", nargs="+", help="only these")
-    options.add_argument("--seeds", nargs="+", type=int, help="only these")
-    options.add_argument("--targets", nargs="+", type=float, help="only these")
-    options.add_argument("--runtimes", nargs="+", help="only these")
-    options.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        help="processes of one thread; they stand still while one of them measures",
-    )
-    options.add_argument(
-        "--ray",
-        action="store_true",
-        help="as many runs at once as a Ray cluster has room for; its machines must see the same "
-        "results, scratch and current folders",
-    )
-    options.add_argument(
-        "--only",
-        nargs="+",
-        metavar="KEY",
-        help="these runs, by their keys, with everything shared in place; or dense-SEED",
-    )
-    options.add_argument("--finals", action="store_true", help="only time the final networks")
-    options.add_argument(
-        "--again-disturbed",
-        action="store_true",
-        help="run again what found another latency than the last sitting, by more than "
-        f"{100 * finals.MOST_APART:.0f} %%",
-    )
-    arguments = options.parse_args(list(argv))
+    arguments = _arguments(argv)
     experiment = load_experiment(arguments.experiment, arguments.profile)
     chosen = choose(
         experiment,
@@ -114,10 +81,12 @@ def main(argv: Sequence[str] = ()) -> None:
                 """Whether there was a way to do these so, or nothing to do."""
                 if not keys:
                     return True
-                commands = [[*command, *few] for few in _handfuls(keys, arguments.workers)]
-                if arguments.ray and _on_ray(commands, arguments.scratch, _gpus(experiment)):
+                singly = [[*command, key] for key in keys]
+                if arguments.ray and _on_ray(singly, arguments.scratch, _gpus(experiment)):
                     return True
                 if arguments.workers > 1:
+                    handfuls = _handfuls(keys, arguments.workers)
+                    commands = [[*command, *few] for few in handfuls]
                     _in_parallel(commands, arguments.workers, ours)
                 return arguments.workers > 1
 
@@ -137,6 +106,44 @@ def main(argv: Sequence[str] = ()) -> None:
     if still and not arguments.finals:
         print(f"{experiment.name}: {len(still)} runs failed; see above", flush=True)
         raise SystemExit(1)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    options = parser("comparison", __doc__)
+    known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+    options.add_argument("experiment", help=f"a YAML file, or one of: {known}")
+    options.add_argument("--profile", help="one of the experiment's profiles, such as gpu")
+    options.add_argument("--scratch", type=Path, default=SCRATCH, help="where run folders go")
+    options.add_argument("--methods", nargs="+", help="only these")
+    options.add_argument("--seeds", nargs="+", type=int, help="only these")
+    options.add_argument("--targets", nargs="+", type=float, help="only these")
+    options.add_argument("--runtimes", nargs="+", help="only these")
+    options.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes of one thread; they stand still while one of them measures",
+    )
+    options.add_argument(
+        "--ray",
+        action="store_true",
+        help="as many runs at once as a Ray cluster has room for; its machines must see the same "
+        "results, scratch and current folders",
+    )
+    options.add_argument(
+        "--only",
+        nargs="+",
+        metavar="KEY",
+        help="these runs, by their keys, with everything shared in place; or dense-SEED",
+    )
+    options.add_argument("--finals", action="store_true", help="only time the final networks")
+    options.add_argument(
+        "--again-disturbed",
+        action="store_true",
+        help="run again what found another latency than the last sitting, by more than "
+        f"{100 * finals.MOST_APART:.0f} %%",
+    )
+    return options.parse_args(list(argv))
 
 
 def _handfuls(keys: list[str], workers: int) -> list[list[str]]:
