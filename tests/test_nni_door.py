@@ -1,4 +1,4 @@
-"""The NNI door: their config lists and evaluators, our gates, masks that removal follows exactly."""
+"""The NNI door: their evaluators, our gates, masks that removal follows exactly."""
 
 from __future__ import annotations
 
@@ -17,94 +17,33 @@ pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plu
 pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI import Lightning
 
 import torch
-from helpers import same_tensors, snapshot
+from helpers import same_tensors
 from networks import TINY, example, tiny, torchvision_network
-from nni.compression.pruning import FPGMPruner, L1NormPruner, LevelPruner, TaylorPruner
+from nni.compression.pruning import L1NormPruner, TaylorPruner
 from nni_helpers import batch, evaluator, training_func, training_step
+from nni_pruner_helpers import (
+    FREE,
+    HALF,
+    SETTINGS,
+    all_layers,
+    check_exact,
+    output,
+    pruner_of,
+    width,
+)
 from torch import Tensor, nn
 
 from wgates_plugin import trace
-from wgates_plugin.efficiency import Budget, Limit, LPNet, MacsModel, ParametersModel
-from wgates_plugin.errors import (
-    ConfigError,
-    InfeasibleTargetError,
-    PlanError,
-    SurgeryError,
-    TrainingError,
-)
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
+from wgates_plugin.errors import ConfigError, PlanError, SurgeryError, TrainingError
 from wgates_plugin.integrations import torch_pruning as sibling
-from wgates_plugin.integrations.nni import (
-    ModelSpeedup,
-    WGatesPruner,
-    make_config,
-    remove,
-    speedup,
-    torch_evaluator,
-)
+from wgates_plugin.integrations.nni import ModelSpeedup, WGatesPruner, remove, speedup
 from wgates_plugin.strategies import Task, WGatesSettings, plan_for_budget
 from wgates_plugin.strategies.wgates.strategy import WGatesStrategy
-from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
-from wgates_plugin.verification import TOLERANCE, masked_output, relative_error
+from wgates_plugin.targets import MacsTarget
+from wgates_plugin.verification import TOLERANCE, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:WGatesPruner. layers that stay whole")
-
-SETTINGS = WGatesSettings(learning_rate=0.05)
-HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-FREE = [{"op_types": ["Conv2d"]}]
-PRUNABLE = {"Conv1d", "Conv2d", "ConvTranspose2d", "Linear"}
-
-
-def all_layers(network: nn.Module, **settings: Any) -> list[dict[str, Any]]:
-    kinds = {type(module).__name__ for module in network.modules()} & PRUNABLE
-    return [{"op_types": sorted(kinds), **settings}]
-
-
-def pruner_of(
-    network: nn.Module,
-    config: Any = HALF,
-    *,
-    steps: int | None = 3,
-    size: int = 8,
-    **options: Any,
-) -> WGatesPruner:
-    options.setdefault("settings", SETTINGS)
-    return WGatesPruner(network, config, evaluator(network, size=size), steps, **options)
-
-
-@torch.no_grad()
-def output(network: nn.Module, size: int = 8) -> Tensor:
-    return network.eval()(example(4, size, seed=99))
-
-
-def width(network: nn.Module, name: str) -> int:
-    return network.get_submodule(name).out_channels
-
-
-def check_exact(
-    pruner: WGatesPruner, masks: Any, network: nn.Module, size: int = 8, *, theirs: bool = True
-) -> nn.Module:
-    """Masked equals removed, by torch-pruning and by ModelSpeedup; returns the smaller network."""
-    masked = output(network, size)
-    pruner.unwrap_model()
-    assert pruner.plan is not None
-    gated = masked_output(network, pruner.plan, example(4, size, seed=99))
-    assert relative_error(masked, gated) <= TOLERANCE
-    twin = copy.deepcopy(network)
-    smaller = remove(network, masks, example(2, size))
-    assert smaller is network
-    assert relative_error(output(smaller, size), masked) <= TOLERANCE
-    for name, kept in zip(pruner.space.names, pruner.plan.widths, strict=True):
-        root = smaller.get_submodule(name)
-        assert kept == getattr(root, "out_channels", getattr(root, "out_features", None))
-    if not theirs:
-        with pytest.raises(SurgeryError, match="ModelSpeedup fails"):
-            speedup(twin, masks, example(2, size))
-    else:
-        sped = speedup(twin, masks, example(2, size))
-        assert relative_error(output(sped, size), masked) <= TOLERANCE
-        counts = [sum(p.numel() for p in net.parameters()) for net in (smaller, sped)]
-        assert counts[0] == counts[1]
-    return smaller
 
 
 NOT_SPED_UP = {"plain-norms", "signed-concat"}
@@ -380,79 +319,6 @@ def test_the_order_of_sets_decides_nothing() -> None:
     assert found[0] == found[1]
 
 
-def test_every_form_of_target() -> None:
-    network = tiny("plain")
-    space = trace(network, example())
-    macs, parameters = MacsModel(space), ParametersModel(space)
-    lpnet = LPNet.fit(space, [[k, k + 2] for k in range(1, 9)], [1.0 + k for k in range(8)])
-    forms: list[tuple[Any, Any, Any, float]] = [
-        (None, 2e4, macs, 2e4),
-        (None, MacsTarget(macs=2e4), macs, 2e4),
-        (None, ParametersTarget(parameters=600), parameters, 600.0),
-        (ParametersModel, 600.0, parameters, 600.0),
-        (lpnet, 5.0, lpnet, 5.0),
-        (lpnet, LatencyTarget(milliseconds=5.0), lpnet, 5.0),
-        (Budget.of(Limit(macs, 2e4), Limit(parameters, 600.0)), None, parameters, 600.0),
-    ]
-    for efficiency, target, model, limit in forms:
-        fresh = tiny("plain")
-        pruner = pruner_of(fresh, FREE, steps=1, efficiency=efficiency, target=target)
-        pruner.compress()
-        assert pruner.plan is not None
-        assert float(model(torch.tensor(pruner.plan.widths))) <= limit
-
-
-def test_bounds_of_the_config_hold_under_a_target() -> None:
-    network = tiny("concat")
-    config = [
-        {"op_names": ["0.0"], "max_sparse_ratio": 0.2},
-        {"op_names": ["1.layers.0.0"], "min_sparse_ratio": 0.5},
-        {"op_types": ["Conv2d"], "exclude_op_names": ["0.0", "1.layers.0.0", "4.0"]},
-    ]
-    pruner = pruner_of(network, config, target=MacsTarget(fraction=0.4))
-    _, masks = pruner.compress()
-    smaller = check_exact(pruner, masks, network)
-    assert width(smaller, "0.0") >= 5
-    assert width(smaller, "1.layers.0.0") <= 2
-    assert width(smaller, "4.0") == 9
-    assert "4.0" not in masks
-
-
-def test_a_global_ratio_is_shared_out_by_the_gates() -> None:
-    network = tiny("plain")
-    config = [{"op_types": ["Conv2d"], "global_group_id": "all", "sparse_ratio": 0.6}]
-    config[0]["max_sparse_ratio"] = 0.8
-    pruner = pruner_of(network, config)
-    pruner.compress()
-    assert pruner.plan is not None
-    first, second = pruner.plan.widths
-    full = 8 * 27 + 12 * 72
-    assert first * 27 + second * 72 <= 0.4 * full < (first + 1) * 27 + (second + 1) * 72
-    assert first >= 2
-
-
-def test_a_config_over_norms_prunes_the_layers_behind_them() -> None:
-    network = tiny("residual")
-    pruner = pruner_of(network, [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}])
-    _, masks = pruner.compress()
-    smaller = check_exact(pruner, masks, network)
-    assert width(smaller, "0.0") == 4
-
-
-def test_layers_that_cannot_be_pruned_are_named_and_stay() -> None:
-    network = tiny("residual")
-    config = [{"op_names": ["0.0", "1.main.0.0", "2.fc"], "sparse_ratio": 0.5}]
-    with pytest.warns(UserWarning, match="layers that stay whole") as found:
-        pruner = pruner_of(network, config)
-    assert "`0.0`: it shares its channels with `1.main.1`" in str(found[0].message)
-    assert "`2.fc`: its channels are outputs of the network" in str(found[0].message)
-    assert set(pruner.left_out) == {"0.0", "2.fc"}
-    _, masks = pruner.compress()
-    assert masks["0.0"]["weight"].all()
-    smaller = check_exact(pruner, masks, network)
-    assert [width(smaller, name) for name in ("0.0", "1.main.0.0")] == [8, 3]
-
-
 def test_training_goes_on_behind_the_masks() -> None:
     network = tiny("residual")
     pruner = pruner_of(network)
@@ -608,265 +474,3 @@ def test_a_network_that_changed_since_tracing_is_refused(
     change(network)
     with pytest.raises(PlanError, match=f"changed since it was traced: .*{words}"):
         pruner.compress()
-
-
-FORMS: list[tuple[Any, list[int]]] = [
-    # widths of 0.0, 1.main.0.0, 1.main.1; the first and the last are coupled
-    ([{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], [4, 3, 4]),
-    ([{"op_names_re": [r".*main\.0"], "op_types": ["Conv2d"], "sparse_ratio": 0.5}], [8, 3, 8]),
-    ([{"op_names": ["0.0", "1.main.1"], "sparse_ratio": 0.5}], [4, 6, 4]),
-    (
-        [{"op_types": ["Conv2d"], "exclude_op_names_re": [r".*main\.0"], "sparse_ratio": 0.5}],
-        [4, 6, 4],
-    ),
-    (
-        [{"op_types": ["Conv2d"], "exclude_op_names": ["1.main.0.0"], "sparse_ratio": 0.5}],
-        [4, 6, 4],
-    ),
-    ([{"op_types": ["Conv2d"], "sparsity": 0.5}], [4, 3, 4]),  # NNI 2's word
-    ([{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "max_sparse_ratio": 0.25}], [6, 5, 6]),
-    ([{"op_types": ["Conv2d"], "sparse_ratio": 0.1, "min_sparse_ratio": 0.5}], [4, 3, 4]),
-    ([{**HALF[0], "granularity": "out_channel"}], [4, 3, 4]),
-    ([{**HALF[0], "granularity": [1, -1, -1, -1]}], [4, 3, 4]),
-    ([{**HALF[0], "dependency_group_id": "all"}], [4, 3, 4]),
-    ([{"op_types": ["Conv2d"], "target_settings": {"weight": {"sparse_ratio": 0.5}}}], [4, 3, 4]),
-]
-
-
-@pytest.mark.filterwarnings("ignore:.*legacy")
-@pytest.mark.parametrize(("config", "widths"), FORMS)
-def test_every_form_of_config(config: Any, widths: list[int]) -> None:
-    network = tiny("residual")
-    pruner = pruner_of(network, config, steps=2)
-    _, masks = pruner.compress()
-    smaller = check_exact(pruner, masks, network)
-    assert [width(smaller, name) for name in ("0.0", "1.main.0.0", "1.main.1")] == widths
-
-
-BAD: list[tuple[Any, dict[str, Any], str]] = [
-    ([], {}, "at least one"),
-    ("conv", {}, "needs a list of dicts"),
-    ([{"op_types": ["Conv3d"], "sparse_ratio": 0.5}], {}, "names no layer.*Conv2d"),
-    ([{"op_names": ["9.conv"], "sparse_ratio": 0.5}], {}, "no layer `9.conv`"),
-    ([{"op_types": ["ReLU"], "sparse_ratio": 0.5}], {}, "is a ReLU"),
-    ([{"op_names": ["2.fc"], "sparse_ratio": 0.5}], {}, "can be pruned.*outputs of the network"),
-    ([{"op_types": ["Conv2d"], "sparse_ratio": 1.0}], {}, "sparse_ratio is 1.0, needs a number"),
-    ([{"op_types": ["Conv2d"], "sparse_ratio": -0.1}], {}, "sparse_ratio is -0.1"),
-    ([{"op_types": ["Conv2d"], "sparse_ratio": "half"}], {}, "sparse_ratio is 'half'"),
-    ([{"op_types": ["Conv2d"], "max_sparse_ratio": 2}], {"target": 1e4}, "max_sparse_ratio is 2"),
-    ([{"op_types": ["Conv2d"], "sparse_threshold": 0.1}], {}, "sparse_threshold"),
-    ([{**HALF[0], "granularity": "in_channel"}], {}, "whole output channels"),
-    ([{**HALF[0], "target_names": ["_output_"]}], {}, "inputs and outputs"),
-    ([{**HALF[0], "pruner": "l1"}], {}, "pruner"),
-    (HALF, {"target": 1e4}, "together with a target"),
-    (HALF, {"target": LatencyTarget(milliseconds=2.0)}, "together with a target"),
-    (FREE, {}, "neither `target` nor any sparse_ratio"),
-    (HALF, {"efficiency": MacsModel}, "efficiency without a target"),
-    (FREE, {"target": LatencyTarget(milliseconds=2.0)}, "needs an `LPNet`"),
-    (HALF, {"training_steps": -1}, "whole number"),
-    (HALF, {"evaluator": None}, "no evaluator"),
-    (HALF, {"evaluator": training_func()}, "evaluator is a function"),
-    (
-        [
-            {"op_names": ["0.0"], "sparse_ratio": 0.5},
-            {"op_names": ["1.main.1"], "sparse_ratio": 0.25},
-        ],
-        {},
-        "contradictory sparse_ratio in one dependency group: 0.5 for `0.0`, 0.25 for `1.main.1`",
-    ),
-    (
-        [
-            {"op_names": ["0.0", "1.main.1"], "sparse_ratio": 0.5, "dependency_group_id": "a"},
-            {"op_names": ["1.main.0.0"], "sparse_ratio": 0.25, "dependency_group_id": "a"},
-        ],
-        {},
-        "dependency_group_id 'a': contradictory",
-    ),
-    (
-        [{"op_names": ["0.0"], "sparse_ratio": 0.5}, {"op_names": ["0.0"], "sparse_ratio": 0.2}],
-        {},
-        "configured twice",
-    ),
-]
-
-
-@pytest.mark.parametrize(("config", "options", "words"), BAD)
-def test_bad_input_is_refused_before_anything_is_wrapped(
-    config: Any, options: dict[str, Any], words: str
-) -> None:
-    network = tiny("residual").train()
-    traced = evaluator(network, dummy_input=example())
-    before = snapshot(network)
-    given = {"evaluator": traced, "training_steps": 3, **options}
-    with pytest.raises(ConfigError, match=f"(?s){words}"):
-        WGatesPruner(network, config, **given)
-    assert snapshot(network) == before
-
-
-def test_all_problems_come_at_once() -> None:
-    network = tiny("residual")
-    config = [
-        {"op_names": ["nowhere"], "sparse_ratio": 0.5},
-        {"op_types": ["Conv2d"], "sparse_ratio": 2.0, "granularity": "in_channel"},
-    ]
-    with pytest.raises(ConfigError) as found:
-        WGatesPruner(network, config, None, -3)
-    assert len(found.value.problems) >= 4
-
-
-def test_an_unreachable_target_is_refused_before_training() -> None:
-    network = tiny("plain")
-    before = snapshot(network)
-    with pytest.raises(InfeasibleTargetError, match="out of reach"):
-        pruner_of(network, FREE, target=10.0, example_inputs=example())
-    assert snapshot(network) == before
-
-
-def test_a_wrapped_network_needs_from_compressor() -> None:
-    network = tiny("plain")
-    traced = evaluator(network, dummy_input=example())
-    L1NormPruner(network, HALF)
-    with pytest.raises(ConfigError, match="from_compressor"):
-        WGatesPruner(network, HALF, traced, 3)
-
-
-def test_an_untraced_optimizer_is_explained() -> None:
-    network = tiny("plain")
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match=r"make it with nni.trace\(SGD\)") as found:
-        torch_evaluator(training_func(), optimizer, "step")  # type: ignore[arg-type]
-    assert len(found.value.problems) == 2
-
-
-def test_an_optimizer_of_another_network_is_explained() -> None:
-    network = tiny("plain")
-    with pytest.raises(ConfigError, match="no parameter of this model"):
-        WGatesPruner(network, HALF, evaluator(tiny("plain")), 3)
-
-
-# Removal of anyone's masks.
-
-
-@pytest.mark.parametrize("name", ["plain", "residual", "projection", "depthwise", "preactivation"])
-@pytest.mark.parametrize("theirs", [L1NormPruner, FPGMPruner])
-def test_their_pruners_masks_are_removed_exactly_with_our_config(name: str, theirs: Any) -> None:
-    network = tiny(name)
-    before = copy.deepcopy(network)
-    pruner = theirs(network, make_config(network, example(), sparse_ratio=0.5))
-    _, masks = pruner.compress()
-    masked = output(network)
-    pruner.unwrap_model()
-    remove(network, masks, example())
-    assert relative_error(output(network), masked) <= TOLERANCE
-    space = trace(before, example())
-    smaller = trace(network, example())
-    for group, now in zip(space.groups, smaller.groups, strict=True):
-        assert now.channels == group.channels - int(group.channels * 0.5)
-
-
-@pytest.mark.filterwarnings("ignore:make_config")
-def test_a_config_leaves_grouped_convolutions_to_us() -> None:
-    network = tiny("grouped")
-    config = make_config(network, example(), sparse_ratio=0.5)
-    _, masks = L1NormPruner(network, config).compress()
-    assert not {"1.main.0.0", "1.main.1.0"} & set(masks)
-
-
-def test_a_config_leaves_out_what_nni_has_no_words_for() -> None:
-    network = tiny("concat")
-    with pytest.warns(UserWarning, match="`2` holds the channels of several groups"):
-        config = make_config(network, example(), sparse_ratio=0.5)
-    pruner = L1NormPruner(network, config)
-    _, masks = pruner.compress()
-    masked = output(network)
-    pruner.unwrap_model()
-    remove(network, masks, example())
-    assert relative_error(output(network), masked) <= TOLERANCE
-    assert width(network, "4.0") == 5
-
-
-def test_a_config_takes_ratios_by_group_and_refuses_wrong_ones() -> None:
-    network = tiny("plain")
-    config = make_config(network, example(), sparse_ratio={"0.0": 0.25})
-    _, masks = L1NormPruner(network, config).compress()
-    assert set(masks) == {"0.0", "0.1"}
-    with pytest.raises(ConfigError, match="`nowhere` is no channel group") as found:
-        make_config(tiny("plain"), example(), sparse_ratio={"nowhere": 0.5, "0.0": 1.5})
-    assert len(found.value.problems) == 2
-
-
-def conv_masks(network: nn.Module) -> Any:
-    """Masks of convolutions alone, as a plain config of theirs leaves them."""
-    pruner = L1NormPruner(network, HALF)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    return masks
-
-
-def test_masks_behind_which_channels_live_on_are_refused() -> None:
-    network = tiny("plain")
-    masks = conv_masks(network)
-    before = snapshot(network)
-    with pytest.raises(SurgeryError, match=r"`1.0`: read by `2.fc`, not masked: `1.1`"):
-        remove(network, masks, example())
-    assert snapshot(network) == before
-    remove(network, masks, example(), align=True)
-    assert [width(network, name) for name in ("0.0", "1.0")] == [4, 6]
-
-
-def test_what_cannot_be_removed_stays_as_zeros() -> None:
-    network = tiny("residual")
-    single = LevelPruner(network, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.6}])
-    _, masks = single.compress()
-    masked = output(network)
-    single.unwrap_model()
-    remove(network, masks, example())
-    assert relative_error(output(network), masked) <= TOLERANCE
-    assert float((network[0][0].weight == 0).float().mean()) >= 0.5
-    half = tiny("residual")
-    one_sided = {"0.0": {"weight": torch.ones(8, 3, 3, 3)}}
-    one_sided["0.0"]["weight"][:4] = 0  # coupled layers disagree
-    remove(half, one_sided, example())
-    assert width(half, "0.0") == 8
-    assert not half[0][0].weight[:4].any()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            lambda m: m["0.0"].update(weight=torch.zeros(8, 3, 3, 3)),
-            "close all 8 channels of `0.0`",
-        ),
-        (lambda m: m["0.0"].update(weight=torch.ones(9, 3, 3, 3)), "changed since the masks"),
-        (lambda m: m.update(gone={"weight": torch.ones(1)}), "`gone` is not in the network"),
-        (lambda m: m["0.0"].update(_output_0=torch.ones(1, 8, 1, 1)), "`_output_0`"),
-        (lambda m: m["0.0"].update(weight=torch.full((8, 3, 3, 3), 0.5)), "other values"),
-    ],
-)
-@pytest.mark.parametrize("way", [remove, speedup])
-def test_wrong_masks_are_refused_and_the_network_left_as_found(
-    change: Any, words: str, way: Any
-) -> None:
-    network = tiny("plain")
-    masks = conv_masks(network)
-    before = snapshot(network)
-    change(masks)
-    with pytest.raises(ConfigError, match=words):
-        way(network, masks, example())
-    assert snapshot(network) == before
-
-
-def test_a_wrapped_network_is_not_cut() -> None:
-    network = tiny("plain")
-    _, masks = L1NormPruner(network, HALF).compress()
-    for way in (remove, speedup):
-        with pytest.raises(ConfigError, match="unwrap_model"):
-            way(network, masks, example())
-
-
-def test_speedup_says_when_it_computes_something_else() -> None:
-    network = tiny("plain")
-    masks = conv_masks(network)
-    with pytest.raises(SurgeryError, match="computes something else"):
-        speedup(network, masks, example())

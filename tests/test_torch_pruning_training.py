@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import same_tensors, snapshot
 from networks import example, tiny
-from test_torch_pruning_door import AT_ONCE, law_1, learn, macs
 from torch import Tensor, nn
+from torch_pruning_helpers import AT_ONCE, law_1, learn, macs
 
 from wgates_plugin import trace
 from wgates_plugin.efficiency import MacsModel

@@ -1,0 +1,154 @@
+"""The last sitting of a comparison."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from comparison_helpers import filled, made_up, stored
+
+from benchmarks import comparison
+from benchmarks.comparison import finals, runs
+from benchmarks.comparison.experiment import (
+    Experiment,
+    dense_recipe,
+    load_experiment,
+    runs_of,
+)
+from benchmarks.comparison.tables import page
+from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.files import write_json
+from wgates_plugin.recipe import prepare
+from wgates_plugin.tracing import trace
+
+
+def test_nothing_to_time_leaves_the_last_sitting(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.4, 0.4, 0.4])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    before = places.finals("eager").read_text()
+    finals.time_finals(experiment, places, experiment.runtimes[0])
+    assert places.finals("eager").read_text() == before
+
+
+def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = list(runs_of(experiment))
+    places.run_folder(chosen[2]).mkdir(parents=True)
+    (line,) = finals.forget_disturbed(experiment, places, chosen)
+    assert line.startswith(f"{chosen[2].key}: found 0.490 of the latency, the last sitting 0.510")
+    assert runs.missing(places, chosen) == chosen[2:]
+    assert finals.read_replaced(places) == [
+        {"run": chosen[2].key, "accuracy": 0.8, "own": 0.49, "last": 0.51}
+    ]
+    assert "1 runs were made again" in page(experiment, tmp_path / "results")[1]
+    assert not places.run_folder(chosen[2]).exists()
+    assert set(json.loads(places.finals("eager").read_text())["ratio"]) == {
+        run.key for run in chosen[:2]
+    }
+    assert finals.forget_disturbed(experiment, places, chosen) == []
+
+
+def test_what_the_last_sitting_timed_beside_other_work_stays(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = list(runs_of(experiment))
+    last = json.loads(places.finals("eager").read_text())
+    write_json(places.finals("eager"), {**last, "disturbed": [chosen[2].key]})
+    assert finals.forget_disturbed(experiment, places, chosen) == []
+    assert runs.missing(places, chosen) == []
+
+
+def space_of(experiment: Experiment) -> ChannelSpace:
+    network, data, *_ = prepare(dense_recipe(experiment, 0, Path("nowhere")))
+    return trace(network, data.example_input)
+
+
+def of_full_widths(experiment: Experiment) -> dict[str, Any]:
+    """A made-up result whose network can be built again."""
+    widths = [
+        {"group": group.name, "dense": group.channels, "kept": group.channels}
+        for group in space_of(experiment).groups
+    ]
+    return {**made_up(0.8), "widths": widths, "before_cut": [], "after_cut": []}
+
+
+def test_the_same_networks_are_not_timed_twice(tmp_path: Path) -> None:
+    """A sitting that is repeated until all keep their targets tells of chance."""
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    (first, _), block = comparison.choose(experiment), experiment.runtimes[0]
+    result = of_full_widths(experiment)
+    write_json(places.result(first), result)
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    before = places.finals("eager").read_text()
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    assert places.finals("eager").read_text() == before
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1, again=True)
+    timed = places.finals("eager").read_text()
+    assert timed != before
+    result["widths"][0]["kept"] //= 2  # the run was made again, and delivered another network
+    write_json(places.result(first), result)
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    assert places.finals("eager").read_text() != timed
+
+
+@pytest.mark.parametrize(
+    ("reference_ms", "passes", "ratio", "disturbed"),
+    [
+        ([1.0, 1.0], 2, 0.45, 0),  # quiet: not one pass more than asked for
+        ([1.0, 1.2, 1.2, 1.0], 4, 0.55, 0),
+        ([1.0, 1.2, 1.2, 1.3, 1.3, 1.3], 6, 0.45, 1),  # the least slowed of them, and said
+    ],
+)
+def test_a_network_timed_beside_other_work_is_timed_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reference_ms: list[float],
+    passes: int,
+    ratio: float,
+    disturbed: int,
+) -> None:
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    first, _ = comparison.choose(experiment)
+    result = of_full_widths(experiment)
+    write_json(places.result(first), result)
+    timings = iter(
+        SimpleNamespace(
+            **{**dict.fromkeys(finals.RAW), "ratio": 0.4 + 0.1 * number, "reference_ms": one}
+        )
+        for number, one in enumerate(reference_ms)
+    )
+    monkeypatch.setattr(finals, "measure", lambda *_, **__: next(timings))
+    finals.time_finals(experiment, places, experiment.runtimes[0], passes=2)
+    last = json.loads(places.finals("eager").read_text())
+    assert len(last["passes"][first.key]) == passes
+    assert last["ratio"][first.key] == pytest.approx(ratio)
+    assert len(last["disturbed"]) == disturbed
+
+
+def test_a_machine_whose_speed_wanders_is_not_timed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = load_experiment(stored(tmp_path, seeds=list(range(20))))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = comparison.choose(experiment, methods=["wgates"])
+    result = of_full_widths(experiment)
+    for run in chosen:
+        write_json(places.result(run), result)
+    speeds = itertools.chain([1.0] * 10, itertools.repeat(1.2))
+    timing = dict.fromkeys(finals.RAW) | {"ratio": 0.4}
+    monkeypatch.setattr(
+        finals,
+        "measure",
+        lambda *_, **__: SimpleNamespace(**{**timing, "reference_ms": next(speeds)}),
+    )
+    finals.time_finals(experiment, places, experiment.runtimes[0], passes=2)
+    last = json.loads(places.finals("eager").read_text())
+    assert {len(timings) for timings in last["passes"].values()} == {3}
+    assert len(last["disturbed"]) == 20
