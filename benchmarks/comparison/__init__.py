@@ -58,54 +58,83 @@ def main(argv: Sequence[str] = ()) -> None:
     ours = turns.Turns(turns.folder_of(arguments.scratch))
     with measuring_within(ours.alone):
         if arguments.only:
-            for key in arguments.only:
-                if key.startswith(runs.DENSE):
-                    runs.make_dense(experiment, places, int(key.removeprefix(runs.DENSE)))
-                else:
-                    print(
-                        runs.attempt(experiment, places, _run_of_key(experiment, key)), flush=True
-                    )
+            _do_these(experiment, places, arguments.only)
             return
-        busy = {run.runtime for run in runs.missing(places, chosen)}
-        if arguments.finals or arguments.again_disturbed:
-            busy = {run.runtime for run in chosen}
-        runs.refuse_other_machines(experiment, places, busy)
+        touched = chosen
+        if not (arguments.finals or arguments.again_disturbed):
+            touched = runs.missing(places, chosen)
+        runs.refuse_other_machines(experiment, places, {run.runtime for run in touched})
         if arguments.again_disturbed:
             for line in finals.forget_disturbed(experiment, places, chosen):
                 print(line, flush=True)
         if not arguments.finals:
-            words = [word for word in argv if word != "--again-disturbed"]
-            command = [sys.executable, "-m", "benchmarks", "comparison", *words, "--only"]
-
-            def side_by_side(keys: list[str]) -> bool:
-                """Whether there was a way to do these so, or nothing to do."""
-                if not keys:
-                    return True
-                singly = [[*command, key] for key in keys]
-                if arguments.ray and _on_ray(singly, arguments.scratch, _gpus(experiment)):
-                    return True
-                if arguments.workers > 1:
-                    handfuls = _handfuls(keys, arguments.workers)
-                    commands = [[*command, *few] for few in handfuls]
-                    _in_parallel(commands, arguments.workers, ours)
-                return arguments.workers > 1
-
-            todo = _missing(experiment, places, chosen, side_by_side)
-            if not side_by_side([run.key for run in todo]):
-                for run in todo:
-                    print(runs.attempt(experiment, places, run), flush=True)
+            _do_missing(experiment, places, chosen, _SideBySide(experiment, arguments, argv, ours))
         for block in experiment.runtimes:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
                 finals.time_finals(experiment, places, block, again=arguments.finals)
-    write_page(experiment, arguments.results)
-    try:
-        draw_experiment(experiment, arguments.results)
-    except MissingExtraError as error:
-        print(f"{error}; the page is without pictures", flush=True)
+    _show(experiment, arguments.results)
     still = runs.missing(places, chosen)
     if still and not arguments.finals:
         print(f"{experiment.name}: {len(still)} runs failed; see above", flush=True)
         raise SystemExit(1)
+
+
+def _do_these(experiment: Experiment, places: runs.Places, keys: Sequence[str]) -> None:
+    """Runs and dense networks by their keys, one after the other, in this process."""
+    for key in keys:
+        if key.startswith(runs.DENSE):
+            runs.make_dense(experiment, places, int(key.removeprefix(runs.DENSE)))
+        else:
+            print(runs.attempt(experiment, places, _run_of_key(experiment, key)), flush=True)
+
+
+def _do_missing(
+    experiment: Experiment, places: runs.Places, chosen: Sequence[Run], side_by_side: _SideBySide
+) -> None:
+    """The chosen runs without a result; what they share is made before."""
+    runs.prepared(experiment, places, chosen, side_by_side)
+    for line in runs.outdated(experiment, places, chosen):
+        print(line, flush=True)
+    todo = [run.key for run in runs.missing(places, chosen)]
+    print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
+    if not side_by_side(todo):
+        _do_these(experiment, places, todo)
+
+
+def _show(experiment: Experiment, results: Path) -> None:
+    write_page(experiment, results)
+    try:
+        draw_experiment(experiment, results)
+    except MissingExtraError as error:
+        print(f"{error}; the page is without pictures", flush=True)
+
+
+class _SideBySide:
+    """Does runs and dense networks in processes of their own, as the command line has it."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        arguments: argparse.Namespace,
+        argv: Sequence[str],
+        ours: turns.Turns,
+    ) -> None:
+        words = [word for word in argv if word != "--again-disturbed"]
+        self.command = [sys.executable, "-m", "benchmarks", "comparison", *words, "--only"]
+        self.experiment, self.arguments, self.ours = experiment, arguments, ours
+
+    def __call__(self, keys: list[str]) -> bool:
+        """Whether there was a way to do these so, or nothing to do."""
+        if not keys:
+            return True
+        arguments = self.arguments
+        singly = [[*self.command, key] for key in keys]
+        if arguments.ray and _on_ray(singly, arguments.scratch, _gpus(self.experiment)):
+            return True
+        if arguments.workers > 1:
+            handfuls = _handfuls(keys, arguments.workers)
+            _in_parallel([[*self.command, *few] for few in handfuls], arguments.workers, self.ours)
+        return bool(arguments.workers > 1)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -167,21 +196,6 @@ def _run_of_key(experiment: Experiment, key: str) -> Run:
             f"--only {key}: no run of it; a key is METHOD-RUNTIME-PERCENT-SEED, as in its files of runs"
         ],
     )
-
-
-def _missing(
-    experiment: Experiment,
-    places: runs.Places,
-    chosen: Sequence[Run],
-    ahead: Callable[[list[str]], object],
-) -> list[Run]:
-    """The chosen runs without a result; what they share is made before."""
-    runs.prepared(experiment, places, chosen, ahead)
-    for line in runs.outdated(experiment, places, chosen):
-        print(line, flush=True)
-    todo = runs.missing(places, chosen)
-    print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
-    return todo
 
 
 def choose(

@@ -98,7 +98,7 @@ def fit_lpnet(
     """Measure sub-networks and fit LPNet; measured ones are kept and not measured again."""
     kept = samples_file or out.with_name(out.stem + ".samples.jsonl")
     count = samples or (SAMPLES_WITH_PRIOR if prior else SAMPLES)
-    given = {
+    options_given = {
         "--out": out,
         "--samples": count,
         "--samples-file": kept,
@@ -118,9 +118,7 @@ def fit_lpnet(
         "--seconds": seconds,
         "--seed": seed,
     }
-    again = ["fit-lpnet", model]
-    for name, value in given.items():
-        again += [] if value is None else [name, str(value)]
+    again = ["fit-lpnet", model, *_words(options_given)]
     again += [] if active is None else ["--active" if active else "--no-active"]
     again += [] if profile else ["--no-profile"]
     again += [word for item in runtime_options or [] for word in ("--runtime-option", item)]
@@ -134,8 +132,7 @@ def fit_lpnet(
         from wgates_plugin.cli.live_samples import LiveSamples
         from wgates_plugin.efficiency.farm import Farm
         from wgates_plugin.efficiency.learner import Learner
-        from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES, LPNet, check_choice
-        from wgates_plugin.efficiency.lpnet.data import grid_of
+        from wgates_plugin.efficiency.lpnet import LPNet, check_choice
         from wgates_plugin.efficiency.sampling import check_space, mixed_grids
         from wgates_plugin.latency_study import LatencyStudy
         from wgates_plugin.targets import LatencyTarget
@@ -161,12 +158,10 @@ def fit_lpnet(
                 check_space(space, count, grid)
         with log_shown():
             file = study.open_samples(kept)
-        if grid is None and file.distinct >= LEAST_SAMPLES:
-            grid = grid_of(space, file.widths)
         if study.reference_ms is None:
             console.print(f"measuring the untouched {model}", markup=False)
             study.baseline(max(2.0, 4 * seconds))
-        if grid is None:
+        if grid is None and (grid := _grid_of(file, space)) is None:
             console.print("probing the channel grid")
             grid = int(study.probe()["grid"])
             again += ["--grid", str(grid)]
@@ -191,9 +186,10 @@ def fit_lpnet(
         with log_shown(), console.status("fitting LPNet"):
             lpnet = study.fit(seed=seed, structure=structure, prior=before)
             lpnet.save(out)
-        Console().print(_table(model, study, lpnet, cost if len(file) > start else None))
+        measured = len(file) - start
+        Console().print(_table(model, study, lpnet, cost if measured else None))
         typer.echo(
-            f"{len(file)} sub-networks{_on_grid(space, file)} ({len(file) - start} measured now); "
+            f"{len(file)} sub-networks{_on_grid(space, file)} ({measured} measured now); "
             f"untouched network {study.reference_ms:.4g} ms\nLPNet:   {out}\nsamples: {kept}"
         )
         if report is not None:
@@ -206,6 +202,23 @@ def fit_lpnet(
             typer.echo(f"page:    {page}")
         for warning in [*mixed, *shown.warnings(), *fit_warnings(lpnet)]:
             console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    """The command line of these; None is left out."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is not None:
+            words += [name, str(value)]
+    return words
+
+
+def _grid_of(file: SampleFile, space: ChannelSpace) -> int | None:
+    """The grid of kept samples, where they are enough to tell it."""
+    from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES
+    from wgates_plugin.efficiency.lpnet.data import grid_of
+
+    return grid_of(space, file.widths) if file.distinct >= LEAST_SAMPLES else None
 
 
 def _check_structure(structure: str, active: bool | None) -> None:

@@ -195,8 +195,6 @@ def measure(
 ) -> None:
     """Latency of a network on one or several runtimes, with its spread."""
     with guarded(debug=debug, again=[]):
-        from rich.console import Console
-
         from wgates_plugin.files import write_json
         from wgates_plugin.latency import RuntimeSettings, get_runtime
 
@@ -217,25 +215,7 @@ def measure(
                         raise
                     row.error = error
                     board.says(row, "failed")
-        done = [row for row in rows if row.found is not None]
-        if done:
-            Console().print(table(model, rows))
-            for row in done:
-                if row.grid is not None:
-                    _print_grid(row.runtime, row.grid)
-            where = f"{subject.shape_words} on {', '.join(_devices(done, device))}"
-            typer.echo(f"one inference of {where}, threads: {threads}, {precision}")
-            typer.echo("library: " + ", ".join(f"{row.runtime}: {row.library}" for row in done))
-            typer.echo(
-                "ms: median; spread: half the interquartile range; drift: later half of the rounds "
-                "over the earlier; disturbed: inferences from which the processor was taken away "
-                "(on one thread they count with the time they had it, else they are taken again)"
-            )
-            if much := [row.runtime for row in done if row.disturbed > MUCH_DISTURBED]:
-                typer.echo(
-                    f"!: the machine was busy ({', '.join(much)}): what neighbours do to caches and "
-                    "memory is in these figures; measure again when it is left alone"
-                )
+        _say(model, subject, rows, f"threads: {threads}, {precision}", device)
         if out is not None:
             write_json(
                 out,
@@ -276,6 +256,32 @@ def _measure(
         row.grid = probe_grid(runtime)
     row.found = found
     board.says(row, f"{found.latency_ms:.4g} ms")
+
+
+def _say(model: str, subject: Subject, rows: list[Row], how: str, device: str) -> None:
+    """The table of what was measured, and what its columns mean."""
+    from rich.console import Console
+
+    done = [row for row in rows if row.found is not None]
+    if not done:
+        return
+    Console().print(table(model, rows))
+    for row in done:
+        if row.grid is not None:
+            _print_grid(row.runtime, row.grid)
+    where = f"{subject.shape_words} on {', '.join(_devices(done, device))}"
+    typer.echo(f"one inference of {where}, {how}")
+    typer.echo("library: " + ", ".join(f"{row.runtime}: {row.library}" for row in done))
+    typer.echo(
+        "ms: median; spread: half the interquartile range; drift: later half of the rounds "
+        "over the earlier; disturbed: inferences from which the processor was taken away "
+        "(on one thread they count with the time they had it, else they are taken again)"
+    )
+    if much := [row.runtime for row in done if row.disturbed > MUCH_DISTURBED]:
+        typer.echo(
+            f"!: the machine was busy ({', '.join(much)}): what neighbours do to caches and "
+            "memory is in these figures; measure again when it is left alone"
+        )
 
 
 def _devices(rows: list[Row], device: str) -> list[str]:
