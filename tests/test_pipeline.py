@@ -365,11 +365,15 @@ def test_the_same_seed_gives_the_same_plan(tmp_path: Path, uninterrupted: Prunin
     assert again.plan.kept == uninterrupted.plan.kept
 
 
-def test_a_finished_run_is_read_not_repeated(uninterrupted: PruningResult) -> None:
-    started = time.perf_counter()
+def test_a_finished_run_is_read_not_repeated(
+    uninterrupted: PruningResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Trainer, "run", never)
     again = run(uninterrupted.run_folder, resume=True)
     assert again.report == uninterrupted.report
-    assert time.perf_counter() >= started
 
 
 def test_a_folder_is_not_overwritten(uninterrupted: PruningResult) -> None:
@@ -382,6 +386,8 @@ def test_a_folder_is_not_overwritten(uninterrupted: PruningResult) -> None:
 def test_a_folder_of_another_run(uninterrupted: PruningResult) -> None:
     with pytest.raises(RunFolderError, match=r"targets.0.MacsTarget.fraction` was 0.5, is 0.3"):
         run(uninterrupted.run_folder, resume=True, target=MacsTarget(fraction=0.3))
+    with pytest.raises(RunFolderError, match=r"`loss` was not given, is .*cross_entropy"):
+        run(uninterrupted.run_folder, resume=True, loss=nn.functional.cross_entropy)
 
 
 def test_a_folder_with_other_files(tmp_path: Path) -> None:
@@ -423,7 +429,7 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_state(tmp_path: Path) -> None
     state = torch.load(tmp_path / "run" / "stages" / "phase-last-good.pt", weights_only=True)
     assert state["gates"]["step"] == 4
     assert all(torch.isfinite(v).all() for v in state["network"].values() if v.is_floating_point())
-    assert run(tmp_path / "run", resume=True).held
+    assert run(tmp_path / "run", resume=True, loss=spoilt).held
 
 
 def test_over_target_at_delivery_is_trimmed_and_measured_again(

@@ -52,7 +52,8 @@ def prune_to_target(
         target: one target, or several that must all hold (at most one of a kind).
         run_folder: where everything is written; stopped at any moment, the job goes on from there
             with `resume=True`.
-        loss: `loss(logits, targets)`; cross-entropy by default.
+        loss: `loss(logits, targets)`; cross-entropy by default. A run is resumed with the same one, known
+            by its name and what it holds; lambdas of one place cannot be told apart.
         progress: True or False for progress bars; None shows them on a terminal.
 
     Raises:

@@ -21,6 +21,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.files import load_tensors, save_tensors
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.pipeline.callables import name_of
 from wgates_plugin.pipeline.identity import identity_of_request, settings_as_json
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.run_folder import RunFolder, weights_digest
@@ -163,6 +164,7 @@ class Job:
             "weights": weights_digest(self.dense),
             "runtime": self.study.identity,
             **identity_of_request(targets, self.settings, self.train_loader, self.val_loader),
+            "loss": None if self.loss is None else name_of(self.loss),
         }
 
     def settings_as_json(self) -> dict[str, Any]:
