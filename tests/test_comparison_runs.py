@@ -23,10 +23,10 @@ from benchmarks.comparison.experiment import (
     merged,
     runs_of,
 )
-from wgates_plugin.dense_training import WEIGHTS
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.recipe import prepare
+from wgates_plugin.recipe.dense import WEIGHTS
 from wgates_plugin.strategies.wgates import WGatesSettings
 
 

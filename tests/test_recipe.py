@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from wgates_plugin import dense_training
 from wgates_plugin.catalogue import Data
 from wgates_plugin.errors import (
     ConfigError,
@@ -20,11 +19,11 @@ from wgates_plugin.errors import (
 )
 from wgates_plugin.files import write_json
 from wgates_plugin.pipeline.identity import identity_of_request
-from wgates_plugin.recipe import Recipe, load_recipe, prepare, run_recipe
+from wgates_plugin.recipe import Recipe, dense, load_recipe, prepare, run_recipe
 from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
 
-DEMO = Path(dense_training.__file__).parent / "recipes" / "demo.yaml"
+DEMO = Path(dense.__file__).parent / "demo.yaml"
 
 
 def sound(**changes: Any) -> dict[str, Any]:
@@ -372,7 +371,7 @@ def tiny_network() -> torch.nn.Module:
 
 def train(recipe: Recipe, loader: Tiny, *, resume: bool = False) -> torch.nn.Module:
     data = Data(loader, loader, 4, loader.batches[0][0][:1], "tiny")
-    return dense_training.trained(tiny_network(), data, recipe, resume=resume, progress=False)
+    return dense.trained(tiny_network(), data, recipe, resume=resume, progress=False)
 
 
 def test_stopped_dense_training_ends_in_the_same_place(tmp_path: Path) -> None:
@@ -380,16 +379,16 @@ def test_stopped_dense_training_ends_in_the_same_place(tmp_path: Path) -> None:
     straight = train(recipe.model_copy(update={"run_folder": tmp_path / "straight"}), Tiny())
     with pytest.raises(KeyboardInterrupt):
         train(recipe, Tiny(stop_after=3))
-    assert (recipe.folder / dense_training.CHECKPOINT).exists()
+    assert (recipe.folder / dense.CHECKPOINT).exists()
     with pytest.raises(RunFolderError, match="--resume"):
-        dense_training.check_folder(recipe.folder, resume=False)
-    dense_training.check_folder(recipe.folder, resume=True)
+        dense.check_folder(recipe.folder, resume=False)
+    dense.check_folder(recipe.folder, resume=True)
     resumed = train(recipe, Tiny(), resume=True)
     for first, second in zip(
         straight.state_dict().values(), resumed.state_dict().values(), strict=True
     ):
         assert torch.equal(first, second)
-    assert [path.name for path in recipe.folder.iterdir()] == [dense_training.WEIGHTS]
+    assert [path.name for path in recipe.folder.iterdir()] == [dense.WEIGHTS]
 
 
 def test_a_trained_network_is_taken_from_the_folder_but_not_for_another_recipe(
@@ -402,7 +401,7 @@ def test_a_trained_network_is_taken_from_the_folder_but_not_for_another_recipe(
     with pytest.raises(RunFolderError, match="different: `seed` was 0, is 9") as caught:
         train(recipe.model_copy(update={"seed": 9}), Tiny())
     assert "delete" not in str(caught.value)
-    (recipe.folder / dense_training.WEIGHTS).write_bytes(b"broken")
+    (recipe.folder / dense.WEIGHTS).write_bytes(b"broken")
     with pytest.raises(FileFormatError, match="cannot be read"):
         train(recipe, Tiny())
 
@@ -413,7 +412,7 @@ def test_a_run_begun_otherwise_is_told_before_the_dense_network(tmp_path: Path) 
     _, data, targets, settings = prepare(begun)
     described = identity_of_request(targets, settings, data.train_loader, data.val_loader)
     write_json(begun.folder / "run.json", {"network": begun.title, **described})
-    dense_training.check_same_run(begun, data, targets, settings)
+    dense.check_same_run(begun, data, targets, settings)
     changes = ("data.limit=32", "target.fraction=0.4", "pruning.samples=50")
     other = loaded(sound(), tmp_path, f"run_folder={begun.folder}", *changes)
     with pytest.raises(RunFolderError, match="belongs to another run") as caught:
@@ -442,25 +441,25 @@ def test_labels_that_the_dense_network_has_no_output_for(tmp_path: Path) -> None
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
     recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
     recipe.folder.mkdir()
-    (recipe.folder / dense_training.CHECKPOINT).write_bytes(b"broken")
+    (recipe.folder / dense.CHECKPOINT).write_bytes(b"broken")
     with pytest.raises(FileFormatError, match="checkpoint"):
         train(recipe, Tiny(), resume=True)
 
 
 def test_used_folders_are_refused_before_any_work(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    dense_training.check_folder(folder, resume=False)
+    dense.check_folder(folder, resume=False)
     folder.mkdir()
-    dense_training.check_folder(folder, resume=False)
+    dense.check_folder(folder, resume=False)
     (folder / "holiday.png").touch()
     with pytest.raises(RunFolderError, match=r"no run\.json"):
-        dense_training.check_folder(folder, resume=True)
+        dense.check_folder(folder, resume=True)
     (folder / "run.json").touch()
     with pytest.raises(RunFolderError, match=r"already holds a run.*`resume=True`, `--resume`"):
-        dense_training.check_folder(folder, resume=False)
-    dense_training.check_folder(folder, resume=True)
+        dense.check_folder(folder, resume=False)
+    dense.check_folder(folder, resume=True)
     with pytest.raises(RunFolderError, match="is a file"):
-        dense_training.check_folder(folder / "run.json", resume=False)
+        dense.check_folder(folder / "run.json", resume=False)
 
 
 def test_lpnet_settings_reach_the_job(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from wgates_plugin.errors import ConfigError, FileFormatError, RunFolderError, S
 from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.pipeline import prune_to_target
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.recipe_checks import checked
+from wgates_plugin.recipe.checks import checked
 from wgates_plugin.strategies.base import InMemory
 from wgates_plugin.surgery import rebuild
 from wgates_plugin.targets import MacsTarget, PruningSettings

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.claims import Claim
 from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment
 from benchmarks.comparison.summary import CHANCE, TIGHT, Cell, Difference, read_cells
-from wgates_plugin.recipe_checks import read as read_file
+from wgates_plugin.recipe.checks import read as read_file
 
 FREE = "free-gates"
 """The ablation that learns one score per channel instead of computing it from the weights."""

@@ -20,7 +20,7 @@ from pydantic import (
 from benchmarks.records import HOME
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.recipe import Recipe
-from wgates_plugin.recipe_checks import checked, read
+from wgates_plugin.recipe.checks import checked, read
 
 FOLDER = HOME / "experiments"
 

@@ -20,7 +20,6 @@ from benchmarks.comparison.experiment import (
     runs_of,
     runtime_name,
 )
-from wgates_plugin.dense_training import WEIGHTS, trained
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import read_json, write_json
@@ -28,6 +27,7 @@ from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline.identity import options_in_full, settings_as_json
 from wgates_plugin.recipe import prepare, run_recipe
+from wgates_plugin.recipe.dense import WEIGHTS, trained
 from wgates_plugin.run_folder import weights_digest
 from wgates_plugin.targets import LatencyTarget
 from wgates_plugin.tracing import trace

@@ -28,7 +28,7 @@ def demo(
         from wgates_plugin.recipe import load_recipe
 
         check_out_folders(out=out)
-        source = importlib.resources.files("wgates_plugin") / "recipes" / "demo.yaml"
+        source = importlib.resources.files("wgates_plugin") / "recipe" / "demo.yaml"
         with importlib.resources.as_file(source) as path:
             recipe = load_recipe(path)
         recipe = recipe.model_copy(update={"run_folder": out, "seed": seed})

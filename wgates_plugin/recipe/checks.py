@@ -13,8 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from wgates_plugin.errors import ConfigError, FileFormatError, MissingExtraError
-from wgates_plugin.recipe import Recipe
-from wgates_plugin.recipe_schema import FREE_KEYS, Place, all_places, keys_of, takes_bool
+from wgates_plugin.recipe.blocks import Recipe
+from wgates_plugin.recipe.schema import FREE_KEYS, Place, all_places, keys_of, takes_bool
 from wgates_plugin.targets import LatencyTarget
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from wgates_plugin.training import Trainer, default_fabric
 
 if TYPE_CHECKING:
     from wgates_plugin.catalogue import Data
-    from wgates_plugin.recipe import Recipe
+    from wgates_plugin.recipe.blocks import Recipe
     from wgates_plugin.targets import PruningSettings, Target
 
 logger = logging.getLogger("wgates_plugin")

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from wgates_plugin.recipe import Recipe
+from wgates_plugin.recipe.blocks import Recipe
 
 Place = tuple[str | int, ...]
 

@@ -1,12 +1,10 @@
-"""Recipes: a whole job in one YAML or JSON file, checked before anything is loaded."""
+"""What a recipe holds."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wgates_plugin.errors import ConfigError
@@ -18,12 +16,6 @@ from wgates_plugin.targets import (
     Target,
 )
 from wgates_plugin.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from wgates_plugin.catalogue import Data
-    from wgates_plugin.pipeline import PruningResult
 
 
 class _Block(BaseModel):
@@ -157,74 +149,3 @@ class Recipe(_Block):
     @property
     def trains_first(self) -> bool:
         return self.dense_training is not None and self.model.weights is None
-
-
-def load_recipe(path: str | Path, *, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read and check a recipe. `overrides` are "key=value" with dotted keys: "target.fraction=0.3".
-
-    Raises:
-        FileFormatError: the file is missing, or no YAML or JSON.
-        ConfigError: everything that is wrong with it, each with its path.
-    """
-    from wgates_plugin import recipe_checks
-
-    raw = recipe_checks.read(Path(path))
-    return recipe_checks.checked(raw, overrides=overrides, subject=f"recipe `{path}`")
-
-
-def prepare(recipe: Recipe) -> tuple[nn.Module, Data, list[Target], PruningSettings]:
-    """Network, data, targets and settings of a recipe. The random state is left as found."""
-    from wgates_plugin.catalogue import load_data, load_model
-
-    data = load_data(
-        recipe.data.name,
-        batch_size=recipe.data.batch_size,
-        image_size=recipe.data.image_size,
-        limit=recipe.data.limit,
-        seed=recipe.seed,
-        root=recipe.data.root,
-    )
-    example = data.example_input[0] if isinstance(data.example_input, tuple) else data.example_input
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        network = load_model(
-            recipe.model.name,
-            classes=data.classes,
-            in_channels=int(example.shape[1]) if example.ndim > 1 else 3,
-            weights=recipe.model.weights,
-            options=recipe.model.options,
-        )
-    settings = dataclasses.replace(recipe.pruning, seed=recipe.seed)
-    return network, data, [target.build() for target in recipe.all_targets], settings
-
-
-def run_recipe(
-    recipe: Recipe, *, resume: bool = False, progress: bool | None = None
-) -> PruningResult:
-    """Do the whole job: train the dense network if asked to, then prune it to the target.
-
-    Raises:
-        RunFolderError: the run folder is taken by another run, or by this one without `resume`.
-        Everything that `prune_to_target` raises.
-    """
-    from wgates_plugin.dense_training import check_folder, check_same_run, trained
-    from wgates_plugin.pipeline import prune_to_target
-
-    check_folder(recipe.folder, resume=resume)
-    network, data, targets, settings = prepare(recipe)
-    if resume:
-        check_same_run(recipe, data, targets, settings)
-    if recipe.trains_first:
-        network = trained(network, data, recipe, resume=resume, progress=progress)
-    return prune_to_target(
-        network,
-        data.example_input,
-        data.train_loader,
-        data.val_loader,
-        target=targets,
-        settings=settings,
-        run_folder=recipe.folder,
-        resume=resume,
-        name=recipe.title,
-        progress=progress,
-    )

@@ -1,0 +1,79 @@
+"""From a recipe's file to the finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wgates_plugin.catalogue import Data, load_data, load_model
+from wgates_plugin.pipeline import PruningResult, prune_to_target
+from wgates_plugin.recipe.blocks import Recipe
+from wgates_plugin.recipe.checks import checked, read
+from wgates_plugin.recipe.dense import check_folder, check_same_run, trained
+from wgates_plugin.targets import PruningSettings, Target
+
+
+def load_recipe(path: str | Path, *, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe. `overrides` are "key=value" with dotted keys: "target.fraction=0.3".
+
+    Raises:
+        FileFormatError: the file is missing, or no YAML or JSON.
+        ConfigError: everything that is wrong with it, each with its path.
+    """
+    return checked(read(Path(path)), overrides=overrides, subject=f"recipe `{path}`")
+
+
+def prepare(recipe: Recipe) -> tuple[nn.Module, Data, list[Target], PruningSettings]:
+    """Network, data, targets and settings of a recipe. The random state is left as found."""
+    data = load_data(
+        recipe.data.name,
+        batch_size=recipe.data.batch_size,
+        image_size=recipe.data.image_size,
+        limit=recipe.data.limit,
+        seed=recipe.seed,
+        root=recipe.data.root,
+    )
+    example = data.example_input[0] if isinstance(data.example_input, tuple) else data.example_input
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = load_model(
+            recipe.model.name,
+            classes=data.classes,
+            in_channels=int(example.shape[1]) if example.ndim > 1 else 3,
+            weights=recipe.model.weights,
+            options=recipe.model.options,
+        )
+    settings = dataclasses.replace(recipe.pruning, seed=recipe.seed)
+    return network, data, [target.build() for target in recipe.all_targets], settings
+
+
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, progress: bool | None = None
+) -> PruningResult:
+    """Do the whole job: train the dense network if asked to, then prune it to the target.
+
+    Raises:
+        RunFolderError: the run folder is taken by another run, or by this one without `resume`.
+        Everything that `prune_to_target` raises.
+    """
+    check_folder(recipe.folder, resume=resume)
+    network, data, targets, settings = prepare(recipe)
+    if resume:
+        check_same_run(recipe, data, targets, settings)
+    if recipe.trains_first:
+        network = trained(network, data, recipe, resume=resume, progress=progress)
+    return prune_to_target(
+        network,
+        data.example_input,
+        data.train_loader,
+        data.val_loader,
+        target=targets,
+        settings=settings,
+        run_folder=recipe.folder,
+        resume=resume,
+        name=recipe.title,
+        progress=progress,
+    )
