@@ -16,7 +16,7 @@ from wgates_plugin.errors import (
 from wgates_plugin.latency import (
     OnnxRuntime,
 )
-from wgates_plugin.latency.onnx_template import OnnxFamily
+from wgates_plugin.latency.onnx_model import OnnxFamily
 from wgates_plugin.surgery import resize
 from wgates_plugin.tracing import trace
 
@@ -31,12 +31,12 @@ def _fresh() -> nn.Module:
 @pytest.fixture
 def _one_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the slow second exporter out where the first one's failure is the subject."""
-    from wgates_plugin.latency import onnx_template
+    from wgates_plugin.latency import onnx_model
 
     def export_dynamo(*_: Any, **__: Any) -> bytes:
         raise ExportError("left out")
 
-    monkeypatch.setattr(onnx_template, "export_dynamo", export_dynamo)
+    monkeypatch.setattr(onnx_model, "export_dynamo", export_dynamo)
 
 
 @pytest.mark.usefixtures("_one_exporter")

@@ -34,7 +34,7 @@ from wgates_plugin.latency import (
 )
 from wgates_plugin.latency.base import flatten_outputs, named_tensors
 from wgates_plugin.latency.environment import library_version
-from wgates_plugin.latency.onnx_template import OnnxFamily
+from wgates_plugin.latency.onnx_model import OnnxFamily
 from wgates_plugin.surgery import resize
 from wgates_plugin.tracing import trace
 

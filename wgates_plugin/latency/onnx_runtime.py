@@ -10,25 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wgates_plugin.errors import ExportError, FileFormatError, RuntimeUnavailableError
-from wgates_plugin.files import atomic_path
+from wgates_plugin.errors import ExportError, RuntimeUnavailableError
 from wgates_plugin.latency.base import (
-    BaseRuntime,
     BaseSession,
-    Family,
     RuntimeSettings,
-    check_file,
     require,
 )
 from wgates_plugin.latency.layer_times import PROFILED_RUNS, Kernel, charge, merged
-from wgates_plugin.latency.onnx_export import cpu_tensors, export_checked
-from wgates_plugin.latency.onnx_template import OnnxFamily
+from wgates_plugin.latency.onnx_export import cpu_tensors
+from wgates_plugin.latency.onnx_model import OnnxModelRuntime
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
-    from wgates_plugin.channels import ChannelSpace
 
 _PURPOSE = "the runtime `onnxruntime`"
 _FATAL_ONLY = 4
@@ -36,7 +31,7 @@ _CUDA = "CUDAExecutionProvider"
 _KERNEL = "_kernel_time"
 
 
-class OnnxRuntime(BaseRuntime):
+class OnnxRuntime(OnnxModelRuntime):
     """Runs `model.onnx`, all shapes fixed to the example's, float32; on a CUDA device without TF32.
 
     Intra-operator threads are `settings.threads`, operators run one after another. Several threads
@@ -45,7 +40,6 @@ class OnnxRuntime(BaseRuntime):
     """
 
     name: ClassVar[str] = "onnxruntime"
-    artefact_name: ClassVar[str] = "model.onnx"
     library: ClassVar[str] = "onnxruntime"
     device_kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     gpu_provider: ClassVar[str] = _CUDA
@@ -75,37 +69,6 @@ class OnnxRuntime(BaseRuntime):
         version = str(self._ort.__version__)
         return {**super().identity(example_inputs), "library_version": version}
 
-    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> OnnxSession:
-        return self.session_of(self._export(network, example_inputs), example_inputs)
-
-    def save(self, network: nn.Module, example_inputs: ExampleInputs, path: str | Path) -> Path:
-        """Write the ONNX model after comparing it with the network.
-
-        Raises:
-            ExportError: no exporter gives a model that agrees.
-        """
-        model = self._export(network, example_inputs)
-        with atomic_path(path) as part:
-            part.write_bytes(model)
-        return Path(path)
-
-    def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> OnnxSession:
-        path = check_file(path, "onnxruntime")
-        try:
-            return self.session_of(path.read_bytes(), example_inputs)
-        except (ExportError, RuntimeUnavailableError):
-            raise
-        except Exception as error:
-            raise FileFormatError(
-                f"onnxruntime artefact `{path}`: cannot be loaded ({error}); it is corrupt or was "
-                "cut off, export it again"
-            ) from error
-
-    def family(
-        self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
-    ) -> Family:
-        return OnnxFamily(self, network, space, example_inputs)
-
     def session_of(
         self,
         model: bytes,
@@ -114,15 +77,10 @@ class OnnxRuntime(BaseRuntime):
         initializers: Mapping[str, np.ndarray] | None = None,
         profile: Path | None = None,
     ) -> OnnxSession:
-        """A session of a serialised model.
+        """As in `OnnxModelRuntime`; refused where ONNX Runtime fell back from the GPU to the CPU.
 
         Args:
-            initializers: values of the initializers that the model only declares (as external).
             profile: prefix of the file that takes the times of single kernels.
-
-        Raises:
-            ExportError: the model's inputs are not the example's.
-            RuntimeUnavailableError: ONNX Runtime fell back from the GPU to the CPU.
         """
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.settings.threads
@@ -167,7 +125,6 @@ class OnnxRuntime(BaseRuntime):
         return providers
 
     def at_float32(self) -> OnnxRuntime:
-        """This runtime computing in float32, for comparing numbers."""
         return self
 
     def layer_times_ms(
@@ -179,11 +136,6 @@ class OnnxRuntime(BaseRuntime):
         initializers: Mapping[str, np.ndarray] | None = None,
         runs: int = PROFILED_RUNS,
     ) -> dict[str, float]:
-        """Layer name -> ms by ONNX Runtime's own profile of `runs` inferences.
-
-        Args:
-            owners: node or tensor name of the model -> layers it may belong to.
-        """
         with tempfile.TemporaryDirectory() as folder:
             session = self.session_of(
                 model, example_inputs, initializers=initializers, profile=Path(folder) / "profile"
@@ -196,13 +148,6 @@ class OnnxRuntime(BaseRuntime):
         each = len(kernels) // (runs + 1)
         starts = range(each, len(kernels), each)
         return charge(merged([kernels[start : start + each] for start in starts]))
-
-    def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
-        def run(model: bytes) -> list[Tensor]:
-            with self.session_of(model, example_inputs) as session:
-                return session.outputs()
-
-        return export_checked(network, example_inputs, run)
 
 
 def _is_kernel(event: Mapping[str, Any]) -> bool:

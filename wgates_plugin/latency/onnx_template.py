@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from wgates_plugin.errors import ExportError, RuntimeUnavailableError
-from wgates_plugin.latency.base import BaseSession, ResizeFamily, frozen_copy, require
-from wgates_plugin.latency.layer_times import PROFILED_RUNS, graph_owners
-from wgates_plugin.latency.onnx_export import (
-    check_agreement,
-    describe_failure,
-    export_dynamo,
-    export_torchscript,
-)
+from wgates_plugin.errors import ExportError
+from wgates_plugin.latency.base import require
+from wgates_plugin.latency.layer_times import graph_owners
+from wgates_plugin.latency.onnx_export import export_torchscript
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
@@ -27,7 +20,7 @@ if TYPE_CHECKING:
 
 _BESIDE_BYTES = 4096
 
-_Sliced = tuple[bytes, dict[str, np.ndarray]]
+Sliced = tuple[bytes, dict[str, np.ndarray]]
 """A graph, and the arrays that it only declares."""
 
 
@@ -55,7 +48,7 @@ class OnnxTemplate:
         self._groups = _group_attributes(model.graph)
         self.owners = graph_owners(model.graph)
 
-    def at(self, change: ResizeMap) -> tuple[bytes, dict[str, np.ndarray]]:
+    def at(self, change: ResizeMap) -> Sliced:
         """The model with `change` applied: its graph, and the large arrays that go beside it.
 
         Large initializers are only declared in the graph: copying them into a protobuf and out
@@ -143,122 +136,3 @@ def _group_attributes(graph: Any) -> dict[str, list[tuple[Any, int]]]:
 def halfway_widths(space: ChannelSpace) -> list[int]:
     """About half of every group's channels, within floors and caps."""
     return [group.round_up(group.channels / 2) for group in space.groups]
-
-
-class TemplateRuntime(Protocol):
-    """A runtime that runs serialised ONNX models."""
-
-    name: ClassVar[str]
-
-    def at_float32(self) -> TemplateRuntime:
-        """The same runtime computing in float32, for comparing numbers."""
-
-    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> BaseSession: ...
-
-    def session_of(
-        self,
-        model: bytes,
-        example_inputs: ExampleInputs,
-        *,
-        initializers: Mapping[str, np.ndarray] | None = None,
-    ) -> BaseSession: ...
-
-    def layer_times_ms(
-        self,
-        model: bytes,
-        example_inputs: ExampleInputs,
-        owners: Mapping[str, Sequence[str]],
-        *,
-        initializers: Mapping[str, np.ndarray] | None = None,
-        runs: int = PROFILED_RUNS,
-    ) -> dict[str, float]: ...
-
-
-class OnnxFamily:
-    """Sessions at any widths from one template, or the slow way where the template is no good.
-
-    The template is compared once, at half widths, with the network that `surgery.resize` gives.
-    Where they disagree (a shape frozen into the graph as a constant, for example) a RuntimeWarning
-    says so and every session is resized, exported and checked by itself.
-    """
-
-    def __init__(
-        self,
-        runtime: TemplateRuntime,
-        network: nn.Module,
-        space: ChannelSpace,
-        example_inputs: ExampleInputs,
-    ) -> None:
-        self._runtime = runtime
-        self._network = frozen_copy(network).to("cpu", torch.float32)
-        self._space = space
-        self._example_inputs = example_inputs
-        self._slow = ResizeFamily(runtime, self._network, space, example_inputs)
-        self._template: OnnxTemplate | None = None
-        self._latest: tuple[tuple[OnnxTemplate, tuple[int, ...]], _Sliced] | None = None
-        reasons = []
-        for exporter in (export_torchscript, export_dynamo):
-            try:
-                template = OnnxTemplate(self._network, example_inputs, exporter=exporter)
-                self._check(template)
-                self._template = template
-                return
-            except RuntimeUnavailableError:
-                raise
-            except Exception as error:
-                reasons.append(describe_failure(exporter, error))
-        warnings.warn(
-            f"{runtime.name}: one export cannot serve all widths of this network ("
-            + "; ".join(reasons)
-            + "); every latency sample is exported by itself, which is slower but as exact",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-    @property
-    def from_template(self) -> bool:
-        """Whether sessions come from the template."""
-        return self._template is not None
-
-    def session(self, widths: Sequence[int]) -> BaseSession:
-        if self._template is None:
-            return self._slow.session(widths)
-        return self._sliced_session(self._template, widths, self._runtime)
-
-    def layer_times_ms(
-        self, widths: Sequence[int], *, runs: int = PROFILED_RUNS
-    ) -> dict[str, float]:
-        """Layer name -> ms at `widths` by the runtime's own profile; empty without a template.
-
-        An export of its own names weights as it likes, so its kernels have no known layer.
-        """
-        if self._template is None:
-            return {}
-        graph, beside = self._sliced(self._template, widths)
-        return self._runtime.layer_times_ms(
-            graph, self._example_inputs, self._template.owners, initializers=beside, runs=runs
-        )
-
-    def _sliced_session(
-        self, template: OnnxTemplate, widths: Sequence[int], runtime: TemplateRuntime
-    ) -> BaseSession:
-        graph, beside = self._sliced(template, widths)
-        return runtime.session_of(graph, self._example_inputs, initializers=beside)
-
-    def _sliced(self, template: OnnxTemplate, widths: Sequence[int]) -> _Sliced:
-        """The template at `widths`; a sample asks for the same ones twice."""
-        from wgates_plugin.surgery import resize_map
-
-        wanted = (template, tuple(widths))
-        if self._latest is None or self._latest[0] != wanted:
-            change = resize_map(self._network, self._space, widths)
-            self._latest = wanted, template.at(change)
-        return self._latest[1]
-
-    def _check(self, template: OnnxTemplate) -> None:
-        from wgates_plugin.surgery import resize
-
-        widths = halfway_widths(self._space)
-        smaller = resize(self._network, self._space, widths).eval()
-        with self._sliced_session(template, widths, self._runtime.at_float32()) as session:
-            check_agreement(session.outputs(), smaller, self._example_inputs)

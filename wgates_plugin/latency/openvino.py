@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wgates_plugin.errors import ExportError, FileFormatError, RuntimeUnavailableError
-from wgates_plugin.files import atomic_path
+from wgates_plugin.errors import ExportError, RuntimeUnavailableError
 from wgates_plugin.latency.base import (
-    BaseRuntime,
     BaseSession,
-    Family,
     RuntimeSettings,
-    check_file,
     require,
 )
 from wgates_plugin.latency.layer_times import PROFILED_RUNS, Kernel, charge, merged
-from wgates_plugin.latency.onnx_export import cpu_tensors, export_checked
-from wgates_plugin.latency.onnx_template import OnnxFamily
+from wgates_plugin.latency.onnx_export import cpu_tensors
+from wgates_plugin.latency.onnx_model import OnnxModelRuntime
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
-    from wgates_plugin.channels import ChannelSpace
 
 _PURPOSE = "the runtime `openvino`"
 _PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-class OpenVinoRuntime(BaseRuntime):
+class OpenVinoRuntime(OnnxModelRuntime):
     """Runs `model.onnx` on OpenVINO's CPU device, all shapes fixed to the example's.
 
     OpenVINO's own default computes in bfloat16 where the processor can; here it computes in
@@ -46,7 +40,6 @@ class OpenVinoRuntime(BaseRuntime):
     """
 
     name: ClassVar[str] = "openvino"
-    artefact_name: ClassVar[str] = "model.onnx"
     library: ClassVar[str] = "openvino"
     precisions: ClassVar[tuple[str, ...]] = tuple(_PRECISION_HINTS)
 
@@ -57,38 +50,6 @@ class OpenVinoRuntime(BaseRuntime):
         self._core = self._openvino.Core()
         self._latest: tuple[bytes, Any] | None = None  # a sample compiles the same model twice
 
-    def load(self, network: nn.Module, example_inputs: ExampleInputs) -> OpenVinoSession:
-        return self.session_of(self._export(network, example_inputs), example_inputs)
-
-    def save(self, network: nn.Module, example_inputs: ExampleInputs, path: str | Path) -> Path:
-        """Write the ONNX model after comparing it, as OpenVINO computes it, with the network.
-
-        Raises:
-            ExportError: no exporter gives a model that agrees.
-        """
-        model = self._export(network, example_inputs)
-        with atomic_path(path) as part:
-            part.write_bytes(model)
-        return Path(path)
-
-    def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> OpenVinoSession:
-        path = check_file(path, self.name)
-        try:
-            return self.session_of(path.read_bytes(), example_inputs)
-        except (ExportError, RuntimeUnavailableError):
-            raise
-        except Exception as error:
-            reason = str(error).strip().split("\n")[-1]
-            raise FileFormatError(
-                f"openvino artefact `{path}`: cannot be loaded ({reason}); it is corrupt or was cut "
-                "off, export it again"
-            ) from error
-
-    def family(
-        self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
-    ) -> Family:
-        return OnnxFamily(self, network, space, example_inputs)
-
     def session_of(
         self,
         model: bytes,
@@ -96,15 +57,7 @@ class OpenVinoRuntime(BaseRuntime):
         *,
         initializers: Mapping[str, np.ndarray] | None = None,
     ) -> OpenVinoSession:
-        """A session of a serialised ONNX model.
-
-        Args:
-            initializers: values of the initializers that the model only declares (as external).
-
-        Raises:
-            ExportError: the model's inputs are not the example's.
-            RuntimeUnavailableError: OpenVINO would compute in another precision here.
-        """
+        """As in `OnnxModelRuntime`; refused where OpenVINO would compute in another precision."""
         compiled = self._compiled(model, initializers, profile=False)
         feeds = _feeds(compiled, example_inputs)
         return OpenVinoSession(compiled, feeds, identity=self.identity(example_inputs))
@@ -118,11 +71,6 @@ class OpenVinoRuntime(BaseRuntime):
         initializers: Mapping[str, np.ndarray] | None = None,
         runs: int = PROFILED_RUNS,
     ) -> dict[str, float]:
-        """Layer name -> ms by OpenVINO's own performance counters over `runs` inferences.
-
-        Args:
-            owners: node or tensor name of the model -> layers it may belong to.
-        """
         compiled = self._compiled(model, initializers, profile=True)
         names = {
             operation.get_friendly_name(): _original_names(operation)
@@ -177,15 +125,6 @@ class OpenVinoRuntime(BaseRuntime):
                 f"runtime `openvino`: precision `{asked}` asked for, but on this processor OpenVINO "
                 f"would compute in {found}; ask for precision `{instead}`"
             )
-
-    def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
-        exact = self.at_float32()
-
-        def run(model: bytes) -> list[Tensor]:
-            with exact.session_of(model, example_inputs) as session:
-                return session.outputs()
-
-        return export_checked(network, example_inputs, run)
 
 
 def _with_values(model: bytes, initializers: Mapping[str, np.ndarray]) -> bytes:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-
 from wgates_plugin.latency.base import RuntimeSettings
 from wgates_plugin.latency.onnx_runtime import OnnxRuntime
 
 if TYPE_CHECKING:
-    from wgates_plugin.calling import ExampleInputs
+    pass
 
 
 class TensorRtRuntime(OnnxRuntime):
@@ -51,6 +49,3 @@ class TensorRtRuntime(OnnxRuntime):
         half = self.settings.precision == "float16"
         chosen = {"device_id": self._device_index, "trt_fp16_enable": half}
         return [(self.gpu_provider, chosen), *super()._providers()]
-
-    def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
-        return self.at_float32()._export(network, example_inputs)
