@@ -253,8 +253,8 @@ def test_interrupted_where_gates_start_to_learn(
         assert stage.read_text() == settled
     starts = [row for row in result.report["attempts"] if row["stage"] == "start"]
     plans = [row for row in result.report["attempts"] if row["stage"] == "plan"]
-    expected = len(plans) if settled is not None else len(plans) + len(starts)
-    assert len(seen) == expected
+    expected = plans if settled is not None else plans + starts
+    assert len(seen) == sum(len(row["each_ms"]) for row in expected)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +289,40 @@ def test_what_has_learned_is_cut_only_where_it_is_over(
     )
     assert settled.held
     assert (settled.widths == wanted) is stay
+
+
+@pytest.mark.parametrize("lucky", [True, False])
+def test_one_lucky_measurement_settles_nothing(lucky: bool, tmp_path: Path) -> None:
+    """What is over the aim, but was under it at first, is not taken for held."""
+    space = trace(tiny("residual"), example())
+    file = SampleFile.open(tmp_path / "samples.jsonl", space, IDENTITY)
+    collect(file, space, steady_bench(space), count=12, grid=1, seed=0, seconds_per_sample=0.0)
+    wanted = tuple(width - 1 for width in space.full_widths)
+    true_ms = staircase_ms(space, wanted)
+    luck = [0.97] if lucky else []
+
+    def at(widths: Any, _: float) -> Any:
+        return measured(staircase_ms(space, widths) * (luck.pop() if luck else 1.0))
+
+    study: Any = SimpleNamespace(space=space, at=at, refit=lambda lpnet: lpnet)
+    settled = closed_loop.settle(
+        study,
+        LPNet.fit(space, file.widths, file.latencies_ms),
+        torch.linspace(-0.4, 0.4, space.total_units),
+        wanted,
+        target_ms=0.98 * true_ms,
+        margin=0.0,
+        attempts=3,
+        grid=1,
+        seconds=0.0,
+        learned=True,
+    )
+    first = settled.attempts[0]
+    assert len(first["each_ms"]) == (2 if lucky else 1)
+    assert first["measured_ms"] == pytest.approx(true_ms * (0.985 if lucky else 1.0))
+    assert first["verdict"] == "over"
+    assert settled.held
+    assert staircase_ms(space, settled.widths) <= 0.98 * true_ms
 
 
 def test_active_sampling_may_go_where_the_optimiser_goes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,8 @@ def settle(
     """Find widths near `widths` that were *measured* under the target, and not far under it.
 
     Each attempt decides by LPNet, scaled to be exact at the last measured network, measures, and
-    refits on what was seen. Latency does not depend on weights, so no training is needed for this.
+    refits on what was seen. What is under the aim is measured twice, and the mean counts. Latency does
+    not depend on weights, so no training is needed for this.
 
     Args:
         scores: merit of each unit (total_units,).
@@ -75,9 +77,14 @@ def settle(
         if current in measured:
             break
         predicted = float(local(torch.tensor(current, dtype=torch.float64)))
-        found = study.at(current, seconds).latency_ms
+        limit = as_learned if untouched else aim
+        each = [study.at(current, seconds).latency_ms]
+        if each[0] <= limit:
+            # Widths are chosen for being under it, by a lucky measurement too: once more, loaded anew.
+            each.append(study.at(current, seconds).latency_ms)
+        found = statistics.fmean(each)
         measured[current] = found
-        held = found <= (as_learned if untouched else aim)
+        held = found <= limit
         if held and (best is None or found > measured[best]):
             best = current
         log.append(
@@ -85,6 +92,7 @@ def settle(
                 "stage": stage,
                 "predicted_ms": predicted,
                 "measured_ms": found,
+                "each_ms": each,
                 "verdict": "held" if held else "over",
             }
         )
