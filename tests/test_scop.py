@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -424,6 +426,20 @@ def test_generators_are_told_apart_by_what_they_hold() -> None:
     assert name_of(Blurred(0.1).__call__) != name_of(Blurred(0.2).__call__)
     options = {"a": shrunk, "b": Blurred(0.1), "c": lambda x: x, "d": 3}
     assert list(untold(options)) == [f"`c` ({name_of(options['c'])[:-1]})"]
+
+
+def test_tensors_are_told_by_their_content_in_every_process() -> None:
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
+    words = (
+        "import torch; from torch import nn; from wgates_plugin.pipeline.callables import name_of; "
+        "print(name_of(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, check=True
+    )
+    assert other.stdout.strip() == name_of(weighted)
+    assert name_of(weighted) != name_of(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])))
+    assert name_of(weighted) != name_of(nn.CrossEntropyLoss(weight=torch.tensor([[1.0], [2.0]])))
 
 
 def test_a_run_is_not_resumed_with_another_generator(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def settle(
     """Find widths near `widths` that were *measured* under the target, and not far under it.
 
     Each attempt decides by LPNet, scaled to be exact at the last measured network, measures, and
-    refits on what was seen. What is under the aim is measured twice, and the mean counts. Latency does
-    not depend on weights, so no training is needed for this.
+    refits on what was seen. What looks held is measured twice, and the mean counts. Latency does not
+    depend on weights, so no training is needed for this.
 
     Args:
         scores: merit of each unit (total_units,).

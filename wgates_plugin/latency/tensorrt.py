@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from wgates_plugin.latency.base import RuntimeSettings
 from wgates_plugin.latency.onnx_runtime import OnnxRuntime
-
-if TYPE_CHECKING:
-    pass
 
 
 class TensorRtRuntime(OnnxRuntime):

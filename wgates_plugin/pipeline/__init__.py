@@ -53,7 +53,7 @@ def prune_to_target(
         run_folder: where everything is written; stopped at any moment, the job goes on from there
             with `resume=True`.
         loss: `loss(logits, targets)`; cross-entropy by default. A run is resumed with the same one, known
-            by its name and what it holds; lambdas of one place cannot be told apart.
+            by its name and what it holds; lambdas and functions within functions by their name alone.
         progress: True or False for progress bars; None shows them on a terminal.
 
     Raises:
@@ -67,6 +67,8 @@ def prune_to_target(
             "settings",
             [f"is {settings!r}, needs PruningSettings(...), such as PruningSettings(samples=50)"],
         )
+    if loss is not None and not callable(loss):
+        raise ConfigError("loss", [f"is {loss!r}, needs a callable: loss(logits, targets)"])
     job = Job(
         network,
         example_inputs,
