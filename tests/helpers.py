@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wgates_plugin import ChannelSpace, PruningPlan
 from wgates_plugin import modules as kinds
 from wgates_plugin.efficiency import MacsModel
+from wgates_plugin.errors import ConfigError
 
 
 class MeasuredMacs:
@@ -24,6 +25,11 @@ class MeasuredMacs:
 
     def __call__(self, widths: Tensor) -> Tensor:
         return self._macs(widths)
+
+
+def options_named(error: ConfigError) -> list[str]:
+    """The options that an error's problems begin with, sorted."""
+    return sorted(problem.split(":")[0].split(" ")[0] for problem in error.problems)
 
 
 def random_plan(space: ChannelSpace, seed: int) -> PruningPlan:

@@ -388,7 +388,7 @@ def test_a_folder_of_another_run(uninterrupted: PruningResult) -> None:
         run(uninterrupted.run_folder, resume=True, target=MacsTarget(fraction=0.3))
     with pytest.raises(RunFolderError, match=r"`loss` was not given, is .*cross_entropy"):
         run(uninterrupted.run_folder, resume=True, loss=nn.functional.cross_entropy)
-    with pytest.raises(ConfigError, match="(?s)loss.*is 3, needs a callable"):
+    with pytest.raises(ConfigError, match=r"(?s)loss.*is 3, needs a callable"):
         run(uninterrupted.run_folder, resume=True, loss=3)
 
 

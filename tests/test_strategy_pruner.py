@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning as tp
-from helpers import MeasuredMacs, same_tensors, snapshot
+from helpers import MeasuredMacs, options_named, same_tensors, snapshot
 from networks import example, tiny
 from test_strategies import SMALL, TRAINING, batches
 from torch import Tensor, nn
@@ -100,8 +100,7 @@ def test_problems_come_at_once() -> None:
             min_fraction=float("nan"),
         )
     assert caught.value.subject == "StrategyPruner"
-    named = [problem.split(":")[0].split(" ")[0] for problem in caught.value.problems]
-    assert sorted(named) == [
+    assert options_named(caught.value) == [
         "epochs",
         "iterative_steps",
         "loss",

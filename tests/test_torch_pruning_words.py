@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning as tp
-from helpers import snapshot
+from helpers import options_named, snapshot
 from networks import example, tiny
 from torch import nn
 from torch_pruning_helpers import AT_ONCE, SETTINGS, law_1, learn, macs
@@ -123,8 +123,7 @@ def test_every_option_that_cannot_be_honoured_is_named_at_once() -> None:
             colour="red",
             pruning_ratio=3,
         )
-    named = [problem.split(":")[0].split(" ")[0] for problem in error.value.problems]
-    assert sorted(named) == [
+    assert options_named(error.value) == [
         "ch_sparsity",
         "colour",
         "customized_pruners",
@@ -163,8 +162,7 @@ def test_contradictory_options_are_named_at_once() -> None:
             average=0.5,
         )
     assert error.value.subject == "WGatesPruner"
-    named = [problem.split(":")[0].split(" ")[0] for problem in error.value.problems]
-    assert sorted(named) == [
+    assert options_named(error.value) == [
         "average",
         "efficiency",
         "global_pruning",

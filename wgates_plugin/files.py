@@ -107,6 +107,11 @@ def append_line(path: str | Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor's values as they lie in memory, in row-major order; not its shape and type."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def save_tensors(
     path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:

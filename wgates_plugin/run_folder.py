@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from wgates_plugin.errors import FileFormatError, RunFolderError
-from wgates_plugin.files import atomic_path, read_json, write_json
+from wgates_plugin.files import atomic_path, raw_bytes, read_json, write_json
 
 T = TypeVar("T")
 
@@ -207,9 +207,7 @@ def weights_digest(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
@@ -223,9 +221,7 @@ def first_batch_digest(loader: Iterable[Any]) -> str:
     while pending:
         value = pending.pop()
         if isinstance(value, torch.Tensor):
-            digest.update(
-                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
+            digest.update(raw_bytes(value))
         elif isinstance(value, dict):
             pending += value.values()
         elif isinstance(value, (tuple, list)):

@@ -91,7 +91,6 @@ class OpenVinoRuntime(OnnxModelRuntime):
         return charge(merged(profiles[1:]))
 
     def at_float32(self) -> OpenVinoRuntime:
-        """This runtime computing in float32, for comparing numbers."""
         return OpenVinoRuntime(dataclasses.replace(self.settings, precision="float32"))
 
     def _compiled(

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from wgates_plugin.files import raw_bytes
 
 
 def name_of(value: Any) -> str:
@@ -58,5 +59,4 @@ class _ByContent(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return NotImplemented
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return bytes, (f"{value.dtype} {tuple(value.shape)} ".encode() + raw.numpy().tobytes(),)
+        return bytes, (f"{value.dtype} {tuple(value.shape)} ".encode() + raw_bytes(value),)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from wgates_plugin.errors import FileFormatError
-from wgates_plugin.files import atomic_path
+from wgates_plugin.files import atomic_path, raw_bytes
 from wgates_plugin.latency.base import require
 from wgates_plugin.transforms.unification import coding
 from wgates_plugin.transforms.unification.blocks import BlockGrid
@@ -86,8 +86,7 @@ def encoded(state: Mapping[str, Tensor], grids: Mapping[str, BlockGrid]) -> byte
         size = tensor.element_size()
         grid = grids.get(name)
         if grid is None or not coding.can_encode(tensor) or not tensor.numel():
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            streams.add("plain", size, raw.tobytes())
+            streams.add("plain", size, raw_bytes(tensor))
         else:
             entry["grid"] = _grid_json(grid)
             parts = coding.encode(tensor, grid)
