@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from comparison_helpers import made_up, stored
+from comparison_helpers import SMALL, made_up, stored
 
 from benchmarks import comparison
 from benchmarks.comparison import finals, runs
@@ -23,11 +23,15 @@ from benchmarks.comparison.experiment import (
     merged,
     runs_of,
 )
+from benchmarks.comparison.unseen import unseen_images
+from wgates_plugin.catalogue import TensorLoader, load_data
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.recipe import prepare
 from wgates_plugin.recipe.dense import WEIGHTS
 from wgates_plugin.strategies.wgates import WGatesSettings
+from wgates_plugin.surgery import rebuild
+from wgates_plugin.training import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +62,14 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     comparison.main(words)
     assert "0 runs to do" in capsys.readouterr().out
     assert places.samples("eager").read_text() == samples
+    # Its accuracy on the images that `limit` leaves out is stored with it, or filled in.
+    others = unseen_images(experiment)
+    assert others is not None
+    assert report["unseen"]["images"] == len(others.images) == 450 - 256
+    lacking = {key: value for key, value in report.items() if key != "unseen"}
+    write_json(places.result(Run("random", "eager", 0.8, 0)), lacking)
+    comparison.main(words)
+    assert json.loads(places.result(Run("random", "eager", 0.8, 0)).read_text()) == report
     # On a machine without the run folders the same networks are timed, built from their widths.
     assert last["from_widths"] == []
     run = Run("random", "eager", 0.8, 0)
@@ -68,6 +80,9 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert {k: v.shape for k, v in built.state_dict().items()} == {
         k: v.shape for k, v in delivered.items()
     }
+    folder = places.run_folder(run)
+    pruned = rebuild(network, folder / "plan.json", folder / "pruned.safetensors")
+    assert evaluate(pruned, data.val_loader).accuracy == report["final"]["accuracy"]
     # A file of other widths than the result's is not taken for the run's.
     report_file = places.run_folder(run) / "report.json"
     other_widths = {**json.loads(report_file.read_text()), "widths": []}
@@ -85,6 +100,25 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(beside.dense_result(0).read_text())["accuracy"] == dense["accuracy"]
     assert (places.dense_folder(0) / WEIGHTS).read_bytes() == weights
     assert places.samples("eager").read_text() == samples
+
+
+def test_unseen_images_are_those_that_no_run_is_scored_on(tmp_path: Path) -> None:
+    experiment = load_experiment(stored(tmp_path))
+    _, data, *_ = prepare(dense_recipe(experiment, 0, tmp_path / "dense"))
+    seen, others = data.val_loader, unseen_images(experiment)
+    assert isinstance(seen, TensorLoader)
+    assert isinstance(others, TensorLoader)
+    whole = load_data("digits").val_loader
+    assert isinstance(whole, TensorLoader)
+    rows = sorted([*seen.images.flatten(1).tolist(), *others.images.flatten(1).tolist()])
+    assert rows == sorted(whole.images.flatten(1).tolist())
+    assert (others.mean, others.std, others.shift) == (seen.mean, seen.std, seen.shift)
+    fewer = unseen_images(load_experiment(stored(tmp_path, seen=300)))
+    assert fewer is not None
+    assert len(fewer.images) == 450 - 300
+    assert {*map(str, fewer.images)} <= {*map(str, others.images)}
+    free = {**SMALL["recipe"], "data": {"name": "digits"}}
+    assert unseen_images(load_experiment(stored(tmp_path, recipe=free))) is None
 
 
 def test_a_part_is_chosen_by_all_four(tmp_path: Path) -> None:

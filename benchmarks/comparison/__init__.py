@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import finals, runs, turns
+from benchmarks.comparison import finals, runs, turns, unseen
 from benchmarks.comparison.experiment import (
     FOLDER,
     Experiment,
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] = ()) -> None:
                 print(line, flush=True)
         if not arguments.finals:
             _do_missing(experiment, places, chosen, _SideBySide(experiment, arguments, argv, ours))
+        unseen.score(experiment, places, chosen)
         for block in experiment.runtimes:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
                 finals.time_finals(experiment, places, block, again=arguments.finals)
@@ -85,7 +86,9 @@ def _do_these(experiment: Experiment, places: runs.Places, keys: Sequence[str]) 
         if key.startswith(runs.DENSE):
             runs.make_dense(experiment, places, int(key.removeprefix(runs.DENSE)))
         else:
-            print(runs.attempt(experiment, places, _run_of_key(experiment, key)), flush=True)
+            run = _run_of_key(experiment, key)
+            print(runs.attempt(experiment, places, run), flush=True)
+            unseen.score(experiment, places, [run])
 
 
 def _do_missing(

@@ -72,6 +72,17 @@ def share_of(
     return read
 
 
+def share_on_unseen(experiments: Sequence[Experiment]) -> Read:
+    """Of the complete cells that are decided on images that steered nothing, those won on them."""
+
+    def read(folder: Path) -> float | None:
+        whole = [cell for cell in contests(experiments, folder) if not cell.missing()]
+        there = [found for cell in whole if (found := cell.on_unseen()) is not None]
+        return share([won(cell) for cell in there if cell.decided()])
+
+    return read
+
+
 def begun(cells: Iterable[Cell]) -> bool:
     return any(row.seeds for cell in cells for row in cell.rows.values())
 
@@ -248,6 +259,14 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             "higher",
             f"{SOURCE}; no bar: the same of the complete cells alone",
             share_of(experiments, won, whole=True),
+        ),
+        Claim(
+            "wgates_wins_share/unseen",
+            None,
+            "higher",
+            f"{SOURCE}; no bar: of the complete cells, by the accuracy on test images that steered "
+            "nothing, where a task has such",
+            share_on_unseen(experiments),
         ),
         Claim(
             "wgates_wins_share/untuned",

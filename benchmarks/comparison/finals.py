@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.comparison.experiment import Experiment, Run, dense_recipe, runs_of, runtime_name
-from benchmarks.comparison.runs import Places
+from benchmarks.comparison.runs import Places, is_of
 from benchmarks.comparison.summary import last_ratio, network_of
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.files import read_json, write_json
@@ -250,10 +250,7 @@ def _artefact(places: Places, run: Run, stored: dict[str, Any]) -> Path | None:
     """The delivered file, if the run folder is that of the stored result."""
     folder = places.run_folder(run)
     found = list(folder.glob("model.*"))
-    if not found or not (folder / "report.json").exists():
-        return None
-    report = read_json(folder / "report.json", kind="report")
-    return found[0] if report.get("widths") == stored.get("widths") else None
+    return found[0] if found and is_of(folder, stored) else None
 
 
 def _can_be_timed(places: Places, run: Run) -> bool:

@@ -82,6 +82,14 @@ class Places:
         return self.results / f"finals-{runtime}.json"
 
 
+def is_of(folder: Path, stored: dict[str, Any]) -> bool:
+    """Whether a run folder holds the network that a stored result is about."""
+    if not (folder / "report.json").exists():
+        return False
+    report = read_json(folder / "report.json", kind="report")
+    return all(report.get(key) == stored.get(key) for key in ("widths", "final"))
+
+
 def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
     """Train the dense network of a seed, and on for as many epochs as pruning takes.
 

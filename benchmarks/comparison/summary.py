@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,14 @@ class Row:
         accuracy, macs, parameters: of the delivered network. ratio: latency over the untouched
             network's, timed in one sitting with all others where that was done. finals: those of
             this sitting alone.
+        unseen: accuracy on images that steered nothing, of the seeds that have been scored so.
         missing: seeds without a result. refused: seed -> why its target was refused.
     """
 
     method: str
     seeds: list[int] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
+    unseen: list[float] = field(default_factory=list)
     cut: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
     finals: list[float] = field(default_factory=list)
@@ -150,6 +152,14 @@ class Cell:
             return None
         return Difference.of(self.trained_on, row.accuracy)
 
+    def on_unseen(self) -> Cell | None:
+        """This cell with accuracies on images that steered nothing; None unless all its runs have been
+        scored on them. The networks trained on have not been."""
+        if any(len(row.unseen) < len(row.seeds) for row in self.rows.values()):
+            return None
+        rows = {name: replace(row, accuracy=row.unseen) for name, row in self.rows.items()}
+        return replace(self, rows=rows, dense=[], trained_on=[])
+
     def margin(self) -> Difference | None:
         """Ours minus the best rival; None where one of the two is not complete."""
         rival = self.best(self.rivals_here)
@@ -200,7 +210,7 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
 
 _NEEDED = (
     "kind", "reason", "baseline", "final", "after_removal", "contract", "seconds", "decision",
-    "widths", "before_cut", "after_cut",
+    "widths", "before_cut", "after_cut", "unseen",
 )  # fmt: skip
 
 
@@ -238,6 +248,8 @@ def _add(
     before, after = report["baseline"], report["final"]
     row.seeds.append(seed)
     row.accuracy.append(after["accuracy"])
+    if "unseen" in report:
+        row.unseen.append(report["unseen"]["accuracy"])
     row.cut.append(report["after_removal"]["accuracy"])
     row.ratio.append(
         after["latency_ms"] / before["latency_ms"] if final_ratio is None else final_ratio

@@ -35,8 +35,8 @@ def cell_table(cell: Cell) -> list[list[str]]:
 
 
 HEAD = [
-    "method", "accuracy", "lost", "right after the cut", "latency", "held", "MACs", "parameters",
-    *(f"{name}, s" for name in PHASES.values()),
+    "method", "accuracy", "on unseen images", "lost", "right after the cut", "latency", "held", "MACs",
+    "parameters", *(f"{name}, s" for name in PHASES.values()),
 ]  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def _row(cell: Cell, row: Row) -> list[str]:
     return [
         f"`{row.method}`",
         _percent(row.accuracy) + mark,
+        _percent(row.unseen) if row.unseen and len(row.unseen) == len(row.seeds) else "-",
         "-" if lost is None else _points(lost),
         _percent(row.cut),
         _spread(row.ratio, "{:.3f}"),
@@ -160,7 +161,7 @@ def write_page(experiment: Experiment, results: Path) -> None:
 def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
     """One line per cell: ours, the best rival, uniform widths and chance, and who is ahead."""
     head = ["task", "runtime", "latency", "trained on", "ours", "lost", "rivals", "best rival",
-            "margin", "uniform", "chance", ""]  # fmt: skip
+            "margin", "margin on unseen images", "uniform", "chance", ""]  # fmt: skip
     rows = []
     for experiment in experiments:
         for cell in read_cells(experiment, results):
@@ -177,12 +178,23 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
                     str(len(cell.rivals_here)),
                     "-" if best is None else f"`{best}` {_with_latency(cell, best)}",
                     "-" if margin is None else _points(margin),
+                    _margin_on_unseen(cell),
                     _accuracy(cell, "uniform"),
                     _accuracy(cell, CHANCE),
                     verdict(cell),
                 ]
             )
     return _markdown(head, rows)
+
+
+def _margin_on_unseen(cell: Cell) -> str:
+    """Over the rival that is best there, which is named where that is another one."""
+    there = cell.on_unseen()
+    margin = None if there is None else there.margin()
+    if there is None or margin is None:
+        return "-"
+    best = there.best(there.rivals_here)
+    return _points(margin) + ("" if best == cell.best(cell.rivals_here) else f" (`{best}`)")
 
 
 def matrix_text(experiment: Experiment, results: Path) -> str:
@@ -225,7 +237,7 @@ def _with_latency(cell: Cell, method: str | None) -> str:
 def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
     """One line per ablation: its mean paired difference from ours and 95 % interval."""
     head = ["task", "runtime", "latency", "changed", "ours", "then", "difference",
-            "95 % interval", "seeds", ""]  # fmt: skip
+            "95 % interval", "seeds", "on unseen images", ""]  # fmt: skip
     rows = []
     for experiment in experiments:
         for cell in read_cells(experiment, results):
@@ -246,10 +258,20 @@ def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
                         _accuracy(cell, cell.ours),
                         _accuracy(cell, method),
                         *numbers,
+                        _difference_on_unseen(cell, method),
                         "" if found is None or not low <= 0 <= high else "may be chance",
                     ]
                 )
     return _markdown(head, rows)
+
+
+def _difference_on_unseen(cell: Cell, method: str) -> str:
+    there = cell.on_unseen()
+    found = None if there is None else there.between(method, there.ours or "")
+    if found is None:
+        return "-"
+    low, high = found.interval()
+    return f"{found.mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
