@@ -65,13 +65,13 @@ def filled(
     ablations: Sequence[str] = (),
     target: float = 0.5,
     finals: Sequence[float] | None = None,
-    unseen: Mapping[str, Sequence[float]] | None = None,
+    other_images: Mapping[str, Sequence[float]] | None = None,
     **changes: Any,
 ) -> Experiment:
     """An experiment with these accuracies by seed as results in `folder/results`.
 
     A word instead of an accuracy is the reason of a refused target; of too few, the rest is missing.
-    `finals`: final latencies by seed, the same for all methods. `unseen`: accuracies on other images.
+    `finals`: final latencies by seed, the same for all methods. `other_images`: accuracies there.
     """
     roles = dict.fromkeys(accuracies, "rival")
     roles |= dict.fromkeys(ablations, "ablation") | ({} if ours is None else {ours: "ours"})
@@ -96,8 +96,8 @@ def filled(
             run = Run(method, "eager", target, seed)
             refused = {"kind": "refused", "reason": value}
             found = refused if isinstance(value, str) else made_up(value)
-            if unseen is not None and seed < len(unseen.get(method, ())):
-                found["unseen"] = {"accuracy": unseen[method][seed], "images": 100}
+            if other_images is not None and seed < len(other_images.get(method, ())):
+                found["other_images"] = {"accuracy": other_images[method][seed], "images": 100}
             write_json(home / "runs" / f"{run.key}.json", found)
             if finals is not None:
                 ratios[run.key], networks[run.key] = finals[seed], network_of(found)

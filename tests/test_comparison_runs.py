@@ -16,6 +16,7 @@ from comparison_helpers import SMALL, made_up, stored
 from benchmarks import comparison
 from benchmarks.comparison import finals, runs
 from benchmarks.comparison import turns as turns_module
+from benchmarks.comparison.claims import compared
 from benchmarks.comparison.experiment import (
     Run,
     dense_recipe,
@@ -23,7 +24,7 @@ from benchmarks.comparison.experiment import (
     merged,
     runs_of,
 )
-from benchmarks.comparison.unseen import unseen_images
+from benchmarks.comparison.other_images import other_images
 from wgates_plugin.catalogue import TensorLoader, load_data
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import load_tensors, write_json
@@ -62,14 +63,22 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     comparison.main(words)
     assert "0 runs to do" in capsys.readouterr().out
     assert places.samples("eager").read_text() == samples
-    # Its accuracy on the images that `limit` leaves out is stored with it, or filled in.
-    others = unseen_images(experiment)
+    # Its accuracy on the images that `limit` leaves out is stored with it, or added where it is not.
+    others = other_images(experiment)
     assert others is not None
-    assert report["unseen"]["images"] == len(others.images) == 450 - 256
-    lacking = {key: value for key, value in report.items() if key != "unseen"}
-    write_json(places.result(Run("random", "eager", 0.8, 0)), lacking)
+    assert report["other_images"]["images"] == len(others.images) == 450 - 256
+    torn, scored = Run("wgates", "eager", 0.8, 0), Run("random", "eager", 0.8, 0)
+    for run in (torn, scored):
+        kept = json.loads(places.result(run).read_text())
+        del kept["other_images"]
+        write_json(places.result(run), kept)
+    weights_file = places.run_folder(torn) / "pruned.safetensors"
+    whole = weights_file.read_bytes()
+    weights_file.write_bytes(whole[:100])
     comparison.main(words)
-    assert json.loads(places.result(Run("random", "eager", 0.8, 0)).read_text()) == report
+    assert json.loads(places.result(scored).read_text()) == report
+    assert f"{torn.key}: not scored on other images" in capsys.readouterr().err
+    weights_file.write_bytes(whole)
     # On a machine without the run folders the same networks are timed, built from their widths.
     assert last["from_widths"] == []
     run = Run("random", "eager", 0.8, 0)
@@ -102,23 +111,33 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert places.samples("eager").read_text() == samples
 
 
-def test_unseen_images_are_those_that_no_run_is_scored_on(tmp_path: Path) -> None:
+def test_other_images_are_those_that_no_run_is_judged_by(tmp_path: Path) -> None:
     experiment = load_experiment(stored(tmp_path))
     _, data, *_ = prepare(dense_recipe(experiment, 0, tmp_path / "dense"))
-    seen, others = data.val_loader, unseen_images(experiment)
-    assert isinstance(seen, TensorLoader)
+    mine, others = data.val_loader, other_images(experiment)
+    assert isinstance(mine, TensorLoader)
     assert isinstance(others, TensorLoader)
     whole = load_data("digits").val_loader
     assert isinstance(whole, TensorLoader)
-    rows = sorted([*seen.images.flatten(1).tolist(), *others.images.flatten(1).tolist()])
+    rows = sorted([*mine.images.flatten(1).tolist(), *others.images.flatten(1).tolist()])
     assert rows == sorted(whole.images.flatten(1).tolist())
-    assert (others.mean, others.std, others.shift) == (seen.mean, seen.std, seen.shift)
-    fewer = unseen_images(load_experiment(stored(tmp_path, seen=300)))
+    assert (others.mean, others.std, others.shift) == (mine.mean, mine.std, mine.shift)
+    fewer = other_images(load_experiment(stored(tmp_path, largest_limit=300)))
     assert fewer is not None
     assert len(fewer.images) == 450 - 300
-    assert {*map(str, fewer.images)} <= {*map(str, others.images)}
+    assert {str(image) for image in fewer.images} <= {str(image) for image in others.images}
     free = {**SMALL["recipe"], "data": {"name": "digits"}}
-    assert unseen_images(load_experiment(stored(tmp_path, recipe=free))) is None
+    assert other_images(load_experiment(stored(tmp_path, recipe=free))) is None
+
+
+def test_committed_experiments_leave_out_the_same_images() -> None:
+    kept: dict[str, set[int]] = {}
+    for experiment in compared():
+        block = dense_recipe(experiment, 0, Path("dense")).data
+        if block.limit is not None:
+            largest = max(block.limit, experiment.largest_limit or 0)
+            kept.setdefault(block.name, set()).add(largest)
+    assert kept == {"fashion-mnist": {4000}}
 
 
 def test_a_part_is_chosen_by_all_four(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 An experiment (benchmarks/experiments/*.yaml) is a network, data, runtimes, targets, seeds and methods.
 `python -m benchmarks comparison NAME` does what is missing of it: dense networks (and these trained on
 for as many epochs as pruning takes), latency samples, one run per method, target and seed, each by the
-same pipeline, and at the end all final networks timed in one sitting. It can be stopped at any moment.
-`--methods`, `--seeds`, `--targets` and `--runtimes` do a part: only what these runs need is trained and
-sampled. `--profile gpu` lays the experiment's block of that name over it, and keeps the results apart.
+same pipeline; at the end all final networks are scored on test images that judge nobody, and timed in one
+sitting. It can be stopped at any moment. `--methods`, `--seeds`, `--targets` and `--runtimes` do a part:
+only what these runs need is trained and sampled. `--profile gpu` lays the experiment's block of that name
+over it, and keeps the results apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import finals, runs, turns, unseen
+from benchmarks.comparison import finals, other_images, runs, turns
 from benchmarks.comparison.experiment import (
     FOLDER,
     Experiment,
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] = ()) -> None:
                 print(line, flush=True)
         if not arguments.finals:
             _do_missing(experiment, places, chosen, _SideBySide(experiment, arguments, argv, ours))
-        unseen.score(experiment, places, chosen)
+        other_images.score(experiment, places, chosen)
         for block in experiment.runtimes:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
                 finals.time_finals(experiment, places, block, again=arguments.finals)
@@ -86,9 +87,7 @@ def _do_these(experiment: Experiment, places: runs.Places, keys: Sequence[str]) 
         if key.startswith(runs.DENSE):
             runs.make_dense(experiment, places, int(key.removeprefix(runs.DENSE)))
         else:
-            run = _run_of_key(experiment, key)
-            print(runs.attempt(experiment, places, run), flush=True)
-            unseen.score(experiment, places, [run])
+            print(runs.attempt(experiment, places, _run_of_key(experiment, key)), flush=True)
 
 
 def _do_missing(

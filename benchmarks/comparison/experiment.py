@@ -70,8 +70,8 @@ class Experiment(_Block):
         methods: by name; in the file also the path of a file of them, from the experiment's folder.
         profiles: name -> what to lay over the experiment, such as larger budgets for a GPU.
         rgb: whether the task is one of colour images.
-        seen: how many held-out images other experiments are judged by, where that is more than the
-            `limit` of this one; further images are `unseen`.
+        largest_limit: the largest `limit` that an experiment with this data has, where it is not this
+            one's; held-out images beyond it judge nobody, see `other_images`.
         tuned_on: defaults of ours were chosen on this task; what is claimed is then counted without
             its cells too.
     """
@@ -87,7 +87,7 @@ class Experiment(_Block):
     everyone: dict[str, list[float]] | None = None
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
     rgb: bool = False
-    seen: int | None = None
+    largest_limit: int | None = None
     tuned_on: bool = False
 
     @property

@@ -52,14 +52,14 @@ class Row:
         accuracy, macs, parameters: of the delivered network. ratio: latency over the untouched
             network's, timed in one sitting with all others where that was done. finals: those of
             this sitting alone.
-        unseen: accuracy on images that steered nothing, of the seeds that have been scored so.
+        other_images: accuracy on images that judge nobody, of the seeds that have been scored so.
         missing: seeds without a result. refused: seed -> why its target was refused.
     """
 
     method: str
     seeds: list[int] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
-    unseen: list[float] = field(default_factory=list)
+    other_images: list[float] = field(default_factory=list)
     cut: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
     finals: list[float] = field(default_factory=list)
@@ -152,12 +152,18 @@ class Cell:
             return None
         return Difference.of(self.trained_on, row.accuracy)
 
-    def on_unseen(self) -> Cell | None:
-        """This cell with accuracies on images that steered nothing; None unless all its runs have been
-        scored on them. The networks trained on have not been."""
-        if any(len(row.unseen) < len(row.seeds) for row in self.rows.values()):
-            return None
-        rows = {name: replace(row, accuracy=row.unseen) for name, row in self.rows.items()}
+    def on_other_images(self) -> Cell:
+        """This cell with accuracies on images that judge nobody; a method that was not scored on them
+        with every seed has no result there, nor have the untouched networks."""
+        rows = {}
+        for name, row in self.rows.items():
+            scored = len(row.other_images) == len(row.seeds)
+            rows[name] = replace(
+                row,
+                accuracy=row.other_images if scored else [],
+                seeds=row.seeds if scored else [],
+                missing=row.missing if scored else [*row.missing, *row.seeds],
+            )
         return replace(self, rows=rows, dense=[], trained_on=[])
 
     def margin(self) -> Difference | None:
@@ -210,7 +216,7 @@ def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
 
 _NEEDED = (
     "kind", "reason", "baseline", "final", "after_removal", "contract", "seconds", "decision",
-    "widths", "before_cut", "after_cut", "unseen",
+    "widths", "before_cut", "after_cut", "other_images",
 )  # fmt: skip
 
 
@@ -248,8 +254,8 @@ def _add(
     before, after = report["baseline"], report["final"]
     row.seeds.append(seed)
     row.accuracy.append(after["accuracy"])
-    if "unseen" in report:
-        row.unseen.append(report["unseen"]["accuracy"])
+    if "other_images" in report:
+        row.other_images.append(report["other_images"]["accuracy"])
     row.cut.append(report["after_removal"]["accuracy"])
     row.ratio.append(
         after["latency_ms"] / before["latency_ms"] if final_ratio is None else final_ratio

@@ -35,7 +35,7 @@ def cell_table(cell: Cell) -> list[list[str]]:
 
 
 HEAD = [
-    "method", "accuracy", "on unseen images", "lost", "right after the cut", "latency", "held", "MACs",
+    "method", "accuracy", "on other images", "lost", "right after the cut", "latency", "held", "MACs",
     "parameters", *(f"{name}, s" for name in PHASES.values()),
 ]  # fmt: skip
 
@@ -48,7 +48,7 @@ def _row(cell: Cell, row: Row) -> list[str]:
     return [
         f"`{row.method}`",
         _percent(row.accuracy) + mark,
-        _percent(row.unseen) if row.unseen and len(row.unseen) == len(row.seeds) else "-",
+        _percent(row.other_images) if len(row.other_images) == len(row.seeds) else "-",
         "-" if lost is None else _points(lost),
         _percent(row.cut),
         _spread(row.ratio, "{:.3f}"),
@@ -161,7 +161,7 @@ def write_page(experiment: Experiment, results: Path) -> None:
 def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
     """One line per cell: ours, the best rival, uniform widths and chance, and who is ahead."""
     head = ["task", "runtime", "latency", "trained on", "ours", "lost", "rivals", "best rival",
-            "margin", "margin on unseen images", "uniform", "chance", ""]  # fmt: skip
+            "margin", "on other images", "uniform", "chance", ""]  # fmt: skip
     rows = []
     for experiment in experiments:
         for cell in read_cells(experiment, results):
@@ -178,7 +178,7 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
                     str(len(cell.rivals_here)),
                     "-" if best is None else f"`{best}` {_with_latency(cell, best)}",
                     "-" if margin is None else _points(margin),
-                    _margin_on_unseen(cell),
+                    _margin_on_other_images(cell),
                     _accuracy(cell, "uniform"),
                     _accuracy(cell, CHANCE),
                     verdict(cell),
@@ -187,14 +187,13 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
     return _markdown(head, rows)
 
 
-def _margin_on_unseen(cell: Cell) -> str:
-    """Over the rival that is best there, which is named where that is another one."""
-    there = cell.on_unseen()
-    margin = None if there is None else there.margin()
-    if there is None or margin is None:
-        return "-"
-    best = there.best(there.rivals_here)
-    return _points(margin) + ("" if best == cell.best(cell.rivals_here) else f" (`{best}`)")
+def _margin_on_other_images(cell: Cell) -> str:
+    """Over the same rival: the best on these would be chosen by them."""
+    best = cell.best(cell.rivals_here)
+    found = None
+    if best is not None:
+        found = cell.on_other_images().between(cell.ours or "", best)
+    return "-" if found is None else _points(found)
 
 
 def matrix_text(experiment: Experiment, results: Path) -> str:
@@ -237,7 +236,7 @@ def _with_latency(cell: Cell, method: str | None) -> str:
 def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
     """One line per ablation: its mean paired difference from ours and 95 % interval."""
     head = ["task", "runtime", "latency", "changed", "ours", "then", "difference",
-            "95 % interval", "seeds", "on unseen images", ""]  # fmt: skip
+            "95 % interval", "seeds", "", "on other images"]  # fmt: skip
     rows = []
     for experiment in experiments:
         for cell in read_cells(experiment, results):
@@ -258,16 +257,14 @@ def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
                         _accuracy(cell, cell.ours),
                         _accuracy(cell, method),
                         *numbers,
-                        _difference_on_unseen(cell, method),
                         "" if found is None or not low <= 0 <= high else "may be chance",
+                        _interval(cell.on_other_images().between(method, cell.ours or "")),
                     ]
                 )
     return _markdown(head, rows)
 
 
-def _difference_on_unseen(cell: Cell, method: str) -> str:
-    there = cell.on_unseen()
-    found = None if there is None else there.between(method, there.ours or "")
+def _interval(found: Difference | None) -> str:
     if found is None:
         return "-"
     low, high = found.interval()
