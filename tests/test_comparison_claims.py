@@ -281,9 +281,14 @@ def test_all_cells_get_a_page_beside_their_runs(
     monkeypatch.setattr(tables, "COMPARED", [one])
     ((path, page),) = tables.cell_pages(tmp_path / "results").items()
     assert path == tmp_path / "results" / "comparison" / "small" / "README.md"
-    assert "*incomplete*: 3 runs are missing" in page
+    assert page.count("*incomplete*: 3 runs are missing") == 2  # among the verdicts and at the cell
+    assert "timed beside other work" not in page
     assert "| `wide` | 3 refused: too few ms |" in page
     assert "| `l1` | *missing* |" in page
+    last = {"ratio": {"a": 0.4, "b": 0.5}, "networks": {}, "disturbed": ["b"]}
+    write_json(path.parent / "finals-eager.json", last)
+    (page,) = tables.cell_pages(tmp_path / "results").values()
+    assert "- eager: 1 of 2 networks were timed beside other work" in " ".join(page.split())
     assert tables.cell_pages(tmp_path / "nothing") == {}
 
 

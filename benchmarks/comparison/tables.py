@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison.experiment import Experiment, Method
+from benchmarks.comparison.experiment import Experiment, Method, runtime_name
 from benchmarks.comparison.summary import (
     CHANCE,
     Cell,
@@ -138,7 +138,24 @@ def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
             f"\n\n{len(gone)} runs were made again, for they were disturbed; `replaced.json` has what "
             "they had found."
         )
+    about += _disturbed(experiment, home)
+    if experiment.ours and experiment.with_role("rival"):
+        about += f"\n\n{verdicts_table([experiment], results)}"
     return home / "README.md", f"{about}\n\n{experiment_text(experiment, results)}\n"
+
+
+def _disturbed(experiment: Experiment, home: Path) -> str:
+    """How many networks the last sittings timed beside other work; empty for none."""
+    lines = []
+    for name in (runtime_name(block) for block in experiment.runtimes):
+        path = home / f"finals-{name}.json"
+        timed = read_json(path, kind="final latencies") if path.exists() else {"disturbed": []}
+        if timed["disturbed"]:
+            lines.append(
+                f"- {name}: {len(timed['disturbed'])} of {len(timed['ratio'])} networks were timed "
+                "beside other work in every pass of the last sitting (`disturbed`)."
+            )
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def _apart(method: Method) -> str:
