@@ -74,9 +74,8 @@ def share_of(
 
 def won_on_other_images(cell: Cell) -> bool:
     """Ours is at least as accurate there as the rival that is best by what judges the cell."""
-    best = cell.best(cell.rivals_here)
-    ahead = cell.on_other_images().between(cell.ours or "", best or "")
-    return ahead is not None and ahead.mean >= 0 and cell.ours_keeps_target()
+    margin = cell.margin_on_other_images()
+    return margin is not None and margin.mean >= 0 and cell.ours_keeps_target()
 
 
 def won_over_the_best_there(cell: Cell) -> bool:

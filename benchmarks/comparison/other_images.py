@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,14 +28,20 @@ from wgates_plugin.training import evaluate
 def other_images(experiment: Experiment) -> TensorLoader | None:
     """The held-out images that neither the recipe's `limit` chooses nor the largest one of this data
     (`Experiment.largest_limit`); None where there are none, or where they are not in memory."""
-    recipe = dense_recipe(experiment, experiment.seeds[0], Path("dense"))
-    block = recipe.data
+    block = dense_recipe(experiment, experiment.seeds[0], Path("dense")).data
     if block.limit is None:
         return None
-    mine = prepare(recipe)[1].val_loader
-    whole = load_data(
-        block.name, batch_size=block.batch_size, image_size=block.image_size, root=block.root
-    ).val_loader
+
+    def held_out(limit: int | None) -> Any:
+        return load_data(
+            block.name,
+            batch_size=block.batch_size,
+            image_size=block.image_size,
+            limit=limit,
+            root=block.root,
+        ).val_loader
+
+    mine, whole = held_out(block.limit), held_out(None)
     if not isinstance(mine, TensorLoader) or not isinstance(whole, TensorLoader):
         return None
     count = len(whole.images)
@@ -49,7 +56,8 @@ def other_images(experiment: Experiment) -> TensorLoader | None:
 
 def score(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> None:
     """Add `other_images` (accuracy 0..1, images) to the stored runs whose run folders are there."""
-    loader = other_images(experiment)
+    chosen = [run for run in chosen if places.run_folder(run).exists()]
+    loader = other_images(experiment) if chosen else None
     if loader is None:
         return
     network, *_ = prepare(dense_recipe(experiment, experiment.seeds[0], Path("dense")))

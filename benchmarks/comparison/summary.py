@@ -171,6 +171,13 @@ class Cell:
         rival = self.best(self.rivals_here)
         return None if self.ours is None or rival is None else self.between(self.ours, rival)
 
+    def margin_on_other_images(self) -> Difference | None:
+        """Over the same rival: the best on these would be chosen by them."""
+        rival = self.best(self.rivals_here)
+        if self.ours is None or rival is None:
+            return None
+        return self.on_other_images().between(self.ours, rival)
+
 
 def read_cells(experiment: Experiment, results: Path) -> list[Cell]:
     """All cells as far as they are stored under `results` (the folder of all benchmarks)."""

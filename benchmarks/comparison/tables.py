@@ -184,6 +184,7 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
         for cell in read_cells(experiment, results):
             best = cell.best(cell.rivals_here)
             lost, margin = cell.lost(cell.ours or ""), cell.margin()
+            there = cell.margin_on_other_images()
             rows.append(
                 [
                     experiment.task or experiment.name,
@@ -195,22 +196,13 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
                     str(len(cell.rivals_here)),
                     "-" if best is None else f"`{best}` {_with_latency(cell, best)}",
                     "-" if margin is None else _points(margin),
-                    _margin_on_other_images(cell),
+                    "-" if there is None else _points(there),
                     _accuracy(cell, "uniform"),
                     _accuracy(cell, CHANCE),
                     verdict(cell),
                 ]
             )
     return _markdown(head, rows)
-
-
-def _margin_on_other_images(cell: Cell) -> str:
-    """Over the same rival: the best on these would be chosen by them."""
-    best = cell.best(cell.rivals_here)
-    found = None
-    if best is not None:
-        found = cell.on_other_images().between(cell.ours or "", best)
-    return "-" if found is None else _points(found)
 
 
 def matrix_text(experiment: Experiment, results: Path) -> str:
@@ -257,6 +249,7 @@ def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
     rows = []
     for experiment in experiments:
         for cell in read_cells(experiment, results):
+            there = cell.on_other_images()
             for method in experiment.with_role("ablation"):
                 if method not in cell.rows:
                     continue
@@ -275,7 +268,7 @@ def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
                         _accuracy(cell, method),
                         *numbers,
                         "" if found is None or not low <= 0 <= high else "may be chance",
-                        _interval(cell.on_other_images().between(method, cell.ours or "")),
+                        _interval(there.between(method, cell.ours or "")),
                     ]
                 )
     return _markdown(head, rows)
