@@ -8,18 +8,20 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_bench import REFERENCE_MS, SteadyFamily, SteadySession, measured
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from wgates_plugin import ChannelSpace
 from wgates_plugin.errors import (
     ConfigError,
     FileFormatError,
@@ -504,30 +506,21 @@ def test_a_run_of_other_defaults_is_not_continued(
         run(uninterrupted.run_folder, resume=True)
 
 
-def at_ratio(found: Measurement, ratio: float) -> Measurement:
-    """The measurement as if it had come out at `ratio` of its reference."""
-    times = tuple(ratio * other for other in found.reference_samples_ms)
-    return dataclasses.replace(
-        found,
-        latency_ms=ratio * found.reference_ms,
-        ratio=ratio,
-        samples_ms=times,
-        median_ms=statistics.median(times),
-        minimum_ms=min(times),
-    )
-
-
 def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | None]) -> None:
-    """Deliveries that measure at these ratios in turn; None is a kill."""
-    original = LatencyStudy.of_file
+    """Deliveries that measure at these ratios in turn, None is a kill; widths cost their share."""
     left = list(ratios)
 
     def scripted(self: LatencyStudy, path: Path, network: nn.Module, seconds: float) -> Any:
         ratio = left.pop(0)
         if ratio is None:
             raise Interrupted
-        return at_ratio(original(self, path, network, seconds), ratio)
+        return measured(ratio * REFERENCE_MS)
 
+    def share_ms(space: ChannelSpace, widths: Sequence[int]) -> float:
+        return REFERENCE_MS * sum(widths) / sum(space.full_widths)
+
+    monkeypatch.setattr(LatencyStudy, "family", property(lambda s: SteadyFamily(s.space, share_ms)))
+    monkeypatch.setattr(LatencyStudy, "reference", SteadySession(REFERENCE_MS))
     monkeypatch.setattr(LatencyStudy, "of_file", scripted)
 
 
