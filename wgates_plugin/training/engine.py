@@ -210,40 +210,23 @@ class Trainer:
         self.network.train()
         if self._teacher is not None:
             self._teacher.eval()
-        device = self.fabric.device
         total_steps = max(self.total_epochs * self.steps_per_epoch, 1)
-        # loss sum and images, then right answers and answers, over this process's batches
-        sums = torch.zeros(4, device=device)
-        step = epoch * self.steps_per_epoch
-        rate = 0.0
-        buffers = list(self.network.buffers())
-        kept = [buffer.clone() for buffer in buffers]
-        for index, batch in enumerate(self._loader):
-            step = epoch * self.steps_per_epoch + index
+        first = epoch * self.steps_per_epoch
+        step, rate = first, 0.0
+        tally, buffers = _Tally(self.fabric.device), _Buffers(self.network)
+        for step, batch in enumerate(self._loader, start=first):
             where = StepContext(step, min(1.0, step / total_steps), epoch)
-            rate = learning_rate_at(
-                step,
-                steps_per_epoch=self.steps_per_epoch,
-                total_epochs=self.total_epochs,
-                settings=self.settings,
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            rate = self._set_learning_rate(step)
             inputs, targets = self._on_device(batch)
             if before_forward is not None:
                 before_forward(where)
-            for saved, buffer in zip(kept, buffers, strict=True):
-                saved.copy_(buffer)
+            buffers.save()
             self.optimizer.zero_grad()
             logits = logits_of(call_with(self._wrapped, inputs), self.network)
             loss = self._total_loss(inputs, logits, targets)
             # The mean over processes, so that all of them raise, and all gates see one number.
             value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
-            if not math.isfinite(value):
-                self._give_up(f"the loss is {value}", where, buffers, kept)
-            self.fabric.backward(loss)
-            if not all_finite(p.grad for p in self.network.parameters() if p.grad is not None):
-                self._give_up("a gradient is not finite", where, buffers, kept)
+            self._backward(loss, value, where, buffers)
             if after_backward is not None:
                 after_backward(StepContext(step, where.fraction, epoch, value))
             if self.settings.gradient_clip is not None:
@@ -251,28 +234,39 @@ class Trainer:
                     self._wrapped, self.optimizer, max_norm=self.settings.gradient_clip
                 )
             self.optimizer.step()
-            images = logits.shape[0]
-            sums[0] += loss.detach() * images
-            sums[1] += images
-            counted = count_correct(logits, targets)
-            if counted is not None:
-                sums[2] += counted[0]
-                sums[3] += counted[1]
+            tally.add(loss.detach(), logits, targets)
             bar.advance(f"epoch {epoch + 1}, loss {value:.3f}")
         self.optimizer.zero_grad()
-        summed: Any = self.fabric.all_reduce(sums, reduce_op="sum")
-        loss_sum, count, right, answers = (float(item) for item in summed)
-        if not count:
+        found = tally.means(self.fabric)
+        if found is None:
             raise TrainingError(f"{self.label}: epoch {epoch + 1}: the loader gave no batches")
         return {
             "label": self.label,
             "epoch": epoch,
             "steps": step + 1,
-            "loss": loss_sum / count,
-            "accuracy": right / answers if answers else None,
+            **found,
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
         }
+
+    def _set_learning_rate(self, step: int) -> float:
+        rate = learning_rate_at(
+            step,
+            steps_per_epoch=self.steps_per_epoch,
+            total_epochs=self.total_epochs,
+            settings=self.settings,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _backward(self, loss: Tensor, value: float, where: StepContext, buffers: _Buffers) -> None:
+        """Gradients of a step, or an error that leaves the weights of the step before."""
+        if not math.isfinite(value):
+            self._give_up(f"the loss is {value}", where, buffers)
+        self.fabric.backward(loss)
+        if not all_finite(p.grad for p in self.network.parameters() if p.grad is not None):
+            self._give_up("a gradient is not finite", where, buffers)
 
     def _on_device(self, batch: Any) -> tuple[ExampleInputs, Any]:
         inputs, targets = unpack(self.fabric.to_device(batch))
@@ -294,19 +288,56 @@ class Trainer:
             loss = (1 - weight) * loss + weight * soft
         return loss
 
-    def _give_up(
-        self, what: str, where: StepContext, buffers: list[Tensor], kept: list[Tensor]
-    ) -> None:
+    def _give_up(self, what: str, where: StepContext, buffers: _Buffers) -> None:
         # The forward pass has already spoilt running statistics; the weights are untouched.
-        with torch.no_grad():
-            for buffer, saved in zip(buffers, kept, strict=True):
-                buffer.copy_(saved)
+        buffers.restore()
         self.optimizer.zero_grad()
         raise TrainingError(
             f"{self.label}: epoch {where.epoch + 1}, step {where.step}: {what}; the weights are "
             "those of the step before. Lower the learning rate, add warm-up or gradient clipping, "
             "and check the inputs for values that are not finite"
         )
+
+
+class _Buffers:
+    """A network's buffers (running statistics), and what they were at the last `save`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._live = list(network.buffers())
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    def save(self) -> None:
+        for kept, live in zip(self._kept, self._live, strict=True):
+            kept.copy_(live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for kept, live in zip(self._kept, self._live, strict=True):
+            live.copy_(kept)
+
+
+class _Tally:
+    """Loss and right answers of this process's batches, kept on the device until they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, device=device)  # loss sum, images, right answers, answers
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Any) -> None:
+        images = logits.shape[0]
+        self._sums[0] += loss * images
+        self._sums[1] += images
+        counted = count_correct(logits, targets)
+        if counted is not None:
+            self._sums[2] += counted[0]
+            self._sums[3] += counted[1]
+
+    def means(self, fabric: Fabric) -> dict[str, float | None] | None:
+        """Of all processes; accuracy is None where answers are not counted, all is without images."""
+        summed: Any = fabric.all_reduce(self._sums, reduce_op="sum")
+        loss, images, right, answers = (float(item) for item in summed)
+        if not images:
+            return None
+        return {"loss": loss / images, "accuracy": right / answers if answers else None}
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

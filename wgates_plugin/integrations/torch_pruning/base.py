@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,31 +11,22 @@ from torch import nn
 
 from wgates_plugin import modules as kinds
 from wgates_plugin.calling import ExampleInputs
-from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget, EfficiencyModel
+from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.belonging import check_inputs
 from wgates_plugin.errors import ConfigError
-from wgates_plugin.integrations.torch_pruning import checks, options
+from wgates_plugin.integrations.torch_pruning import options
 from wgates_plugin.integrations.torch_pruning.goals import (
     BudgetGoal,
     Goal,
     RatioGoal,
     as_budget,
     check_reachable,
-    goal_problems,
     target_problems,
 )
+from wgates_plugin.integrations.torch_pruning.words import Words
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.verification import check_traced
-
-Scheduler = Callable[[float, int], Sequence[float]]
-Efficiency = EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel]
-
-
-def linear(goal: float, steps: int) -> list[float]:
-    """torch-pruning's default way to a ratio."""
-    return [goal * step / steps for step in range(steps + 1)]
 
 
 class TracedPruner(tp.pruner.BasePruner):
@@ -57,104 +47,46 @@ class TracedPruner(tp.pruner.BasePruner):
         self,
         model: nn.Module,
         example_inputs: ExampleInputs,
+        words: Words,
         problems: list[str],
         *,
         grid: int,
-        efficiency: Efficiency | None,
-        target: float | None,
-        pruning_ratio: float | None,
-        pruning_ratio_dict: Mapping[Any, float] | None,
-        global_pruning: bool,
-        isomorphic: bool,
-        max_pruning_ratio: float,
-        iterative_steps: int,
-        iterative_pruning_ratio_scheduler: Scheduler,
-        ignored_layers: Sequence[Any] | None,
-        root_module_types: Sequence[type] | None,
-        unwrapped_parameters: Any,
-        min_channels: int,
-        min_fraction: float,
-        floors: Mapping[str, int] | None,
-        caps: Mapping[str, int] | None,
-        others: Mapping[str, Any],
     ) -> None:
         """Check all words at once (`problems`: those of the caller), trace, and set the goal."""
-        budgeted = efficiency is not None or target is not None
-        problems = (
-            checks.refused_options(others)
-            + checks.ratio_problems(
-                budgeted,
-                pruning_ratio,
-                pruning_ratio_dict,
-                max_pruning_ratio,
-                iterative_steps,
-                isomorphic,
-                global_pruning,
-            )
-            + checks.limit_problems(min_channels, min_fraction, floors, caps)
-            + goal_problems(efficiency, target)
-            + options.problems_of(
-                lambda: options.listed_layers(model, ignored_layers),
-                lambda: options.parameter_dims(model, unwrapped_parameters),
-                lambda: options.check_root_types(root_module_types),
-                lambda: options.check_ratio_modules(model, pruning_ratio_dict),
-            )
-            + checks.schedule_problems(
-                iterative_pruning_ratio_scheduler,
-                1.0 if budgeted else 0.5 if pruning_ratio is None else pruning_ratio,
-                pruning_ratio_dict,
-                iterative_steps,
-            )
-            + problems
-        )
+        problems = words.problems(model) + problems
         if problems:
-            raise ConfigError(self._subject, problems + target_problems(target))
+            raise ConfigError(self._subject, problems + target_problems(words.target))
         self._grid, self._inputs = grid, example_inputs
-        self._dims = options.parameter_dims(model, unwrapped_parameters)
-        layers = options.listed_layers(model, ignored_layers)
+        self._dims = options.parameter_dims(model, words.unwrapped_parameters)
         self._trace = DependencyTrace(model, example_inputs, parameter_dims=self._dims)
-        self.model, self.DG = model, self._trace.graph
-        self.global_pruning, self.isomorphic = global_pruning, isomorphic
-        self.pruning_ratio = 0.5 if pruning_ratio is None else pruning_ratio
-        self.max_pruning_ratio = max_pruning_ratio
-        self.round_to = grid if grid > 1 else None
-        self.iterative_steps = iterative_steps
-        self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
-        limits: dict[str, Any] = {
-            "min_channels": min_channels,
-            "min_fraction": max(min_fraction, 1.0 - max_pruning_ratio),
-            "floors": floors,
-            "caps": caps,
-        }
-        space = self._trace.space(ignored_layers=layers, **limits)
-        left_out = options.root_types_left_out(model, space, root_module_types)
-        self._ignored = [*layers, *left_out]
-        if left_out:
-            space = self._trace.space(ignored_layers=self._ignored, **limits)
+        self.model = model
+        space, self._ignored = words.space(self._trace, model)
         if not self._trace.keeps_channel_order:
             check_traced(model, space, example_inputs)
         self.space = self._now = space
-        self._set_what_siblings_have(layers)
-        budget = as_budget(space, efficiency, target) if budgeted else None
-        if budget is not None:
+        self._set_what_siblings_have(words)
+        budget = None
+        if words.budgeted:
+            budget = as_budget(space, words.efficiency, words.target)
             check_inputs(budget, example_inputs)
-            check_reachable(space, budget, grid, told_unit=efficiency is not None)
+            check_reachable(space, budget, grid, told_unit=words.efficiency is not None)
         with options.told_as(self._subject):
-            self._goal = self._make_goal(
-                budget,
-                options.Ratios(
-                    self.pruning_ratio, pruning_ratio_dict or {}, global_pruning, isomorphic
-                ),
-            )
+            self._goal = self._make_goal(budget, words.ratios)
         self.plan: PruningPlan | None = None
 
-    def _set_what_siblings_have(self, ignored_layers: Sequence[Any]) -> None:
-        """The other attributes of `BasePruner`, whose constructor would trace the network again."""
-        graph = self.DG
+    def _set_what_siblings_have(self, words: Words) -> None:
+        """The attributes of `BasePruner`, whose constructor would trace the network again."""
+        graph = self.DG = self._trace.graph
+        self.global_pruning, self.isomorphic = words.global_pruning, words.isomorphic
+        self.pruning_ratio = words.ratios.ratio
+        self.max_pruning_ratio = words.max_pruning_ratio
+        self.round_to = self._grid if self._grid > 1 else None
+        self.iterative_steps = words.iterative_steps
+        self.iterative_pruning_ratio_scheduler = words.iterative_pruning_ratio_scheduler
         self.importance: Any = None
         self.ignored_layers = [
             inner
-            for layer in ignored_layers
+            for layer in options.listed_layers(self.model, words.ignored_layers)
             if isinstance(layer, nn.Module)
             for inner in layer.modules()
         ]

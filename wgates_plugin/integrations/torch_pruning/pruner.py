@@ -16,17 +16,13 @@ from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
 from wgates_plugin.integrations.torch_pruning import checks, options
-from wgates_plugin.integrations.torch_pruning.base import (
-    Efficiency,
-    Scheduler,
-    TracedPruner,
-    linear,
-)
+from wgates_plugin.integrations.torch_pruning.base import TracedPruner
 from wgates_plugin.integrations.torch_pruning.importance import (
     History,
     WGatesImportance,
     units_left,
 )
+from wgates_plugin.integrations.torch_pruning.words import Efficiency, Scheduler, Words, linear
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.criteria import importance_scores
 from wgates_plugin.strategies.wgates import WGates, WGatesSettings
@@ -137,11 +133,7 @@ class WGatesPruner(TracedPruner):
         self._gate_steps, self._average = steps, average
         if not problems and round_to is not None:
             self._settings = replace(settings, grid=round_to)
-        self._open(
-            model,
-            example_inputs,
-            problems,
-            grid=self._settings.grid,
+        words = Words(
             efficiency=efficiency,
             target=target,
             pruning_ratio=pruning_ratio,
@@ -160,6 +152,7 @@ class WGatesPruner(TracedPruner):
             caps=caps,
             others=others,
         )
+        self._open(model, example_inputs, words, problems, grid=self._settings.grid)
         self._learned, self._unfinished = False, False
         if importance is not None:
             self._settings = replace(self._settings, measuring=0)

@@ -14,8 +14,9 @@ from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.efficiency.base import measured_grid
 from wgates_plugin.errors import PlanError
 from wgates_plugin.integrations.torch_pruning import checks
-from wgates_plugin.integrations.torch_pruning.base import Efficiency, TracedPruner, linear
+from wgates_plugin.integrations.torch_pruning.base import TracedPruner
 from wgates_plugin.integrations.torch_pruning.options import plain
+from wgates_plugin.integrations.torch_pruning.words import Efficiency, Words
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
@@ -154,11 +155,7 @@ class StrategyPruner(TracedPruner):
                 )
         self._name, self._data, self._epochs, self._seed = strategy, data, epochs, seed
         self._training, self._loss = training or TrainingSettings(), loss
-        self._open(
-            model,
-            example_inputs,
-            problems,
-            grid=round_to or measured_grid(efficiency),
+        words = Words(
             efficiency=efficiency,
             target=target,
             pruning_ratio=pruning_ratio,
@@ -166,8 +163,6 @@ class StrategyPruner(TracedPruner):
             global_pruning=global_pruning,
             isomorphic=isomorphic,
             max_pruning_ratio=max_pruning_ratio,
-            iterative_steps=1,
-            iterative_pruning_ratio_scheduler=linear,
             ignored_layers=ignored_layers,
             root_module_types=root_module_types,
             unwrapped_parameters=unwrapped_parameters,
@@ -176,6 +171,9 @@ class StrategyPruner(TracedPruner):
             floors=floors,
             caps=caps,
             others=others,
+        )
+        self._open(
+            model, example_inputs, words, problems, grid=round_to or measured_grid(efficiency)
         )
         if isinstance(self.strategy, MetaPruningStrategy):
             mine = self.strategy.settings
