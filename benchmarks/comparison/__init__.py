@@ -94,6 +94,8 @@ def _do_missing(
     experiment: Experiment, places: runs.Places, chosen: Sequence[Run], side_by_side: _SideBySide
 ) -> None:
     """The chosen runs without a result; what they share is made before."""
+    for line in runs.forget_refused(experiment, places, chosen):
+        print(line, flush=True)
     runs.prepared(experiment, places, chosen, side_by_side)
     for line in runs.outdated(experiment, places, chosen):
         print(line, flush=True)
