@@ -17,9 +17,7 @@ from benchmarks.comparison.experiment import (
     Experiment,
     dense_recipe,
     load_experiment,
-    runs_of,
 )
-from benchmarks.comparison.tables import page
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.files import write_json
 from wgates_plugin.recipe import prepare
@@ -32,35 +30,6 @@ def test_nothing_to_time_leaves_the_last_sitting(tmp_path: Path) -> None:
     before = places.finals("eager").read_text()
     finals.time_finals(experiment, places, experiment.runtimes[0])
     assert places.finals("eager").read_text() == before
-
-
-def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> None:
-    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
-    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
-    chosen = list(runs_of(experiment))
-    places.run_folder(chosen[2]).mkdir(parents=True)
-    (line,) = finals.forget_disturbed(experiment, places, chosen)
-    assert line.startswith(f"{chosen[2].key}: found 0.490 of the latency, the last sitting 0.510")
-    assert runs.missing(places, chosen) == chosen[2:]
-    assert finals.read_replaced(places) == [
-        {"run": chosen[2].key, "accuracy": 0.8, "own": 0.49, "last": 0.51}
-    ]
-    assert "1 runs were made again" in page(experiment, tmp_path / "results")[1]
-    assert not places.run_folder(chosen[2]).exists()
-    assert set(json.loads(places.finals("eager").read_text())["ratio"]) == {
-        run.key for run in chosen[:2]
-    }
-    assert finals.forget_disturbed(experiment, places, chosen) == []
-
-
-def test_what_the_last_sitting_timed_beside_other_work_stays(tmp_path: Path) -> None:
-    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
-    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
-    chosen = list(runs_of(experiment))
-    last = json.loads(places.finals("eager").read_text())
-    write_json(places.finals("eager"), {**last, "disturbed": [chosen[2].key]})
-    assert finals.forget_disturbed(experiment, places, chosen) == []
-    assert runs.missing(places, chosen) == []
 
 
 def space_of(experiment: Experiment) -> ChannelSpace:

@@ -254,30 +254,6 @@ def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
     assert "(margin 0.1 there, 0.02 here)" in line
 
 
-def test_a_refusal_that_another_method_did_not_meet_is_made_again(tmp_path: Path) -> None:
-    """Of the same cell, seed and least widths: what is refused to all, or for a coarser grid, stays."""
-    experiment = load_experiment(stored(tmp_path, seeds=[0, 1]))
-    places = runs.Places(experiment, tmp_path, tmp_path)
-    chosen = comparison.choose(experiment)
-    first, second, third, fourth = chosen  # two methods with seed 0, then with seed 1
-    assert (first.seed, second.seed, third.seed) == (0, 0, 1)
-
-    def refuse(run: Run, **settings: object) -> None:
-        write_json(places.result(run), {"kind": "refused", "reason": "few", "settings": settings})
-
-    refuse(second)
-    write_json(places.result(first), {"final": {}, "settings": {"grid": 4}})
-    refuse(third, grid=4)
-    refuse(fourth, grid=4)
-    assert runs.forget_refused(experiment, places, chosen) == []
-    refuse(second, grid=4)
-    places.run_folder(second).mkdir(parents=True)
-    (line,) = runs.forget_refused(experiment, places, [second])
-    assert line == f"{second.key}: refused, where another method was not; again"
-    assert not places.run_folder(second).exists()
-    assert runs.missing(places, chosen) == [second]
-
-
 def test_a_run_that_fails_does_not_end_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,56 @@ def test_an_interrupted_fit_resumes_and_ends_in_the_same_place(tmp_path: Path) -
     assert "on_load_checkpoint" not in vars(resumed)
 
 
+def test_a_checkpoint_written_on_an_exception_has_the_gates(tmp_path: Path) -> None:
+    saves = lightning.callbacks.OnExceptionCheckpoint(tmp_path, "broken")
+    broken, first = Module(), callback()
+    broken.fail_at = 4  # in the second epoch of three
+    runner = trainer(tmp_path, 3, first, saves, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="power"):
+        runner.fit(broken, loader())
+    resumed, second = Module(), callback()
+    trainer(tmp_path, 3, second).fit(resumed, loader(), ckpt_path=tmp_path / "broken.ckpt")
+    assert second.monitor["step"] == 9.0
+    # The next `fit` of the callback that broke is a fresh one.
+    fresh = Module()
+    trainer(tmp_path, 1, first).fit(fresh, loader())
+    assert first.monitor["step"] == 3.0
+
+
+def test_a_checkpoint_of_the_finished_gate_phase_is_pruned(tmp_path: Path) -> None:
+    """As after a kill between the last epoch and the removal: there is nothing left to train."""
+    checkpoints = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    module, gates = Module(), callback()
+    trainer(tmp_path, 2, gates, checkpoints, enable_checkpointing=True).fit(module, loader())
+    killed, again = Module(), callback()
+    trainer(tmp_path, 2, again).fit(killed, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert killed.losses == []
+    assert again.plan is not None
+    assert gates.plan is not None
+    assert again.plan.kept == gates.plan.kept
+    assert same_tensors(killed.net.state_dict(), module.net.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_a_batch_that_is_skipped_steps_no_gates(tmp_path: Path) -> None:
+    class Picky(Module):
+        def training_step(self, batch: Any, index: int) -> Tensor | None:  # type: ignore[override]
+            loss = super().training_step(batch, index)
+            return None if index == 1 else loss
+
+    gates = callback()
+    trainer(tmp_path, 2, gates).fit(Picky(), loader())
+    assert gates.monitor["step"] == 4.0
+    assert gates.plan is not None
+
+
+def test_a_network_that_is_not_called_is_no_skipped_batch(tmp_path: Path) -> None:
+    module = Module()
+    module.other = tiny("residual")
+    with pytest.raises(TrainingError, match="no gradient reached them"):
+        trainer(tmp_path, 1, callback(network="other")).fit(module, loader())
+
+
 def test_checkpoints_of_the_gate_phase_hold_the_whole_network(tmp_path: Path) -> None:
     checkpoints = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path, save_last=True)
     module, gates = Module(), callback()

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import finals, other_images, runs, turns
+from benchmarks.comparison import again, finals, other_images, runs, turns
 from benchmarks.comparison.experiment import (
     FOLDER,
     Experiment,
@@ -40,6 +40,9 @@ from wgates_plugin.latency.timing import measuring_within
 
 CLAIM = "at equal measured latency, no other method keeps more accuracy"
 SCRATCH = Path("runs") / "comparison"
+AGAIN = ("--again-disturbed", "--again-refused")
+"""Words for the whole command, not for the processes that do its runs."""
+
 MOST_AT_ONCE = 4
 """Runs that one process does, one after the other."""
 
@@ -62,12 +65,14 @@ def main(argv: Sequence[str] = ()) -> None:
             _do_these(experiment, places, arguments.only)
             return
         touched = chosen
-        if not (arguments.finals or arguments.again_disturbed):
+        if not (arguments.finals or arguments.again_disturbed or arguments.again_refused):
             touched = runs.missing(places, chosen)
         runs.refuse_other_machines(experiment, places, {run.runtime for run in touched})
+        runs.refuse_other_dense(experiment, places, dict.fromkeys(run.seed for run in chosen))
         if arguments.again_disturbed:
-            for line in finals.forget_disturbed(experiment, places, chosen):
-                print(line, flush=True)
+            _say(again.forget_disturbed(places, chosen))
+        if arguments.again_refused:
+            _say(again.forget_refused(experiment, places, chosen))
         if not arguments.finals:
             _do_missing(experiment, places, chosen, _SideBySide(experiment, arguments, argv, ours))
         other_images.score(experiment, places, chosen)
@@ -94,15 +99,17 @@ def _do_missing(
     experiment: Experiment, places: runs.Places, chosen: Sequence[Run], side_by_side: _SideBySide
 ) -> None:
     """The chosen runs without a result; what they share is made before."""
-    for line in runs.forget_refused(experiment, places, chosen):
-        print(line, flush=True)
     runs.prepared(experiment, places, chosen, side_by_side)
-    for line in runs.outdated(experiment, places, chosen):
-        print(line, flush=True)
+    _say(runs.outdated(experiment, places, chosen))
     todo = [run.key for run in runs.missing(places, chosen)]
     print(f"{experiment.name}: {len(todo)} runs to do", flush=True)
     if not side_by_side(todo):
         _do_these(experiment, places, todo)
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _show(experiment: Experiment, results: Path) -> None:
@@ -123,7 +130,7 @@ class _SideBySide:
         argv: Sequence[str],
         ours: turns.Turns,
     ) -> None:
-        words = [word for word in argv if word != "--again-disturbed"]
+        words = [word for word in argv if word not in AGAIN]
         self.command = [sys.executable, "-m", "benchmarks", "comparison", *words, "--only"]
         self.experiment, self.arguments, self.ours = experiment, arguments, ours
 
@@ -174,7 +181,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--again-disturbed",
         action="store_true",
         help="run again what found another latency than the last sitting, by more than "
-        f"{100 * finals.MOST_APART:.0f} %%",
+        f"{100 * again.MOST_APART:.0f} %%",
+    )
+    options.add_argument(
+        "--again-refused",
+        action="store_true",
+        help="run again what was refused its target where another method of the same seed was not",
     )
     return options.parse_args(list(argv))
 

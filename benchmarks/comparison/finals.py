@@ -1,14 +1,13 @@
-"""The last sitting: all final networks of a runtime timed together, and who does not agree with it."""
+"""The last sitting: all final networks of a runtime timed together."""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
-import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from benchmarks.comparison.experiment import Experiment, Run, dense_recipe, runs_of, runtime_name
 from benchmarks.comparison.runs import Places, is_of
-from benchmarks.comparison.summary import last_ratio, network_of
+from benchmarks.comparison.summary import network_of
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency import RuntimeSettings, get_runtime
@@ -28,9 +27,6 @@ from wgates_plugin.recipe import prepare
 from wgates_plugin.surgery import rebuild, resize
 from wgates_plugin.tracing import trace
 from wgates_plugin.transforms import apply_steps
-
-MOST_APART = 0.03
-"""Relative. One network's ratio is found again to about 2 % on a machine with nothing else to do."""
 
 MOST_SLOWED = 1.05
 """Times its quiet latency: what the untouched network may take beside a timing that is not doubted."""
@@ -43,52 +39,6 @@ FEW = 10
 
 MOST_PASSES = 3
 """Times the passes asked for: how many there may be for a network that is timed beside other work."""
-
-
-def forget_disturbed(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:
-    """Take away the results of runs that were disturbed, with a line for each.
-
-    Those are runs that found another latency of what they delivered, smaller or larger, than the last
-    sitting did, in which all are timed: other work on the machine led them to other widths. What was
-    timed beside other work in that sitting says nothing. What they had found stays on record in
-    `Places.replaced`: a run that is made again is another draw of its accuracy too.
-    """
-    sittings: dict[Path, dict[str, Any]] = {}
-    lines = []
-    for run in chosen:
-        path = places.finals(run.runtime)
-        if not (path.exists() and places.result(run).exists()):
-            continue
-        if path not in sittings:
-            sittings[path] = read_json(path, kind="final latencies")
-        timed = sittings[path]
-        stored = read_json(places.result(run), kind="run")
-        last = last_ratio(timed, run, stored)
-        if last is None or run.key in timed["disturbed"]:
-            continue
-        own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
-        if abs(own / last - 1.0) <= MOST_APART:
-            continue
-        lines.append(
-            f"{run.key}: found {own:.3f} of the latency, the last sitting {last:.3f}; again"
-        )
-        gone = read_replaced(places)
-        entry = {"run": run.key, "accuracy": stored["final"]["accuracy"], "own": own, "last": last}
-        write_json(places.replaced, {"kind": "replaced runs", "runs": [*gone, entry]})
-        shutil.rmtree(places.run_folder(run), ignore_errors=True)
-        places.result(run).unlink()
-        for table in (timed["ratio"], timed["networks"]):
-            del table[run.key]
-        write_json(path, timed)
-    return lines
-
-
-def read_replaced(places: Places) -> list[dict[str, Any]]:
-    """What runs had found that were taken away as disturbed, oldest first."""
-    if not places.replaced.exists():
-        return []
-    found: list[dict[str, Any]] = read_json(places.replaced, kind="replaced runs")["runs"]
-    return found
 
 
 def time_finals(

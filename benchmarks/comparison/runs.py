@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -299,45 +298,6 @@ def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
 
 def missing(places: Places, chosen: Iterable[Run]) -> list[Run]:
     return [run for run in chosen if not places.result(run).exists()]
-
-
-FLOOR = ("grid", "min_channels", "min_fraction", "floors", "caps")
-"""Settings that the least widths depend on."""
-
-
-def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:
-    """Take away the refusals of targets that another method of that cell and seed was allowed, with a
-    line for each.
-
-    The least widths are the same networks for both, so near their latency a single measurement has
-    decided. Nothing was learned before it, and there is no accuracy to choose by.
-    """
-
-    def stored(run: Run) -> dict[str, Any]:
-        path = places.result(run)
-        return read_json(path, kind="run") if path.exists() else {}
-
-    lines = []
-    refused = {run: found for run in chosen if (found := stored(run)).get("kind") == "refused"}
-    for run, report in refused.items():
-        siblings = [
-            stored(other)
-            for other in runs_of(experiment)
-            if (other.runtime, other.target, other.seed) == (run.runtime, run.target, run.seed)
-        ]
-        if any(_allowed(other) and _floor(other) == _floor(report) for other in siblings):
-            places.result(run).unlink()
-            shutil.rmtree(places.run_folder(run), ignore_errors=True)
-            lines.append(f"{run.key}: refused, where another method was not; again")
-    return lines
-
-
-def _allowed(report: dict[str, Any]) -> bool:
-    return "final" in report
-
-
-def _floor(report: dict[str, Any]) -> list[Any]:
-    return [report.get("settings", {}).get(key) for key in FLOOR]
 
 
 def prepared(

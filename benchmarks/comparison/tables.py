@@ -123,7 +123,6 @@ def _where(cell: Cell) -> str:
 def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
     """Where the page of an experiment lies, beside its runs, and what it says."""
     home = results / "comparison" / experiment.name
-    replaced = home / "replaced.json"
     about = f"# {experiment.name}\n\n{experiment.about[0].upper()}{experiment.about[1:]}."
     words = [
         f"- `{name}`: {text}"
@@ -132,16 +131,26 @@ def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
     ]
     if words:
         about += "\n\nAll methods take their defaults, but:\n\n" + "\n".join(words)
-    gone = read_json(replaced, kind="replaced runs")["runs"] if replaced.exists() else []
-    if gone:
-        about += (
-            f"\n\n{len(gone)} runs were made again, for they were disturbed; `replaced.json` has what "
-            "they had found."
-        )
-    about += _disturbed(experiment, home)
+    about += _made_again(home / "replaced.json") + _disturbed(experiment, home)
     if experiment.ours and experiment.with_role("rival"):
         about += f"\n\n{verdicts_table([experiment], results)}"
     return home / "README.md", f"{about}\n\n{experiment_text(experiment, results)}\n"
+
+
+def _made_again(path: Path) -> str:
+    gone = read_json(path, kind="replaced runs")["runs"] if path.exists() else []
+    refused = sum("refused" in one for one in gone)
+    why = [
+        f"{count} runs {words}"
+        for count, words in (
+            (len(gone) - refused, "that were disturbed"),
+            (refused, "refused a target that another method of their seed was not"),
+        )
+        if count
+    ]
+    if not why:
+        return ""
+    return f"\n\nMade again: {', '.join(why)}; `replaced.json` has what they had found."
 
 
 def _disturbed(experiment: Experiment, home: Path) -> str:

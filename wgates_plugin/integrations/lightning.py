@@ -114,6 +114,7 @@ class WGatesCallback(_Callback):
         """Before a checkpoint is read: one of a pruned network needs a network as small."""
         self._target(pl_module)
         self._unhook(pl_module)
+        self._state, self._loaded = {}, None
         if self.plan is not None:
             return
         # The Trainer restores callbacks after weights; this hook of the module comes before both.
@@ -172,6 +173,9 @@ class WGatesCallback(_Callback):
         """Gradients are complete, accumulated ones included: step the gates."""
         if self.pruner is None or self.plan is not None:
             return
+        if not self.pruner.gates.reached and _skipped(optimizer):
+            self.pruner.discard()
+            return
         # The scaler's `unscale_` has been at the weights' gradients only.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
@@ -180,8 +184,8 @@ class WGatesCallback(_Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The gates as they stand, or what stayed: tensors and plain values."""
-        if self._removal is not None:
-            return self._state  # decided, not yet removed: the weights are still whole
+        if self._state:
+            return self._state
         if self.pruner is None:
             return {}
         return {"pruner": self.pruner.state_dict(), "fine_tuning": self._fine_tuning}
@@ -189,7 +193,7 @@ class WGatesCallback(_Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Decide and take the gates off; the checkpoints of this `fit` keep the whole network."""
         if self.pruner is not None and self.plan is None and self.pruner.gates.step > 0:
-            self._state = self.state_dict()
+            self._state = self.state_dict()  # the weights are whole until `on_fit_end`
             self._removal = self.pruner.step(interactive=True)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -198,6 +202,8 @@ class WGatesCallback(_Callback):
         Raises:
             TrainingError: the gates never learned.
         """
+        if self._removal is None:  # a checkpoint of the last epoch's end leaves nothing to train
+            self.on_train_end(trainer, pl_module)
         if self._removal is not None:
             for group in self._removal:
                 group.prune()
@@ -211,11 +217,18 @@ class WGatesCallback(_Callback):
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the network whole and without gates."""
+        """Leave the network whole and without gates; checkpoints that are written now have them still."""
         self._unhook(pl_module)
         if self.pruner is not None and self.plan is None:
+            self._state = self.state_dict()
             self.pruner.detach()
             self.pruner = self._removal = None
+
+
+def _skipped(optimizer: Any) -> bool:
+    """Whether `training_step` returned None, which Lightning takes as no loss for this batch."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    return not any(weight.grad is not None and bool(weight.grad.any()) for weight in weights)
 
 
 def _steps_of(trainer: Any) -> int | None:

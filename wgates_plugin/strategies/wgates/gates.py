@@ -159,6 +159,11 @@ class WGates:
         assert self.steps
         return self._descent.at(self.step / max(1.0, self.settings.slide_fraction * self.steps))
 
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient came since the last `regularize()` or `discard()`."""
+        return self._leaf is not None and self._leaf.grad is not None
+
     def regularize(self, *, scale: float = 1.0) -> dict[str, float]:
         """Add the budget's gradient to the task's, step the gates, and report the step.
 

@@ -1,0 +1,105 @@
+"""Runs that are made again, and what they had found, which stays on record."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison.experiment import Experiment, Run, runs_of
+from benchmarks.comparison.runs import Places
+from benchmarks.comparison.summary import last_ratio
+from wgates_plugin.files import read_json, write_json
+
+MOST_APART = 0.03
+"""Relative. One network's ratio is found again to about 2 % on a machine with nothing else to do."""
+
+FLOOR = ("grid", "min_channels", "min_fraction", "floors", "caps")
+"""Settings that the least widths depend on."""
+
+
+def forget_disturbed(places: Places, chosen: Iterable[Run]) -> list[str]:
+    """Take away the results of runs that were disturbed, with a line for each.
+
+    Those are runs that found another latency of what they delivered, smaller or larger, than the last
+    sitting did, in which all are timed: other work on the machine led them to other widths. What was
+    timed beside other work in that sitting says nothing. A run that is made again is another draw of
+    its accuracy too.
+    """
+    sittings: dict[Path, dict[str, Any]] = {}
+    lines = []
+    for run in chosen:
+        path = places.finals(run.runtime)
+        if not (path.exists() and places.result(run).exists()):
+            continue
+        if path not in sittings:
+            sittings[path] = read_json(path, kind="final latencies")
+        timed = sittings[path]
+        stored = read_json(places.result(run), kind="run")
+        last = last_ratio(timed, run, stored)
+        if last is None or run.key in timed["disturbed"]:
+            continue
+        own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
+        if abs(own / last - 1.0) <= MOST_APART:
+            continue
+        lines.append(
+            f"{run.key}: found {own:.3f} of the latency, the last sitting {last:.3f}; again"
+        )
+        _forget(places, run, accuracy=stored["final"]["accuracy"], own=own, last=last)
+        for table in (timed["ratio"], timed["networks"]):
+            del table[run.key]
+        write_json(path, timed)
+    return lines
+
+
+def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:
+    """Take away the refusals of targets that another method of that cell and seed was allowed, with a
+    line for each.
+
+    Where both prune the same network, the least widths are the same for both, so near their latency a
+    single measurement has decided. There is no accuracy to choose by.
+    """
+    refused = [run for run in chosen if "reason" in _stored(places, run)]
+    lines = []
+    for run in filter(lambda run: _prunes_the_same(experiment, run), refused):
+        report = _stored(places, run)
+        siblings = [
+            _stored(places, other)
+            for other in runs_of(experiment)
+            if (other.runtime, other.target, other.seed) == (run.runtime, run.target, run.seed)
+            and _prunes_the_same(experiment, other)
+        ]
+        if any("final" in other and _floor(other) == _floor(report) for other in siblings):
+            lines.append(f"{run.key}: refused, where another method was not; again")
+            _forget(places, run, refused=report["reason"])
+    return lines
+
+
+def read_replaced(places: Places) -> list[dict[str, Any]]:
+    """What runs had found, or why they were refused, that were made again; oldest first."""
+    if not places.replaced.exists():
+        return []
+    found: list[dict[str, Any]] = read_json(places.replaced, kind="replaced runs")["runs"]
+    return found
+
+
+def _forget(places: Places, run: Run, **found: Any) -> None:
+    gone = [*read_replaced(places), {"run": run.key, **found}]
+    write_json(places.replaced, {"kind": "replaced runs", "runs": gone})
+    shutil.rmtree(places.run_folder(run), ignore_errors=True)
+    places.result(run).unlink()
+
+
+def _stored(places: Places, run: Run) -> dict[str, Any]:
+    path = places.result(run)
+    return read_json(path, kind="run") if path.exists() else {}
+
+
+def _prunes_the_same(experiment: Experiment, run: Run) -> bool:
+    """A method with samples of its own changes the network before it is pruned."""
+    return "samples_file" not in experiment.methods[run.method].pruning
+
+
+def _floor(report: dict[str, Any]) -> list[Any]:
+    return [report.get("settings", {}).get(key) for key in FLOOR]

@@ -1,0 +1,76 @@
+"""Which runs are made again, and that what they had found is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from comparison_helpers import filled, stored
+
+from benchmarks import comparison
+from benchmarks.comparison import again, runs
+from benchmarks.comparison.experiment import Run, load_experiment, runs_of
+from benchmarks.comparison.tables import page
+from wgates_plugin.files import write_json
+
+
+def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = list(runs_of(experiment))
+    places.run_folder(chosen[2]).mkdir(parents=True)
+    (line,) = again.forget_disturbed(places, chosen)
+    assert line.startswith(f"{chosen[2].key}: found 0.490 of the latency, the last sitting 0.510")
+    assert runs.missing(places, chosen) == chosen[2:]
+    assert again.read_replaced(places) == [
+        {"run": chosen[2].key, "accuracy": 0.8, "own": 0.49, "last": 0.51}
+    ]
+    assert "Made again: 1 runs that were disturbed; " in page(experiment, tmp_path / "results")[1]
+    assert not places.run_folder(chosen[2]).exists()
+    assert set(json.loads(places.finals("eager").read_text())["ratio"]) == {
+        run.key for run in chosen[:2]
+    }
+    assert again.forget_disturbed(places, chosen) == []
+
+
+def test_what_the_last_sitting_timed_beside_other_work_stays(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = list(runs_of(experiment))
+    last = json.loads(places.finals("eager").read_text())
+    write_json(places.finals("eager"), {**last, "disturbed": [chosen[2].key]})
+    assert again.forget_disturbed(places, chosen) == []
+    assert runs.missing(places, chosen) == []
+
+
+def test_a_refusal_that_another_method_did_not_meet_is_made_again(tmp_path: Path) -> None:
+    """Of the same cell, seed and least widths: what is refused to all, or for a coarser grid, stays."""
+    experiment = load_experiment(stored(tmp_path, seeds=[0, 1]))
+    places = runs.Places(experiment, tmp_path, tmp_path)
+    chosen = comparison.choose(experiment)
+    first, second, third, fourth = chosen  # two methods with seed 0, then with seed 1
+    assert (first.seed, second.seed, third.seed) == (0, 0, 1)
+
+    def refuse(run: Run, **settings: object) -> None:
+        write_json(places.result(run), {"kind": "refused", "reason": "few", "settings": settings})
+
+    refuse(second)
+    write_json(places.result(first), {"final": {}, "settings": {"grid": 4}})
+    refuse(third, grid=4)
+    refuse(fourth, grid=4)
+    assert again.forget_refused(experiment, places, chosen) == []
+    refuse(second, grid=4)
+    places.run_folder(second).mkdir(parents=True)
+    (line,) = again.forget_refused(experiment, places, [second])
+    assert line == f"{second.key}: refused, where another method was not; again"
+    assert not places.run_folder(second).exists()
+    assert runs.missing(places, chosen) == [second]
+    assert again.read_replaced(places) == [{"run": second.key, "refused": "few"}]
+    refuse(second, grid=4)
+    own_samples = experiment.methods[second.method].model_copy(
+        update={"pruning": {"samples_file": None}}
+    )
+    other = experiment.model_copy(
+        update={"methods": {**experiment.methods, second.method: own_samples}}
+    )
+    assert again.forget_refused(other, places, chosen) == []
