@@ -92,6 +92,21 @@ def test_without_a_placeholder_candidate_and_reference_run_in_turn(tmp_path: Pat
     assert models[:2] == [str(mine.path), str(other.path)]
 
 
+def test_times_of_an_earlier_measurement_are_not_used_again(tmp_path: Path) -> None:
+    """The device slows down between two measurements; what the reference had left is stale."""
+    speed = tmp_path / "ms"
+    code = f"print('{{\"samples_ms\": [%s, %s, %s, %s]}}' % ((open({str(speed)!r}).read(),) * 4))"
+    made = saying(code, rounds=4)
+    with made.load(nn.ReLU(), example()) as mine, made.load(nn.Tanh(), example()) as reference:
+        for ms in ("0.1", "0.2"):
+            speed.write_text(ms)
+            found = measure(
+                mine, reference=reference, reference_ms=0.1, seconds=0, min_rounds=1, warmup=1
+            )
+            assert (found.latency_ms, found.drift) == (0.1, float(ms) / 0.1)
+            assert found.reference_samples_ms == (float(ms),)
+
+
 def test_with_the_placeholder_one_run_gives_pairs(tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = ["model={model}", "reference={reference}", "ms=2", "reference_ms=4", f"log={log}"]

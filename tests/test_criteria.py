@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
 from helpers import snapshot
 from networks import TINY, conv_bn, example, randomised, tiny
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from torch_pruning.pruner.importance import FPGMImportance as ShippedFPGM
 from torch_pruning.pruner.importance import OBDCImportance
 
@@ -265,6 +267,47 @@ def test_taylor_is_the_mean_of_what_each_batch_says() -> None:
     signed = TaylorImportance(normalizer=None, group_reduction="sum", multivariable=True)
     with gradients_of(network, [(inputs, targets)] * 2, loss, signed):
         assert float(signed(group).abs().max()) < 1e-6 * float(once.max())
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_the_seed_decides_what_is_drawn_and_all_random_states_are_given_back(
+    criterion: str,
+) -> None:
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    inputs, targets = (torch.cat(part) for part in zip(*data(), strict=True))
+
+    def noisy(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        first, second = zip(*batch, strict=True)
+        return torch.stack(first) * (1 + np.random.rand()), torch.stack(second)
+
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(
+        TensorDataset(inputs, targets), 4, shuffle=True, generator=generator, collate_fn=noisy
+    )
+    before = (np.random.get_state()[1].copy(), torch.get_rng_state(), generator.get_state())
+    found = [criterion_scores(network, space, criterion, loader, seed=s) for s in (1, 1, 2)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    after = (np.random.get_state()[1], torch.get_rng_state(), generator.get_state())
+    assert all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+def test_hessian_takes_targets_of_any_form() -> None:
+    """As mixup has them: two labels for each image, and one weight for all."""
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    (inputs, targets), *_ = data()
+
+    def mixed(logits: Tensor, target: Any) -> Tensor:
+        one, two, share = target
+        entropy = nn.functional.cross_entropy
+        return share * entropy(logits, one) + (1 - share) * entropy(logits, two)
+
+    both = (targets, targets, torch.tensor(0.3))
+    found = criterion_scores(network, space, "hessian", [(inputs, both)], loss=mixed)
+    plain = criterion_scores(network, space, "hessian", [(inputs, targets)])
+    assert torch.allclose(found, plain, rtol=1e-4)
 
 
 def test_hessian_as_shipped_keeps_the_last_sample_and_ours_accumulates() -> None:

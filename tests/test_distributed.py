@@ -57,26 +57,63 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("strategy", ["wgates", "gdp"])
-def test_two_ranks_end_alike(strategy: str, tmp_path: Path) -> None:
-    script = tmp_path / "job.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(SCRIPT.format(tests=tests, out=str(tmp_path), strategy=strategy))
+DOOR = """
+import os
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import test_pipeline as t
+from torch.utils.data import DataLoader, TensorDataset
+from wgates_plugin.files import save_tensors
+from wgates_plugin.integrations.torch_pruning import StrategyPruner
+from wgates_plugin.training import TrainingSettings
+images, targets = (torch.cat(part) for part in zip(*t.make_data()))
+network = t.make_network()
+pruner = StrategyPruner(network, t.EXAMPLE, {strategy!r}, DataLoader(TensorDataset(images, targets), 16),
+                        epochs=2, training=TrainingSettings(accelerator="cpu"), target=3e5)
+pruner.step()
+rank = os.environ["RANK"]
+save_tensors(Path({out!r}) / f"door-{{rank}}.safetensors",
+             {{"scores": pruner.decision.scores, **network.state_dict()}})
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def launch(script: str, folder: Path, **words: str) -> None:
+    path = folder / "job.py"
+    path.write_text(script.format(tests=str(Path(__file__).parent), out=str(folder), **words))
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            str(script),
-        ],
+        [sys.executable, *ranks, str(path)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("strategy", ["wgates", "gdp"])
+def test_two_ranks_decide_alike_through_a_door(strategy: str, tmp_path: Path) -> None:
+    launch(DOOR, tmp_path, strategy=strategy)
+    first, second = (
+        load_tensors(tmp_path / f"door-{rank}.safetensors", kind="weights") for rank in (0, 1)
+    )
+    assert {name: value.shape for name, value in first.items()} == {
+        name: value.shape for name, value in second.items()
+    }
+    # Running statistics are each rank's own.
+    weights = [name for name in first if "running" not in name and "tracked" not in name]
+    assert all(torch.equal(first[name], second[name]) for name in weights)
+
+
+@pytest.mark.parametrize("strategy", ["wgates", "gdp"])
+def test_two_ranks_end_alike(strategy: str, tmp_path: Path) -> None:
+    launch(SCRIPT, tmp_path, strategy=strategy)
     plans = [json.loads((tmp_path / f"plan-{rank}.json").read_text()) for rank in (0, 1)]
     assert plans[0] == plans[1]
     first, second = (

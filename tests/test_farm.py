@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_bench import IDENTITY, FarmBench, staircase_ms
 from networks import example, tiny
 
 from wgates_plugin import ChannelSpace, trace
+from wgates_plugin.efficiency import farm as farm_module
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
 from wgates_plugin.efficiency.sample_file import SampleFile
-from wgates_plugin.errors import MeasurementError
+from wgates_plugin.errors import ConfigError, MeasurementError
 from wgates_plugin.latency import RuntimeSettings, get_runtime
 
 OPTIONS: dict[str, Any] = {"grid": 1, "seed": 3, "seconds_per_sample": 0.0}
@@ -49,6 +51,25 @@ def ray() -> Iterator[Any]:
         )
     yield module
     module.shutdown()
+
+
+def test_workers_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(farm_module, "usable_cores", lambda: 6)
+    monkeypatch.setattr(farm_module, "_on_cluster", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Farm.of(1, RuntimeSettings(threads=64)) == Farm()
+    assert Farm.of(3, RuntimeSettings(threads=2)) == Farm(3, resources={"num_cpus": 2.0})
+    with pytest.raises(ConfigError, match="got 4, this machine has 3 times 2 free cores"):
+        Farm.of(4, RuntimeSettings(threads=2))
+    found = Farm.of(2, RuntimeSettings(device="cuda"))
+    assert found.resources == {"num_cpus": 1.0, "num_gpus": 1.0}
+    with pytest.raises(ConfigError, match="got 3, this machine has 2 GPUs"):
+        Farm.of(3, RuntimeSettings(device="cuda"))
+    with pytest.raises(ConfigError, match="write `cuda`"):
+        Farm.of(2, RuntimeSettings(device="cuda:1"))
+    monkeypatch.setattr(farm_module, "_on_cluster", lambda: True)
+    assert Farm.of(40, RuntimeSettings()).workers == 40
 
 
 def test_without_ray_one_process_samples(

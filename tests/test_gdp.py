@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning as tp
-from helpers import ActivationGates
+from helpers import ActivationGates, recount
 from networks import TINY, Add, Head, conv, conv_bn, example, randomised, tiny
 from torch import Tensor, nn
 
@@ -45,10 +45,11 @@ def make(
     share: float = 0.5,
     steps: int = 20,
     min_fraction: float = 0.1,
+    floors: dict[str, int] | None = None,
     **options: Any,
 ) -> PolarisedGates:
     network.train()
-    space = trace(network, example(), min_fraction=min_fraction)
+    space = trace(network, example(), min_fraction=min_fraction, floors=floors)
     model = MacsModel(space)
     full = float(model(torch.tensor(space.full_widths)))
     return PolarisedGates(
@@ -301,6 +302,15 @@ def test_a_branch_may_close_altogether_and_a_stem_may_not() -> None:
         assert bool(kept.unit_scores()[kept.space.unit_slice(index)].any())
 
 
+def test_a_floor_of_its_own_keeps_a_branch() -> None:
+    network = branchy()
+    (inner,) = (n for n in trace(network, example()).names if n.startswith("1.main.0"))
+    gates = make(network, share=0.4, min_fraction=0.0, floors={inner: 4}, steps=60)
+    learn(gates, 60, rate=0.001)
+    assert gates.facts["closed_branches"] == []
+    assert gates.widths()[gates.space.names.index(inner)] >= 4
+
+
 def test_the_whole_job_drops_the_branch(tmp_path: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     data = [
@@ -330,6 +340,8 @@ def test_the_whole_job_drops_the_branch(tmp_path: Any) -> None:
         branchy(), result.run_folder / "plan.json", result.run_folder / "pruned.safetensors"
     )
     assert torch.equal(again(example()), result.network(example()))
+    final = result.report["final"]
+    assert (final["macs"], final["parameters"]) == recount(result.network, example())
 
 
 # torch-pruning

@@ -101,6 +101,18 @@ def test_without_profiles_and_matplotlib_it_says_so(
     assert "wgates-plugin[plots]" in html
 
 
+def test_eight_measurements_make_a_page_without_intervals(
+    space: ChannelSpace, tmp_path: Path
+) -> None:
+    """Nine are needed to promise 90 %."""
+    few = SampleFile.open(tmp_path / "few.jsonl", space, IDENTITY)
+    collect(few, space, steady_bench(space), count=8, grid=1, seed=0, seconds_per_sample=0.0)
+    lpnet = LPNet.fit(space, few.widths, few.latencies_ms, seed=0)
+    found = contents(lpnet, few, name="tiny", identity=IDENTITY)
+    assert [point["low_ms"] for point in found["held_out"]] == [None] * 8
+    assert write_lpnet_report(tmp_path, lpnet, few, name="tiny", identity=IDENTITY).is_file()
+
+
 def test_the_learner_is_asked_after_the_covering_part(space: ChannelSpace, tmp_path: Path) -> None:
     made = SampleFile.open(tmp_path / "samples.jsonl", space, IDENTITY)
     learner = Learner(space, seed=0)

@@ -44,7 +44,7 @@ from wgates_plugin.pipeline import (
     record,
 )
 from wgates_plugin.pipeline.job import Job
-from wgates_plugin.run_folder import RunFolder
+from wgates_plugin.run_folder import RunFolder, first_batch_digest
 from wgates_plugin.strategies.wgates import WGatesSettings, WGatesStrategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
 from wgates_plugin.training import Trainer, TrainingSettings, evaluate
@@ -536,6 +536,32 @@ def test_killed_after_a_trim_it_resumes(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.held
     verdicts = [a["verdict"] for a in result.report["attempts"] if a["stage"] == "delivery"]
     assert verdicts == ["over", "held"]
+
+
+def test_a_stage_whose_checkpoint_was_deleted_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = LatencyTarget(fraction=0.8, runtime="eager")
+    with monkeypatch.context() as patch:
+        with_latency_ratios(patch, [None])
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", target=target)
+    removed = tmp_path / "run" / "stages" / "removed.pt"
+    before = torch.load(removed, weights_only=True)["network"]
+    removed.unlink()
+    with_latency_ratios(monkeypatch, [0.5])
+    assert run(tmp_path / "run", target=target, resume=True).held
+    again = torch.load(removed, weights_only=True)["network"]
+    assert all(torch.equal(value, again[name]) for name, value in before.items())
+
+
+def test_the_first_batch_is_looked_at_and_nothing_drawn_from_the_loaders_generator() -> None:
+    images = torch.arange(32.0).view(32, 1)
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(images), batch_size=4, shuffle=True, generator=generator)
+    state = generator.get_state()
+    assert first_batch_digest(loader) == first_batch_digest(loader)
+    assert torch.equal(generator.get_state(), state)
 
 
 def test_the_floors_are_not_measured_until_they_pass(

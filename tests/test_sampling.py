@@ -501,6 +501,41 @@ def test_a_study_samples_lightly_and_judges_against_the_untouched(tmp_path: Path
     assert list(second.samples.sources.values()) == [light]
 
 
+def test_a_job_goes_on_with_its_measurements_in_another_environment(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an update of the kernel: what its LPNet learned from counts, what it left out does not."""
+    network = tiny("plain")
+    space = trace(network, example())
+
+    def study(known: Sequence[int]) -> LatencyStudy:
+        target = LatencyTarget(fraction=1.0, runtime="eager")
+        found = LatencyStudy(network, space, example(), target)
+        found._family, found._reference = SteadyFamily(space), SteadySession(REFERENCE_MS)
+        found.reference_ms = REFERENCE_MS
+        found.open_files(tmp_path / "samples", tmp_path / "visited", known=known)
+        return found
+
+    first = study([])
+    first.sample(count=8, profile=False, **OPTIONS)
+    first.at((4, 8), 0.0)
+    for file in (first.samples, first.visited):
+        assert file is not None
+        file.close()
+        text = file.path.read_text()
+        kernel = first.samples.environment["os"]
+        assert kernel in text
+        file.path.write_text(text.replace(kernel, "a kernel before the update"))
+    for known, samples in (((), 0), ((0,), 8)):
+        caplog.clear()
+        again = study(known)
+        assert (len(again.samples), len(again.visited)) == (samples, 1)
+        assert "in another environment (" in caplog.text
+        again.samples.close()
+        again.visited.close()
+    assert first.refit(again.fit(seed=0)) is not None
+
+
 def test_common_drift_is_of_all_or_none() -> None:
     assert common_drift([0.96, 0.97, 0.95]) == 0.96
     assert common_drift([0.9, 1.02, 0.95]) == 1.0

@@ -20,6 +20,8 @@ from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.gating import Gating
 from wgates_plugin.strategies import STRATEGIES, Task, make_strategy, plan_for_budget
+from wgates_plugin.strategies.gdp.absorption import rigid_units
+from wgates_plugin.strategies.gdp.gates import PolarisedGates
 from wgates_plugin.strategies.scop.branches import branch_ends, scatter_steps
 from wgates_plugin.surgery import rebuild, remove, resize
 from wgates_plugin.training import TrainingSettings
@@ -234,6 +236,30 @@ def test_a_network_with_scatters_is_pruned_again_by_any_strategy(strategy: str) 
     plan = plan_for_budget(space, decision.scores, decision.widths, budget)
     smaller = remove(copy.deepcopy(decision.network), plan, example())
     assert removal_error(decision.network, smaller, plan, example()) <= TOLERANCE
+
+
+def test_gdps_gates_are_absorbed_where_a_scatter_reads_the_channels() -> None:
+    network = scattered("residual").train()
+    (index,) = {
+        index
+        for index, group in enumerate(trace(network, example()).groups)
+        if any(isinstance(network.get_submodule(slot.module), Scatter) for slot in group.slots)
+    }
+    name = trace(network, example()).names[index]
+    space = trace(network, example(), caps={name: 4})
+    model = MacsModel(space)
+    budget = Budget.of(Limit(model, 0.9 * float(model(torch.tensor(space.full_widths)))))
+    gates = PolarisedGates(network, space, budget, steps=10, example_inputs=example()).attach()
+    gates.settle()
+    before = gates.output()
+    gates.absorb()
+    mine = space.unit_slice(index)
+    assert rigid_units(network, space)[mine].all()
+    assert (gates.unit_scores()[mine] == 0).any()
+    assert relative_error(gates.output(closed_alone=True), before) <= TOLERANCE
+    network.eval()
+    with torch.no_grad():
+        assert relative_error(network(example()), before) > TOLERANCE
 
 
 def test_a_scatter_ignores_no_channel_but_zeros_in_front_of_it_are_dead() -> None:

@@ -87,6 +87,7 @@ class ChannelGroup:
             channels in each of their conv groups; `channels == units * ties`, and channel
             `u + k * units` belongs to unit `u`.
         floor: least width a plan may leave. cap: largest width a plan may leave.
+        floor_is_own: asked for by name, where others have what all groups have.
     """
 
     name: str
@@ -95,6 +96,7 @@ class ChannelGroup:
     floor: int
     cap: int
     slots: tuple[Slot, ...]
+    floor_is_own: bool = False
 
     @property
     def units(self) -> int:
@@ -129,14 +131,14 @@ class ChannelGroup:
             "floor": self.floor,
             "cap": self.cap,
             "slots": [slot.to_json() for slot in self.slots],
+            **({"floor_is_own": True} if self.floor_is_own else {}),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ChannelGroup:
         slots = tuple(Slot.from_json(slot) for slot in value["slots"])
-        return cls(
-            value["name"], value["channels"], value["ties"], value["floor"], value["cap"], slots
-        )
+        numbers = (value["name"], value["channels"], value["ties"], value["floor"], value["cap"])
+        return cls(*numbers, slots, bool(value.get("floor_is_own", False)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -443,7 +444,7 @@ def _with_limits(
                 "no width"
             )
         limited.append(
-            ChannelGroup(group.name, group.channels, group.ties, floor, cap, group.slots)
+            dataclasses.replace(group, floor=floor, cap=cap, floor_is_own=group.name in floors)
         )
     if problems:
         raise TraceError(f"floors and caps: {'; '.join(problems)}; groups: {', '.join(known)}")

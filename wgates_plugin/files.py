@@ -42,7 +42,7 @@ def _part_beside(path: Path) -> Iterator[Path]:
 
 def _settle(part: Path) -> None:
     """Bring what was written to disk, for all to read."""
-    with part.open("rb") as file:
+    with part.open("rb+") as file:  # Windows brings nothing to disk that is open for reading alone
         os.fsync(file.fileno())
     part.chmod(0o644)
 

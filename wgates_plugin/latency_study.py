@@ -6,19 +6,20 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.bench import Bench, Trust, half_widths, light_bench
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
 from wgates_plugin.efficiency.lpnet import COVERAGE, LPNet
+from wgates_plugin.efficiency.lpnet.held_out import interval_rows
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, SamplingCost, collect
 from wgates_plugin.latency import get_runtime
@@ -123,11 +124,25 @@ class LatencyStudy:
         """The runtime's channel grid, as JSON."""
         return asdict(probe_grid(self.runtime))
 
-    def open_files(self, samples: Path, visited: Path) -> None:
-        """Start or continue the file of random samples and that of widths the job came by."""
+    def open_files(self, samples: Path, visited: Path, *, known: Collection[int] = ()) -> None:
+        """Start or continue the file of random samples and that of widths the job came by.
+
+        Args:
+            known: sources of samples that the job's LPNet has learned from. They count, and all that
+                was visited does, in whatever environment a job is resumed: it goes on with that LPNet.
+        """
         assert self.reference_ms is not None
         self.open_samples(samples)
         self.visited = SampleFile.open(visited, self.space, self.identity)
+        assert self.samples is not None
+        for file, sources in ((self.samples, known), (self.visited, self.visited.sources)):
+            if again := set(sources) & set(file.set_aside()):
+                logger.warning(
+                    "samples `%s`: the job goes on in another environment (%s); what was measured "
+                    "before counts on, by its ratio to the untouched network",
+                    file.path, file.differences(),
+                )  # fmt: skip
+                file.allowed = file.allowed | again
         self.visited.clock_ms = self.reference_ms
 
     def open_samples(self, path: Path) -> SampleFile:
@@ -385,21 +400,10 @@ class LatencyStudy:
         """Measured against predicted latency with the 90 % interval: sampled sub-networks as they
         were predicted unseen, visited ones by `lpnet` as it is."""
         held_out = lpnet.held_out
-        rows = _rows(
-            "sampled", held_out.measured_ms, held_out.predicted_ms, held_out.interval(COVERAGE)
-        )
+        rows = held_out.rows("sampled")
         if self.visited:
             widths = torch.tensor(self.visited.widths, dtype=torch.float64)
             measured = torch.tensor(self.visited.latencies_ms, dtype=torch.float64)
-            rows += _rows("visited", measured, lpnet(widths), lpnet.interval(widths))
+            known = lpnet.interval(widths) if held_out.most_coverage >= COVERAGE else None
+            rows += interval_rows("visited", measured, lpnet(widths), known)
         return rows
-
-
-def _rows(
-    name: str, measured: Tensor, predicted: Tensor, interval: tuple[Tensor, Tensor]
-) -> list[dict[str, Any]]:
-    columns = (measured.tolist(), predicted.tolist(), *(end.tolist() for end in interval))
-    return [
-        {"measured_ms": m, "predicted_ms": p, "low_ms": low, "high_ms": high, "set": name}
-        for m, p, low, high in zip(*columns, strict=True)
-    ]

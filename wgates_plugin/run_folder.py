@@ -16,6 +16,7 @@ from torch import nn
 
 from wgates_plugin.errors import FileFormatError, RunFolderError
 from wgates_plugin.files import atomic_path, raw_bytes, read_json, write_json
+from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 
 T = TypeVar("T")
 
@@ -101,11 +102,16 @@ class RunFolder:
             )
         return None
 
-    def once(self, name: str, compute: Callable[[], T]) -> T:
-        """The stored JSON value of stage `name`, computed by rank 0 when it is not there yet."""
+    def once(self, name: str, compute: Callable[[], T], *, leaves: str | None = None) -> T:
+        """The stored JSON value of stage `name`, computed by rank 0 when it is not there yet.
+
+        Args:
+            leaves: the checkpoint that the stage writes; without it the stage is done again.
+        """
         path = self.stage_file(f"{name}.json")
         failure: BaseException | None = None
-        if self.is_writer and not path.exists():
+        whole = path.exists() and (leaves is None or self.stage_file(leaves).exists())
+        if self.is_writer and not whole:
             try:
                 with self.clock(name):
                     value = compute()
@@ -212,9 +218,13 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def first_batch_digest(loader: Iterable[Any]) -> str:
-    """Short hash of a loader's first batch: tells whether a run is resumed on the same data."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    """Short hash of a loader's first batch: tells whether a run is resumed on the same data.
+
+    All random states, a generator of the loader's own included, are given back.
+    """
+    cpu = torch.device("cpu")
+    with random_state_kept(cpu, loader):
+        seed_epoch(0, 0, cpu, loader)
         batch = next(iter(loader), None)
     digest = hashlib.sha256()
     pending: list[Any] = [batch]

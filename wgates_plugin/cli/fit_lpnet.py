@@ -179,7 +179,7 @@ def fit_lpnet(
                 seconds_per_sample=seconds,
                 active=learner.active() if learner else None,
                 profile=profile,
-                farm=Farm(workers=workers),
+                farm=Farm.of(workers, study.runtime.settings),
                 on_sample=shown,
                 retime=True,
             )

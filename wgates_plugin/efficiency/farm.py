@@ -7,7 +7,9 @@ measuring is given to another, so that a death costs one sample's time and no sa
 from __future__ import annotations
 
 import logging
+import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from wgates_plugin.channels import ChannelSpace
@@ -32,9 +35,9 @@ from wgates_plugin.efficiency.sampling import (
     collect,
     keep,
 )
-from wgates_plugin.errors import MeasurementError, MissingExtraError, WGatesError
+from wgates_plugin.errors import ConfigError, MeasurementError, MissingExtraError, WGatesError
 from wgates_plugin.latency.base import Measurement, RuntimeSettings, require
-from wgates_plugin.latency.environment import describe_environment
+from wgates_plugin.latency.environment import describe_environment, usable_cores
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
@@ -98,6 +101,33 @@ class Farm:
     restarts: int = 3
     resources: Mapping[str, float] | None = None
 
+    @classmethod
+    def of(cls, workers: int, settings: RuntimeSettings) -> Farm:
+        """As many workers with these settings, each with cores, or a GPU, of its own.
+
+        Raises:
+            ConfigError: this machine has fewer; not where Ray is on a cluster.
+        """
+        if workers == 1:
+            return cls()
+        on_gpu = settings.device.startswith("cuda")
+        if ":" in settings.device:
+            problem = f"device `{settings.device}`: {workers} workers take a GPU each; write `cuda`"
+            raise ConfigError("farm", [problem])
+        there = torch.cuda.device_count() if on_gpu else usable_cores() // settings.threads
+        if workers > there and not _on_cluster():
+            what = "GPUs" if on_gpu else f"times {settings.threads} free cores"
+            raise ConfigError(
+                "farm",
+                [
+                    f"workers: got {workers}, this machine has {there} {what}, and workers that share "
+                    "one disturb each other's times; ask for at most that many, or connect Ray to "
+                    "a cluster (RAY_ADDRESS)"
+                ],
+            )
+        resources = {"num_cpus": float(settings.threads), **({"num_gpus": 1.0} if on_gpu else {})}
+        return cls(workers, resources=resources)
+
 
 def collect_on_farm(
     file: SampleFile,
@@ -153,12 +183,14 @@ def collect_on_farm(
     ours = not ray.is_initialized()
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report
-        ray.init(
-            num_cpus=farm.workers,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=_STORE_BYTES,
-        )
+        here: dict[str, Any] = {}
+        if "RAY_ADDRESS" not in os.environ:  # a cluster has cores and memory as it has them
+            cores = (farm.resources or {}).get("num_cpus", 1)
+            here = {
+                "num_cpus": math.ceil(farm.workers * cores),
+                "object_store_memory": _STORE_BYTES,
+            }
+        ray.init(include_dashboard=False, log_to_driver=False, **here)
     crew = _Crew(ray, make_bench, farm, file, (seconds_per_sample, trust, profile))
     try:
         for widths, taken, source in crew.work(
@@ -174,6 +206,12 @@ def collect_on_farm(
             ray.shutdown()
     check_enough(file, count, grid)
     return SamplingCost(time.perf_counter() - started, inside)
+
+
+def _on_cluster() -> bool:
+    """Whether Ray is told, or connected, to what is more than this machine."""
+    ray = sys.modules.get("ray")
+    return "RAY_ADDRESS" in os.environ or bool(ray is not None and ray.is_initialized())
 
 
 def _ray() -> ModuleType | None:

@@ -236,9 +236,10 @@ class CommandSession(BaseSession):
                 mine._partner, mine._left_ms = None, []
 
     def forget(self) -> None:
-        """Begin the next pairs with a run of their own."""
+        """Begin with a run of its own: what is left of an earlier one met the machine as it was then."""
+        self._left_ms = []
         if self._partner is not None:
-            self._left_ms, self._partner._left_ms = [], []
+            self._partner._left_ms = []
 
     def _more(self) -> None:
         if self._partner is not None and not self._leads:

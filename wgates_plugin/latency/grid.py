@@ -127,7 +127,7 @@ def probe_grid(
     widths = probe_widths(ordered)
     share = seconds / len(widths)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         inputs = torch.randn(1, _OUTER_CHANNELS, _SIDE, _SIDE)
         networks = {width: _Chains(width).eval() for width in widths}
     evidence: dict[int, float] = {}

@@ -156,7 +156,7 @@ def remove_channels(
             "steps": _steps(after=after_steps),
         }
 
-    facts = job.folder.once("removal", compute)
+    facts = job.folder.once("removal", compute, leaves="removed.pt")
     job.done(
         f"removing channels: accuracy {facts['accuracy']:.2%}, with BatchNorm statistics renewed "
         f"{facts['accuracy_recalibrated']:.2%}",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs, refuse_other_device, to_cpu
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
 from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet
@@ -241,13 +242,8 @@ class Job:
             fabric=self.fabric,
             seed=settings.seed,
             checkpoints=self.folder,
-            average=self._average,
             progress=self.progress,
         )
-
-    def _average(self, value: Tensor) -> Tensor:
-        mean: Tensor = self.fabric.all_reduce(value, reduce_op="mean")  # type: ignore[assignment]
-        return mean
 
     def teacher(self, training: TrainingSettings) -> nn.Module | None:
         return copy.deepcopy(self.dense) if training.distillation_weight > 0 else None
@@ -261,15 +257,28 @@ class Job:
         logger.info("%s%s", words, f" ({seconds:.1f} s)" if phases else "")
 
     def facts(
-        self, network: nn.Module, widths: Sequence[int], latency: Measurement
+        self,
+        network: nn.Module,
+        widths: Sequence[int],
+        latency: Measurement,
+        *,
+        other_layers: bool = False,
     ) -> dict[str, Any]:
-        """Latency, accuracy, MACs and parameters of a network, as JSON."""
+        """Latency, accuracy, MACs and parameters of a network, as JSON.
+
+        Args:
+            other_layers: it has others than the untouched network at these widths, and is traced.
+        """
+        space = self.space
+        if other_layers:
+            space = DependencyTrace(network.cpu(), self.example_inputs).space()
+            widths = space.full_widths
         row = torch.tensor(widths, dtype=torch.float64)
         return {
             "latency_ms": latency.latency_ms,
             "accuracy": self.accuracy(network),
-            "macs": float(MacsModel(self.space)(row)),
-            "parameters": float(ParametersModel(self.space)(row)),
+            "macs": float(MacsModel(space)(row)),
+            "parameters": float(ParametersModel(space)(row)),
             "latency": latency.to_json(),
         }
 

@@ -70,7 +70,10 @@ def fit_lpnet(job: Job) -> None:
         samples = job.folder.file("samples.jsonl")
         if job.settings.samples_file is not None and not samples.exists():
             write_text(samples, Path(job.settings.samples_file).read_text(encoding="utf-8"))
-        job.study.open_files(samples, job.folder.stage_file("visited.jsonl"))
+        fitted = job.folder.stage("lpnet") or {}
+        job.study.open_files(
+            samples, job.folder.stage_file("visited.jsonl"), known=fitted.get("sources", ())
+        )
     if job.settings.samples_file is not None:
         _tie_samples(job)
 
@@ -90,7 +93,7 @@ def fit_lpnet(job: Job) -> None:
                 seed=settings.seed,
                 seconds_per_sample=settings.seconds_per_sample,
                 active=learner.active() if learner else None,
-                farm=Farm(workers=settings.workers),
+                farm=Farm.of(settings.workers, job.study.runtime.settings),
                 on_sample=lambda done, _: bar.reach(done),
             )
         lpnet = job.study.fit(seed=settings.seed, structure=settings.lpnet)
@@ -106,6 +109,7 @@ def fit_lpnet(job: Job) -> None:
             "worst": lpnet.report.worst,
             "half_width_90": lpnet.report.half_width_90,
             "covered_90": lpnet.held_out.covered(0.9),
+            "sources": sorted({sample.source for sample in job.study.samples}),
             "set_aside": sum(job.study.samples.set_aside().values()),
             "measured_again": len(job.study.samples.rejected),
             "active": learner is not None,

@@ -31,7 +31,12 @@ def write(
         smaller = network.cpu().eval()
         job.store(plan, smaller)
         deliveries = _deliveries(job)
-        final = job.facts(smaller, plan.widths, Measurement.from_json(deliveries[-1]))
+        final = job.facts(
+            smaller,
+            plan.widths,
+            Measurement.from_json(deliveries[-1]),
+            other_layers=bool(plan.note.get("after")),
+        )
         write_json(job.folder.file("report.json"), _report(job, plan, final, deliveries, decision))
         return True
 

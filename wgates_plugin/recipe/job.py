@@ -38,7 +38,7 @@ def prepare(recipe: Recipe) -> tuple[nn.Module, Data, list[Target], PruningSetti
     )
     example = data.example_input[0] if isinstance(data.example_input, tuple) else data.example_input
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         network = load_model(
             recipe.model.name,
             classes=data.classes,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.counts import LayerShapes
-from wgates_plugin.efficiency.lpnet import COVERAGE, LPNet, weighted_names
+from wgates_plugin.efficiency.lpnet import LPNet, weighted_names
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import SamplingCost
 
@@ -35,7 +35,6 @@ def contents(
 ) -> dict[str, Any]:
     """Everything the page shows. `identity` is the runtime's; `cost` that of the sampling."""
     held_out = lpnet.held_out
-    low, high = held_out.interval(COVERAGE)
     sampled = cost is not None and cost.inference_seconds > 0
     return {
         "kind": KIND,
@@ -50,16 +49,7 @@ def contents(
         "set_aside": sum(file.set_aside().values()),
         "measured_again": len(file.rejected),
         "share_in_inference": cost.share_in_inference if cost is not None and sampled else None,
-        "held_out": [
-            {"measured_ms": m, "predicted_ms": p, "low_ms": lo, "high_ms": hi, "set": "held out"}
-            for m, p, lo, hi in zip(
-                held_out.measured_ms.tolist(),
-                held_out.predicted_ms.tolist(),
-                low.tolist(),
-                high.tolist(),
-                strict=True,
-            )
-        ],
+        "held_out": held_out.rows("held out"),
         "coverage": [{"nominal": x, "empirical": held_out.covered(x)} for x in LEVELS],
         "layers": layer_errors(lpnet) if lpnet.profiled else [],
         "curves": layer_curves(lpnet, file) if lpnet.profiled else [],

@@ -24,14 +24,23 @@ def draw_held_out(report: dict[str, Any], theme: Theme) -> Figure | None:
     figure, (axis, errors) = new_figure(4.4, columns=2)
     draw_points(axis, points, (("held out", "predicted unseen", theme.after, "o"),), theme)
     axis.legend(loc="upper left")
-    measured = [point["measured_ms"] for point in points]
-    off = {
-        key: [100 * (point[key] / point["measured_ms"] - 1.0) for point in points]
-        for key in ("predicted_ms", "low_ms", "high_ms")
-    }
+    known = [point for point in points if point["low_ms"] is not None]
+
+    def measured(points: list[dict[str, Any]]) -> list[float]:
+        return [point["measured_ms"] for point in points]
+
+    def off(points: list[dict[str, Any]], key: str) -> list[float]:
+        return [100 * (point[key] / point["measured_ms"] - 1.0) for point in points]
+
     errors.axhline(0, color=theme.faint, linewidth=1.2)
-    errors.vlines(measured, off["low_ms"], off["high_ms"], color=theme.before, linewidth=1.2)
-    errors.scatter(measured, off["predicted_ms"], color=theme.after, s=16, zorder=3)
+    errors.vlines(
+        measured(known),
+        off(known, "low_ms"),
+        off(known, "high_ms"),
+        color=theme.before,
+        linewidth=1.2,
+    )
+    errors.scatter(measured(points), off(points, "predicted_ms"), color=theme.after, s=16, zorder=3)
     errors.grid()
     errors.tick_params(length=0)
     errors.set_xlabel("measured latency, ms")

@@ -65,7 +65,8 @@ class Task:
         epochs: length of the strategy's own phase; 0 decides without learning.
         training: settings of that phase. total_epochs: length of the schedule it is a part of.
         train_weights: False learns with the network's weights frozen.
-        average: mean over processes; the identity in one process.
+        fabric: processes and device of the phase; by default those that `training` asks for, to which
+            a network that is to learn is moved.
         seed: of everything random. checkpoints: what an interrupted phase goes on from.
         settle: scores (total_units,) and widths (G,) -> widths near them that were measured to keep
             the budget, and that budget, exact there. Measured once, for the first that ask; None
@@ -87,12 +88,20 @@ class Task:
     fabric: Any = None
     seed: int = 0
     checkpoints: Checkpoints = field(default_factory=InMemory)
-    average: Callable[[Tensor], Tensor] = lambda value: value
     progress: bool | None = None
     settle: Settle | None = None
 
     def __post_init__(self) -> None:
         check_models(self.space, self.budget)
+        if self.fabric is None:
+            self.fabric = default_fabric(self.training)
+            if self.epochs:
+                self.network.to(self.fabric.device)
+
+    def average(self, value: Tensor) -> Tensor:
+        """Mean over processes."""
+        mean: Tensor = self.fabric.all_reduce(value, reduce_op="mean")
+        return mean
 
     @property
     def device(self) -> torch.device:
@@ -107,8 +116,7 @@ class Task:
         """
         if not self.epochs:
             return 0
-        fabric = self.fabric or default_fabric(self.training)
-        return self.epochs * len(share_loader(self.train_loader, fabric))
+        return self.epochs * len(share_loader(self.train_loader, self.fabric))
 
     def trainer(
         self,
@@ -161,8 +169,8 @@ class Decision:
 class Strategy(ABC):
     """Turns a `Task` into a `Decision`.
 
-    Laws: the same seed and data give the same decision; the widths keep the task's budget as its
-    models predict it, or as `Task.settle` measured it, lie on the grid and above every floor; an
+    Laws: the same seed and data give the same decision; the widths lie on the grid and above every
+    floor, and aim at the task's budget, of which doors and pipeline have the last word; an
     interrupted phase goes on from its checkpoints and ends in the same place; the network it returns
     computes, with the channels outside its best `widths` gated off, what the strategy trained or
     judged.

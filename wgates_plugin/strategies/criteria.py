@@ -46,6 +46,7 @@ from wgates_plugin.strategies.criteria_repaired import (
     gradients_of,
 )
 from wgates_plugin.strategies.ratios import structure_of
+from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.transforms.scatter import Scatter, ScatterPruner
 
 Importance = Callable[[Any], Tensor | None]
@@ -235,8 +236,8 @@ def criterion_scores(
             ],
         )
     device = next(network.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with random_state_kept(device, data):
+        seed_epoch(seed, 0, device, data)
         if not needs_data:
             return importance_scores(network, space, importance)
         assert data is not None

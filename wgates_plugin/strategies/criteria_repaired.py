@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -153,6 +154,12 @@ def _accumulate(network: nn.Module, batch: Any, loss: LossFunction, importance: 
             return
         for row in range(len(logits)):
             network.zero_grad()
-            one = loss(logits[row : row + 1], targets[row : row + 1])
+            part = functools.partial(_row, row=row, count=len(logits))
+            one = loss(logits[row : row + 1], map_tensors(part, targets))
             one.backward(retain_graph=row + 1 < len(logits))
             importance.accumulate_grad(network)
+
+
+def _row(tensor: Tensor, *, row: int, count: int) -> Tensor:
+    """One image's part of a batch of targets; what is not by image (a mixing weight) is for all."""
+    return tensor[row : row + 1] if tensor.ndim and len(tensor) == count else tensor

@@ -6,7 +6,7 @@ import logging
 
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import fit_to_budget, uniform_widths
-from wgates_plugin.strategies.wgates import WeightScores, ranks_within
+from wgates_plugin.strategies.wgates.scores import WeightScores, ranks_within
 
 logger = logging.getLogger("wgates_plugin")
 

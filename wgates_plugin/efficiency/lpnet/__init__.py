@@ -1,9 +1,8 @@
 """LPNet: latency from widths. `model.py` is the door, each structure a file of its own."""
 
 from wgates_plugin.efficiency.lpnet.data import LEAST_SAMPLES, weighted_names
-from wgates_plugin.efficiency.lpnet.held_out import HeldOut
+from wgates_plugin.efficiency.lpnet.held_out import COVERAGE, HeldOut
 from wgates_plugin.efficiency.lpnet.model import (
-    COVERAGE,
     STRUCTURES,
     FitReport,
     LPNet,

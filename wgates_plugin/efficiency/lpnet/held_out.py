@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from wgates_plugin.efficiency.lpnet.data import LatencyData, folds
 from wgates_plugin.errors import ConfigError
+
+COVERAGE = 0.9
+"""Share of measurements that an interval holds, unless another is asked for."""
 
 _FOLDS = 5
 
@@ -78,6 +81,11 @@ class HeldOut:
         half = self.quantile(coverage) * self.deviation_ms
         return self.predicted_ms - half, self.predicted_ms + half
 
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Measured against predicted, with the 90 % interval where there are enough for one, as JSON."""
+        known = self.interval(COVERAGE) if self.most_coverage >= COVERAGE else None
+        return interval_rows(name, self.measured_ms, self.predicted_ms, known)
+
     def tensors(self) -> dict[str, Tensor]:
         """All that `from_tensors` needs."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -86,6 +94,19 @@ class HeldOut:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> HeldOut:
         """Raises KeyError or ValueError where the tensors are not whole."""
         return cls(*(tensors[field.name] for field in fields(cls)))
+
+
+def interval_rows(
+    name: str, measured_ms: Tensor, predicted_ms: Tensor, interval: tuple[Tensor, Tensor] | None
+) -> list[dict[str, Any]]:
+    """One row of the set `name` for each network (N,), as reports show them; no ends are None."""
+    none = [None] * len(measured_ms)
+    ends = [none, none] if interval is None else [end.tolist() for end in interval]
+    columns = (measured_ms.tolist(), predicted_ms.tolist(), *ends)
+    return [
+        {"measured_ms": m, "predicted_ms": p, "low_ms": low, "high_ms": high, "set": name}
+        for m, p, low, high in zip(*columns, strict=True)
+    ]
 
 
 class CrossValidates(Protocol):

@@ -34,7 +34,7 @@ class MlpStructure:
             self.network = self._fresh(0)
 
     def _fresh(self, seed: int) -> nn.Sequential:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         size = len(self._full)
         for hidden in (_HIDDEN, _HIDDEN):

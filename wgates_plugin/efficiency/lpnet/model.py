@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet.data import LatencyData, folds, grid_of
-from wgates_plugin.efficiency.lpnet.held_out import HeldOut, cross_validated
+from wgates_plugin.efficiency.lpnet.held_out import COVERAGE, HeldOut, cross_validated
 from wgates_plugin.efficiency.lpnet.layers import LayersStructure
 from wgates_plugin.efficiency.lpnet.mlp import MlpStructure
 from wgates_plugin.errors import ConfigError, FileFormatError
@@ -31,9 +31,6 @@ logger = logging.getLogger("wgates_plugin")
 
 IN_RUN_FOLDER = "lpnet.safetensors"
 """What LPNet's file is called in the folder of a run."""
-
-COVERAGE = 0.9
-"""Share of measurements that an interval holds, unless another is asked for."""
 
 _VERSION = 2
 

@@ -89,7 +89,7 @@ class FunctionalityStrategy(Strategy):
         if len(state["groups"]) == len(task.space.groups):
             return state
         network = task.network
-        writes = task.fabric is None or task.fabric.global_rank == 0
+        writes = task.fabric.global_rank == 0
         with left_as_found(network):
             network.eval().requires_grad_(False)
             image = ImageInput.of(to_device(task.example_inputs, task.device))

@@ -58,7 +58,8 @@ class GDPSettings:
         settle_fraction: share of the phase after which the closed channels are those of the
             decision, on the grid and within the budget; the rest of the phase trains what is left.
         travel: sum of all step sizes of `x`, in gates' gradients of mean size.
-        remove_branches: let every channel of a residual branch close; only its constant stays.
+        remove_branches: let every channel of a residual branch close, whatever floor all groups have;
+            only its constant stays. Not where the group has a floor of its own.
         grid: channel multiple the runtime likes; widths are decided on it.
     """
 
@@ -95,7 +96,8 @@ class PolarisedGates:
 
     Use: `attach()`; per training step, after `loss.backward()`, call `regularize()`; at the end
     `absorb()`, after which `unit_scores()` holds the gates' values, 0 for a closed channel, and the
-    network computes without gates what it computed with them.
+    network computes without gates what it computed with them (what a `Scatter` reads keeps its closed
+    channels until they are removed).
 
     Args:
         steps: gate steps to come.
@@ -170,6 +172,11 @@ class PolarisedGates:
         network = self.detach()
         self.absorbed = True
         return absorb(network, self.space, self.unit_scores())
+
+    def output(self, *, closed_alone: bool = False) -> Tensor:
+        """Eval-mode output on the example inputs under the gates, or under those that are 0 alone."""
+        gates = self.unit_scores()
+        return self._output((gates != 0).to(gates) if closed_alone else gates)
 
     def settle(self) -> None:
         """Decide the closed channels, if the phase ended before they were."""
@@ -318,7 +325,8 @@ class PolarisedGates:
     @torch.no_grad()
     def _is_connected_without(self, dead: list[int]) -> bool:
         """Does the output still depend on the input with these groups gated off?"""
-        if self.example_inputs is None or not self.settings.remove_branches:
+        asked_for = any(self.space.groups[index].floor_is_own for index in dead)
+        if self.example_inputs is None or not self.settings.remove_branches or asked_for:
             return False
         gates = torch.ones_like(self.x)
         for index in dead:

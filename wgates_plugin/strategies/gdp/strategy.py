@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.errors import SurgeryError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Strategy, Task
@@ -20,7 +20,6 @@ from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
 from wgates_plugin.strategies.phase import run_phase
 from wgates_plugin.strategies.without_learning import largest_filters
 from wgates_plugin.training import StepContext
-from wgates_plugin.training.evaluation import to_device
 from wgates_plugin.transforms import Step, constant_branches
 from wgates_plugin.verification import TOLERANCE, relative_error
 
@@ -62,14 +61,15 @@ class GDPStrategy(Strategy):
         try:
             monitor = run_phase(task, trainer, {"network": network, "gates": gates}, step)
             gates.settle()  # a phase that was cut short must not be absorbed as it stands
-            gated = _eval_output(network, task.example_inputs)
+            gated = gates.output()
             gates.absorb()
+            error = _absorption_error(gates.output(closed_alone=True), gated)
         finally:
             gates.detach()
         scores = gates.unit_scores().cpu()
         facts: dict[str, Any] = {
             **gates.facts,
-            "absorption_error": _absorption_error(network, task.example_inputs, gated),
+            "absorption_error": error,
             "least_open_gate": float(scores[scores > 0].min()),
         }
         return Decision(
@@ -91,15 +91,13 @@ class GDPStrategy(Strategy):
         return constant_branches.find(network, plan.space, example_inputs)
 
 
-def _absorption_error(
-    network: nn.Module, example_inputs: ExampleInputs, gated: torch.Tensor
-) -> float:
+def _absorption_error(absorbed: torch.Tensor, gated: torch.Tensor) -> float:
     """How far the network is from what it computed with gates, relative to the largest output.
 
     Raises:
         SurgeryError: further than rounding goes, 1e-5 or a few steps of a coarser type of number.
     """
-    error = relative_error(_eval_output(network, example_inputs), gated)
+    error = relative_error(absorbed, gated)
     allowed = max(TOLERANCE, 8 * torch.finfo(gated.dtype).eps)
     if not error <= allowed:
         raise SurgeryError(
@@ -108,12 +106,3 @@ def _absorption_error(
             "shared with `ignored_layers`, or choose another strategy"
         )
     return error
-
-
-@torch.no_grad()
-def _eval_output(network: nn.Module, example_inputs: ExampleInputs) -> torch.Tensor:
-    with left_as_found(network):
-        network.eval()
-        device = next(network.parameters()).device
-        output: torch.Tensor = call_with(network, to_device(example_inputs, device))
-    return output

@@ -8,6 +8,7 @@ from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.phase import run_phase
 from wgates_plugin.strategies.wgates.gates import WGates
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
+from wgates_plugin.strategies.without_learning import largest_filters
 from wgates_plugin.training import StepContext
 
 
@@ -20,6 +21,10 @@ class WGatesStrategy(Strategy):
 
     def decide(self, task: Task) -> Decision:
         network = task.network
+        if (
+            task.epochs == 0 and self.settings.start == "open"
+        ):  # no filter has been told from another
+            return largest_filters(task, "wgates")
         gates = WGates(
             network,
             task.space,
