@@ -390,16 +390,18 @@ def test_a_generator_that_cannot_be_imported_is_refused_at_once() -> None:
             make_strategy("scop", {"knockoffs": name})
 
 
-@pytest.mark.parametrize("strategy", ["scop", "gdp"])
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("scop", {}), ("gdp", {}), ("wgates", {"start": "open"})]
+)
 def test_without_epochs_the_largest_filters_stay_and_it_is_said(
-    strategy: str, caplog: pytest.LogCaptureFixture
+    strategy: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     net = nn.Sequential(conv_bn(3, 8), Head(8))
     with torch.no_grad():
         net[0][0].weight[[1, 4, 6]] *= 9
     with caplog.at_level(logging.WARNING):
         task, _ = scop_task(net, [(example(4), torch.arange(4))], epochs=0)
-        decision = make_strategy(strategy).decide(task)
+        decision = make_strategy(strategy, options).decide(task)
     assert f"{strategy}: without epochs it learns nothing" in caplog.text
     assert set(decision.scores.topk(3).indices.tolist()) == {1, 4, 6}
     assert decision.facts == {"learned": False}

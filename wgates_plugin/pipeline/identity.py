@@ -19,7 +19,10 @@ def identity_of_request(
     train_loader: Iterable[Any],
     val_loader: Iterable[Any],
 ) -> dict[str, Any]:
-    """Targets, data and settings as plain values; the order of targets has no meaning."""
+    """Targets, data and settings as plain values; the order of targets has no meaning.
+
+    Of the training data, whose batches may be drawn and augmented at random, only their number.
+    """
     in_order = sorted(targets, key=lambda target: not isinstance(target, LatencyTarget))
     return {
         "targets": [{type(target).__name__: vars(target)} for target in in_order],
