@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from wgates_plugin.efficiency.bench import Bench
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.measurement import Measurement
 from wgates_plugin.latency.timing import measure
+from wgates_plugin.latency_study import LatencyStudy
 
 IDENTITY = {"runtime": "staircase"}
 REFERENCE_MS = 2.0
@@ -73,6 +75,17 @@ def measured(latency_ms: float) -> Measurement:
 
 def steady_bench(space: ChannelSpace) -> Bench:
     return Bench(SteadyFamily(space), SteadySession(REFERENCE_MS), REFERENCE_MS)
+
+
+def steady_studies(monkeypatch: pytest.MonkeyPatch, *, floor: float = 0.0) -> None:
+    """All studies measure a share of the untouched network's time: `floor`, and the rest by channels."""
+
+    def time_ms(space: ChannelSpace, widths: Sequence[int]) -> float:
+        return REFERENCE_MS * (floor + (1 - floor) * sum(widths) / sum(space.full_widths))
+
+    family = property(lambda study: SteadyFamily(study.space, time_ms))
+    monkeypatch.setattr(LatencyStudy, "family", family)
+    monkeypatch.setattr(LatencyStudy, "reference", SteadySession(REFERENCE_MS))
 
 
 @dataclass

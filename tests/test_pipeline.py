@@ -11,17 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_bench import REFERENCE_MS, SteadyFamily, SteadySession, measured
+from fake_bench import REFERENCE_MS, measured, steady_studies
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from wgates_plugin import ChannelSpace
 from wgates_plugin.errors import (
     ConfigError,
     FileFormatError,
@@ -516,11 +514,7 @@ def with_latency_ratios(monkeypatch: pytest.MonkeyPatch, ratios: list[float | No
             raise Interrupted
         return measured(ratio * REFERENCE_MS)
 
-    def share_ms(space: ChannelSpace, widths: Sequence[int]) -> float:
-        return REFERENCE_MS * sum(widths) / sum(space.full_widths)
-
-    monkeypatch.setattr(LatencyStudy, "family", property(lambda s: SteadyFamily(s.space, share_ms)))
-    monkeypatch.setattr(LatencyStudy, "reference", SteadySession(REFERENCE_MS))
+    steady_studies(monkeypatch)
     monkeypatch.setattr(LatencyStudy, "of_file", scripted)
 
 

@@ -11,14 +11,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from fake_bench import IDENTITY, measured, staircase_ms, steady_bench
+from fake_bench import IDENTITY, measured, staircase_ms, steady_bench, steady_studies
 from networks import example, tiny
 
 from tests.test_pipeline import (
     EXAMPLE,
     SETTINGS,
     Interrupted,
-    at_ratio,
     make_network,
     run,
     with_latency_ratios,
@@ -167,9 +166,9 @@ def by_width(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def scripted(self: LatencyStudy, widths: Any, seconds: float, **trust: Any) -> Any:
         seen.append(tuple(widths))
-        share = sum(widths) / sum(self.space.full_widths)
-        return at_ratio(measure(self, widths, seconds, **trust), 0.2 + 0.8 * share)
+        return measure(self, widths, seconds, **trust)
 
+    steady_studies(monkeypatch, floor=0.2)
     monkeypatch.setattr(LatencyStudy, "at", scripted)
     return seen
 
