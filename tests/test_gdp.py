@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
@@ -25,7 +26,7 @@ from wgates_plugin.errors import (
 from wgates_plugin.integrations.torch_pruning import GDPImportance
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import Task
-from wgates_plugin.strategies.budgeting import holds
+from wgates_plugin.strategies.budgeting import Descent, holds
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
 from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
 from wgates_plugin.strategies.gdp.polarisation import (
@@ -300,6 +301,22 @@ def test_a_branch_may_close_altogether_and_a_stem_may_not() -> None:
     assert kept.facts["closed_branches"] == []
     for index in range(len(kept.space.groups)):
         assert bool(kept.unit_scores()[kept.space.unit_slice(index)].any())
+
+
+@pytest.mark.parametrize("remove_branches", [False, True])
+def test_a_group_at_its_least_width_is_pulled_only_if_all_of_it_may_close(
+    remove_branches: bool,
+) -> None:
+    gates = make(branchy(), share=0.9, min_fraction=0.5, remove_branches=remove_branches)
+    for index, group in enumerate(gates.space.groups):
+        gates.x[gates.space.unit_slice(index)][group.units // 2 :] = 0.0
+    assert gates.widths() == gates.space.least_widths(1)
+    gates.budget = Budget.of(*(dataclasses.replace(one, target=1.0) for one in gates.budget.limits))
+    gates._descent = Descent(gates.space, gates.budget)
+    gates.step = gates.steps
+    assert bool((gates._pull(gates.epsilon) > 0).any()) is remove_branches
+    gates.x[:] = 1.0
+    assert (gates._pull(gates.epsilon) > 0).all()
 
 
 def test_a_floor_of_its_own_keeps_a_branch() -> None:

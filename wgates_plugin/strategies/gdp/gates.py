@@ -285,7 +285,8 @@ class PolarisedGates:
             shares[self.space.unit_slice(index)].sum() * group.ties
             for index, group in enumerate(self.space.groups)
         ]
-        widths = torch.stack(sums).double().cpu().maximum(self._least).requires_grad_(True)
+        open_now = torch.stack(sums).detach().double().cpu()
+        widths = open_now.maximum(self._least).requires_grad_(True)
         violations = self._current_budget().violations(widths)
         pressure = self.constraint.pressure(violations)
         (plain,) = torch.autograd.grad(violations.sum(), widths, retain_graph=True)
@@ -296,7 +297,19 @@ class PolarisedGates:
         )
         # Multipliers get a scale of their own (ours): at 1 the budget pulls as hard as the task.
         scale = float(reference[self.x != 0].abs().mean()) if bool((self.x != 0).any()) else 0.0
-        return by_unit.clamp_min(0) / max(scale, 1e-30)
+        # At its least width a group saves nothing by closing more, unless all of it may close (ours).
+        saves = (open_now > self._least) | self._may_close()
+        return by_unit.clamp_min(0) * _per_unit(self.space, saves).to(self.x) / max(scale, 1e-30)
+
+    def _may_close(self) -> Tensor:
+        """Groups (G,) of which nobody knows yet that the network needs them: bool."""
+        wanted = self.settings.remove_branches and self.example_inputs is not None
+        return torch.tensor(
+            [
+                wanted and index not in self._needed and not group.floor_is_own
+                for index, group in enumerate(self.space.groups)
+            ]
+        )
 
     def _keeps_the_budget(self) -> bool:
         """Do the open gates keep the final limits? Then nothing more need close (ours)."""
