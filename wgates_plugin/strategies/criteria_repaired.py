@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,7 @@ from torch_pruning.pruner.importance import (
 from wgates_plugin import modules as kinds
 from wgates_plugin.calling import call_with, device_of, left_as_found
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.training.evaluation import logits_of, map_tensors, unpack
+from wgates_plugin.training.evaluation import images_of, logits_of, map_tensors, unpack
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 
@@ -154,12 +153,7 @@ def _accumulate(network: nn.Module, batch: Any, loss: LossFunction, importance: 
             return
         for row in range(len(logits)):
             network.zero_grad()
-            part = functools.partial(_row, row=row, count=len(logits))
-            one = loss(logits[row : row + 1], map_tensors(part, targets))
+            part = slice(row, row + 1)
+            one = loss(logits[part], images_of(targets, part, len(logits)))
             one.backward(retain_graph=row + 1 < len(logits))
             importance.accumulate_grad(network)
-
-
-def _row(tensor: Tensor, *, row: int, count: int) -> Tensor:
-    """One image's part of a batch of targets; what is not by image (a mixing weight) is for all."""
-    return tensor[row : row + 1] if tensor.ndim and len(tensor) == count else tensor

@@ -56,6 +56,11 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def images_of(value: Any, part: slice, count: int) -> Any:
+    """A part of a batch of `count` images; what is not by image (a mixing weight) is for all."""
+    return map_tensors(lambda t: t[part] if t.ndim and len(t) == count else t, value)
+
+
 def images_in(inputs: ExampleInputs) -> int:
     """Length of the first tensor among the inputs.
 

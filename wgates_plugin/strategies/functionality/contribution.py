@@ -20,7 +20,7 @@ from wgates_plugin.strategies.functionality.inputs import (
     with_value,
 )
 from wgates_plugin.strategies.functionality.points import Point
-from wgates_plugin.training.evaluation import images_in, logits_of, map_tensors
+from wgates_plugin.training.evaluation import images_in, images_of, logits_of
 
 IMAGES_AT_ONCE = 32
 """Feature maps of the whole network are held for so many images."""
@@ -103,10 +103,7 @@ def _per_image(squares: Tensor, images: int, point: Point) -> Tensor:
 def _part(
     inputs: ExampleInputs, targets: Any, count: int, part: slice
 ) -> tuple[ExampleInputs, Any]:
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[part] if tensor.ndim and len(tensor) == count else tensor
-
-    return map_tensors(cut, inputs), map_tensors(cut, targets)
+    return images_of(inputs, part, count), images_of(targets, part, count)
 
 
 def _backward(network: nn.Module, inputs: ExampleInputs, targets: Any, loss: Loss) -> int:

@@ -303,13 +303,13 @@ class PolarisedGates:
 
     def _may_close(self) -> Tensor:
         """Groups (G,) of which nobody knows yet that the network needs them: bool."""
+        groups = range(len(self.space.groups))
+        return torch.tensor([self._removable(g) and g not in self._needed for g in groups])
+
+    def _removable(self, index: int) -> bool:
+        """Whether a group may close altogether if the network computes on without it."""
         wanted = self.settings.remove_branches and self.example_inputs is not None
-        return torch.tensor(
-            [
-                wanted and index not in self._needed and not group.floor_is_own
-                for index, group in enumerate(self.space.groups)
-            ]
-        )
+        return wanted and not self.space.groups[index].floor_is_own
 
     def _keeps_the_budget(self) -> bool:
         """Do the open gates keep the final limits? Then nothing more need close (ours)."""
@@ -338,8 +338,7 @@ class PolarisedGates:
     @torch.no_grad()
     def _is_connected_without(self, dead: list[int]) -> bool:
         """Does the output still depend on the input with these groups gated off?"""
-        asked_for = any(self.space.groups[index].floor_is_own for index in dead)
-        if self.example_inputs is None or not self.settings.remove_branches or asked_for:
+        if not all(self._removable(index) for index in dead):
             return False
         gates = torch.ones_like(self.x)
         for index in dead:

@@ -21,9 +21,7 @@ class WGatesStrategy(Strategy):
 
     def decide(self, task: Task) -> Decision:
         network = task.network
-        if (
-            task.epochs == 0 and self.settings.start == "open"
-        ):  # no filter has been told from another
+        if task.epochs == 0 and self.settings.start == "open":  # nothing tells filters apart
             return largest_filters(task, "wgates")
         gates = WGates(
             network,
