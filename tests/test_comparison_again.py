@@ -22,7 +22,7 @@ def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> Non
     (line,) = again.forget_disturbed(places, chosen)
     assert line.startswith(f"{chosen[2].key}: found 0.490 of the latency, the last sitting 0.510")
     assert runs.missing(places, chosen) == chosen[2:]
-    assert again.read_replaced(places) == [
+    assert again.read_replaced(places.replaced) == [
         {"run": chosen[2].key, "accuracy": 0.8, "own": 0.49, "last": 0.51}
     ]
     assert "Made again: 1 runs that were disturbed; " in page(experiment, tmp_path / "results")[1]
@@ -65,7 +65,7 @@ def test_a_refusal_that_another_method_did_not_meet_is_made_again(tmp_path: Path
     assert line == f"{second.key}: refused, where another method was not; again"
     assert not places.run_folder(second).exists()
     assert runs.missing(places, chosen) == [second]
-    assert again.read_replaced(places) == [{"run": second.key, "refused": "few"}]
+    assert again.read_replaced(places.replaced) == [{"run": second.key, "refused": "few"}]
     refuse(second, grid=4)
     own_samples = experiment.methods[second.method].model_copy(
         update={"pruning": {"samples_file": None}}

@@ -304,13 +304,12 @@ def test_runs_from_another_dense_network_are_named(tmp_path: Path) -> None:
 def test_a_dense_network_of_another_recipe_is_refused(tmp_path: Path) -> None:
     experiment = load_experiment(stored(tmp_path))
     places = runs.Places(experiment, tmp_path, tmp_path)
-    chosen = comparison.choose(experiment)
     write_json(places.dense_result(0), {"made_by": runs._made_by(experiment)})
     runs.refuse_other_dense(experiment, places, [0])
     recipe = merged(experiment.recipe, {"pruning": {"fine_tune_epochs": 3}})
-    longer = load_experiment(stored(tmp_path, recipe=recipe))
+    longer = stored(tmp_path, recipe=recipe)
     with pytest.raises(ConfigError) as caught:
-        runs.prepared(longer, places, chosen)
+        comparison.main([str(longer), "--results", str(tmp_path), "--scratch", str(tmp_path)])
     (problem,) = caught.value.problems
     assert problem.startswith(
         "the dense network of seed 0 is of another recipe (epochs changed since)"

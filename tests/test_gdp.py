@@ -303,6 +303,26 @@ def test_a_branch_may_close_altogether_and_a_stem_may_not() -> None:
         assert bool(kept.unit_scores()[kept.space.unit_slice(index)].any())
 
 
+def test_what_a_closed_branch_leaves_is_measured_before_the_rest_is_trained() -> None:
+    gates = make(branchy(), share=0.2, min_fraction=0.0, steps=60)
+    asked = []
+
+    def settle(scores: Tensor, widths: Any) -> tuple[tuple[int, ...], Budget]:
+        asked.append(tuple(widths))
+        return tuple(width + 1 for width in widths), gates.budget
+
+    gates._measured = settle
+    learn(gates, 48, rate=0.001)
+    (before,) = asked
+    (dead,) = (gates.space.names.index(name) for name in gates.facts["closed_branches"])
+    least = gates.space.least_widths(1)[dead]
+    assert before[dead] == least
+    assert gates.widths() == tuple(
+        least if index == dead else width + 1 for index, width in enumerate(before)
+    )
+    assert not gates.unit_scores()[gates.space.unit_slice(dead)].any()
+
+
 @pytest.mark.parametrize("remove_branches", [False, True])
 def test_a_group_at_its_least_width_is_pulled_only_if_all_of_it_may_close(
     remove_branches: bool,

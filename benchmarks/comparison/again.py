@@ -76,16 +76,16 @@ def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]
     return lines
 
 
-def read_replaced(places: Places) -> list[dict[str, Any]]:
+def read_replaced(path: Path) -> list[dict[str, Any]]:
     """What runs had found, or why they were refused, that were made again; oldest first."""
-    if not places.replaced.exists():
+    if not path.exists():
         return []
-    found: list[dict[str, Any]] = read_json(places.replaced, kind="replaced runs")["runs"]
+    found: list[dict[str, Any]] = read_json(path, kind="replaced runs")["runs"]
     return found
 
 
 def _forget(places: Places, run: Run, **found: Any) -> None:
-    gone = [*read_replaced(places), {"run": run.key, **found}]
+    gone = [*read_replaced(places.replaced), {"run": run.key, **found}]
     write_json(places.replaced, {"kind": "replaced runs", "runs": gone})
     shutil.rmtree(places.run_folder(run), ignore_errors=True)
     places.result(run).unlink()

@@ -314,7 +314,6 @@ def prepared(
         ahead: called with the keys of the dense networks that are wanted, to make them side by side;
             what is then not there is made here, one after the other.
     """
-    refuse_other_dense(experiment, places, dict.fromkeys(run.seed for run in chosen))
     todo = missing(places, chosen)
     wanted = [
         seed

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.comparison.again import read_replaced
 from benchmarks.comparison.experiment import Experiment, Method, runtime_name
 from benchmarks.comparison.summary import (
     CHANCE,
@@ -138,7 +139,7 @@ def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
 
 
 def _made_again(path: Path) -> str:
-    gone = read_json(path, kind="replaced runs")["runs"] if path.exists() else []
+    gone = read_replaced(path)
     refused = sum("refused" in one for one in gone)
     why = [
         f"{count} runs {words}"

@@ -105,7 +105,8 @@ class PolarisedGates:
             much settling changes the output; without them no branch closes.
         average: called on the gates' gradient before use; several ranks pass their all-reduce here.
         settle: as in `Task`: the widths of the decision are measured, so that the rest of the phase
-            trains what stays. Not where a branch closed, which costs less than its least width.
+            trains what stays. A closed branch is measured at its least width, which takes a little
+            longer than its constant.
     """
 
     def __init__(
@@ -392,8 +393,13 @@ class PolarisedGates:
         ]
         space = dataclasses.replace(self.space, groups=tuple(limits))
         settled = fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.settings.grid)
-        if self._measured is not None and not self._dead:
-            settled, _ = self._measured(merits.cpu(), settled)
+        if self._measured is not None:
+            measured, _ = self._measured(merits.cpu(), settled)
+            least = space.least_widths(self.settings.grid)
+            settled = tuple(
+                least[index] if index in self._dead else width
+                for index, width in enumerate(measured)
+            )
         for index, (group, width) in enumerate(zip(self.space.groups, settled, strict=True)):
             where = self.space.unit_slice(index)
             if index in self._dead:
