@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from wgates_plugin.latency.environment import describe_environment
 HOME = Path(__file__).parent
 RESULTS = HOME / "results"
 KIND = "wgates-benchmark"
+NOT_RUN = "*not run yet*"
 
 
 def parser(name: str, about: str | None, *, seed: int = 0) -> argparse.ArgumentParser:
@@ -81,3 +82,18 @@ def fashion_mnist_reports(folder: Path) -> dict[str, dict[str, Any]]:
         path.stem: read_json(path, kind="report")
         for path in sorted((folder / "fashion_mnist").glob("*.json"))
     }
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; a note instead where there are no rows.
+
+    Example:
+        >>> print(markdown(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    if not rows:
+        return NOT_RUN
+    text = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])

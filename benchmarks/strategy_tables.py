@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.tables import experiment_text
-from benchmarks.records import read_record
+from benchmarks.records import NOT_RUN, markdown, read_record
 from benchmarks.strategy_claims import SYSTEMS
-
-NOT_RUN = "*not run yet*"
 
 
 def systems_table(folder: Path) -> str:
@@ -34,14 +31,14 @@ def strategy_cost_table(folder: Path) -> str:
                 f"{max(f['masked_equals_removed'] for f in facts):.1e}",
             ]
         )
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def promises_table(folder: Path) -> str:
     """One line per system: what it promises, what was found, and the rivals in the same run."""
     rows = [row for make in (_gdp, _scop, _functionality, _metapruning, _unification)
             for row in make(folder)]  # fmt: skip
-    return _table(["system", "promise", "found", "beside it"], rows)
+    return markdown(["system", "promise", "found", "beside it"], rows)
 
 
 def _numbers(folder: Path, name: str) -> dict[str, Any] | None:
@@ -114,8 +111,3 @@ def _unification(folder: Path) -> list[list[str]]:
     return [
         ["unification", promise, f"{n['bytes_ratio_vs_pruning_at_equal_accuracy']:.2f}", beside]
     ]
-
-
-def _table(head: Sequence[str], rows: list[list[str]]) -> str:
-    lines = [list(head), ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -16,28 +16,9 @@ from benchmarks.comparison.tables import (
     verdicts_table,
 )
 from benchmarks.nni_experiment.page import table as trials_table
-from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
+from benchmarks.records import HOME, NOT_RUN, fashion_mnist_reports, markdown, parser, read_record
 from benchmarks.strategy_tables import promises_table, strategy_cost_table, systems_table
 from wgates_plugin.files import write_text
-
-NOT_RUN = "*not run yet*"
-Rows = list[list[str]]
-
-
-def markdown(head: Sequence[str], rows: Rows) -> str:
-    """A markdown table; a note instead where there are no rows.
-
-    Example:
-        >>> print(markdown(["a", "b"], [["1", "2"]]))
-        | a | b |
-        |---|---|
-        | 1 | 2 |
-    """
-    if not rows:
-        return NOT_RUN
-    lines = [list(head), *rows]
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])
 
 
 def score_table(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -247,8 +248,8 @@ def _frozen() -> nn.Module:
     return TINY["plain"]().requires_grad_(False)
 
 
-def _buffered() -> nn.Module:
-    network = Wired(lambda m, x: m[1](m[0](x) * m.scale), conv_bn(3, 8), Head(8))
+def _buffered(combine: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    network = Wired(lambda m, x: m[1](combine(m[0](x), m.scale)), conv_bn(3, 8), Head(8))
     network.m.register_buffer("scale", torch.ones(8, 1, 1))
     return network
 
@@ -274,7 +275,24 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Wired(_read_backwards, conv_bn(3, 8), conv_bn(8, 4), Head(4)),
         "disagree for `m.0.0`;",
     ),
-    "a buffer that shares channels": (_buffered, "disagree"),
+    "a buffer that shares channels": (lambda: _buffered(operator.mul), "disagree"),
+    "a buffer that is added": (lambda: _buffered(operator.add), "disagree"),
+    "a sum with the input": (
+        lambda: Wired(lambda m, x: m[1](m[0](x) + x), conv_bn(3, 3), Head(3)),
+        "disagree",
+    ),
+    "a sum with what is cut off from the gradient": (
+        lambda: Wired(
+            lambda m, x: m[2](m[0](x) + m[1](x).detach()), conv_bn(3, 8), conv_bn(3, 8), Head(8)
+        ),
+        "disagree",
+    ),
+    "a fixed view": (
+        lambda: Wired(
+            lambda m, x: m[1](m[0](x).view(-1, 512)), conv_bn(3, 8), nn.Linear(512, 5)
+        ),
+        "a fixed view",
+    ),
     "softmax over channels": (
         lambda: Wired(lambda m, x: m[1](m[0](x).softmax(1)), conv_bn(3, 8), Head(8)),
         "disagree",

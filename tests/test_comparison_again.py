@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,23 +15,38 @@ from benchmarks.comparison.tables import page
 from wgates_plugin.files import write_json
 
 
-def test_a_disturbed_run_is_forgotten_and_the_others_stay(tmp_path: Path) -> None:
+def test_a_cell_with_a_disturbed_run_is_forgotten_as_a_whole(tmp_path: Path) -> None:
     experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     chosen = list(runs_of(experiment))
     places.run_folder(chosen[2]).mkdir(parents=True)
     (line,) = again.forget_disturbed(places, chosen)
-    assert line.startswith(f"{chosen[2].key}: found 0.490 of the latency, the last sitting 0.510")
-    assert runs.missing(places, chosen) == chosen[2:]
+    assert line == (
+        "eager, 50%: 1 of 3 runs found another latency than the last sitting; all of them again"
+    )
+    assert runs.missing(places, chosen) == chosen
     assert again.read_replaced(places.replaced) == [
-        {"run": chosen[2].key, "accuracy": 0.8, "own": 0.49, "last": 0.51}
+        {"run": run.key, "accuracy": 0.8, "own": 0.49, "last": last}
+        for run, last in zip(chosen, [0.49, 0.5, 0.51], strict=True)
     ]
-    assert "Made again: 1 runs that were disturbed; " in page(experiment, tmp_path / "results")[1]
+    words = "Made again: 3 runs of cells in which some were disturbed; "
+    assert words in page(experiment, tmp_path / "results")[1]
     assert not places.run_folder(chosen[2]).exists()
-    assert set(json.loads(places.finals("eager").read_text())["ratio"]) == {
-        run.key for run in chosen[:2]
-    }
+    assert json.loads(places.finals("eager").read_text())["ratio"] == {}
     assert again.forget_disturbed(places, chosen) == []
+
+
+def test_other_cells_stay_and_a_refusal_is_no_result_to_forget(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    chosen = list(runs_of(experiment))
+    others = [dataclasses.replace(run, target=0.3) for run in chosen]
+    for run in others:
+        write_json(places.result(run), json.loads(places.result(chosen[0]).read_text()))
+    write_json(places.result(chosen[0]), {"kind": "refused", "reason": "few"})
+    again.forget_disturbed(places, [*others, *chosen])
+    assert runs.missing(places, chosen) == chosen[1:]
+    assert runs.missing(places, others) == []
 
 
 def test_what_the_last_sitting_timed_beside_other_work_stays(tmp_path: Path) -> None:

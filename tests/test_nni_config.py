@@ -76,6 +76,14 @@ def test_a_global_ratio_is_shared_out_by_the_gates() -> None:
     assert first >= 2
 
 
+def test_a_global_ratio_over_norms_counts_their_channels() -> None:
+    config = [{"op_types": ["BatchNorm2d"], "global_group_id": "all", "sparse_ratio": 0.5}]
+    pruner = pruner_of(tiny("plain"), config)
+    pruner.compress()
+    assert pruner.plan is not None
+    assert 8 < sum(pruner.plan.widths) <= (8 + 12) / 2
+
+
 def test_a_config_over_norms_prunes_the_layers_behind_them() -> None:
     network = tiny("residual")
     pruner = pruner_of(network, [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}])
@@ -112,6 +120,13 @@ FORMS: list[tuple[Any, list[int]]] = [
         [4, 6, 4],
     ),
     ([{"op_types": ["Conv2d"], "sparsity": 0.5}], [4, 3, 4]),  # NNI 2's word
+    (
+        [
+            {"op_types": ["Conv2d"], "sparsity": 0.5},
+            {"exclude": True, "op_names": ["1.main.0.0"]},
+        ],
+        [4, 6, 4],
+    ),
     ([{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "max_sparse_ratio": 0.25}], [6, 5, 6]),
     ([{"op_types": ["Conv2d"], "sparse_ratio": 0.1, "min_sparse_ratio": 0.5}], [4, 3, 4]),
     ([{**HALF[0], "granularity": "out_channel"}], [4, 3, 4]),

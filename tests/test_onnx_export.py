@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import (
     ExportError,
+    FileFormatError,
     RuntimeUnavailableError,
 )
 from wgates_plugin.latency import (
     OnnxRuntime,
+    OpenVinoRuntime,
     RuntimeSettings,
     base,
     onnx_export,
@@ -113,6 +115,27 @@ def test_onnx_inputs_of_another_shape_are_refused(tmp_path: Path) -> None:
         OnnxRuntime().load_file(path, example(batch=1))
     with pytest.raises(ExportError, match="`input_0` is not among"):
         OnnxRuntime().load_file(path, {"x": example()})
+
+
+def test_weights_in_a_file_beside_the_model_are_read(tmp_path: Path) -> None:
+    network, path = tiny("plain"), tmp_path / "model.onnx"
+    torch.onnx.export(
+        network,
+        (example(),),
+        path,
+        input_names=["input_0"],
+        dynamo=True,
+        external_data=True,
+        verbose=False,
+    )
+    beside = path.with_suffix(".onnx.data")
+    assert beside.exists()
+    for runtime in (OnnxRuntime(), OpenVinoRuntime()):
+        with runtime.load_file(path, example()) as session:
+            assert_close(session.outputs(), expected(network, example()))
+    beside.unlink()
+    with pytest.raises(FileFormatError, match=r"model\.onnx.*cannot be loaded.*model\.onnx\.data"):
+        OnnxRuntime().load_file(path, example())
 
 
 def test_a_gpu_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

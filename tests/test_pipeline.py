@@ -295,6 +295,32 @@ def test_labels_beyond_the_outputs_are_refused_before_training(kind: str, tmp_pa
     assert not (tmp_path / "run" / "stages").exists()
 
 
+def test_data_without_accuracy_or_length_are_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (logits - targets).square().mean()
+
+    told: dict[str, Any] = {
+        "target": MacsTarget(fraction=0.5),
+        "settings": SETTINGS,
+        "loss": loss,
+    }
+    odd = [(torch.randn(4, 1, 12, 12), torch.randn(4))]
+    with pytest.raises(TrainingError, match="no classification"):
+        prune_to_target(make_network(), EXAMPLE, odd, odd, run_folder=tmp_path / "odd", **told)
+    assert not (tmp_path / "odd" / "stages" / "baseline.json").exists()
+    with pytest.raises(TrainingError, match="loader `generator`: its length is unknown"):
+        prune_to_target(
+            make_network(),
+            EXAMPLE,
+            (batch for batch in odd),
+            odd,
+            run_folder=tmp_path / "endless",
+            **told,
+        )
+
+
 def test_a_label_found_later_is_named_too() -> None:
     with pytest.raises(TrainingError, match="classes go from 1 to 7, the network has 3 outputs"):
         evaluate(make_network(), [(torch.zeros(2, 1, 12, 12), torch.tensor([1, 7]))])

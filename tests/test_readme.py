@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_pruning as tp
 import typer
 import typer.main
 from networks import CLASSES, conv_bn, example, tiny
@@ -26,6 +27,7 @@ from wgates_plugin import (
 )
 from wgates_plugin.cli import app
 from wgates_plugin.errors import ConfigError
+from wgates_plugin.integrations.torch_pruning import WGatesPruner
 from wgates_plugin.latency import RUNTIMES
 from wgates_plugin.latency.options import options_of
 from wgates_plugin.recipe import Recipe
@@ -152,6 +154,31 @@ def test_the_snippet_on_polarised_gates_runs() -> None:
     exec("plan = " + after, names)
     assert pruned.body[0].out_channels == 8
     assert torch.allclose(pruned(example()), expected, atol=1e-5)
+
+
+def test_the_snippet_on_learned_scores_runs() -> None:
+    text = README.read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S)
+               if "WGatesImportance" in block]  # fmt: skip
+    model = tiny("residual").train()
+    pruner = WGatesPruner(model, example(), pruning_ratio=0.5)
+    nn.functional.cross_entropy(model(example(8)), torch.arange(8) % CLASSES).backward()
+    pruner.regularize(model)
+    names: dict[str, Any] = {"pruner": pruner}
+    exec(code, names)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    tp.pruner.BasePruner(
+        model,
+        (example(),),
+        names["importance"],
+        pruning_ratio=0.5,
+        ignored_layers=heads,
+        in_channel_groups={},
+        out_channel_groups={},
+    ).step()
+    assert sum(parameter.numel() for parameter in model.parameters()) < before
+    model.eval()(example())
 
 
 def test_every_runtime_is_in_the_table() -> None:

@@ -10,10 +10,11 @@ import torch
 import torch_pruning as tp
 from helpers import MeasuredMacs, options_named, same_tensors, snapshot
 from networks import example, tiny
+from test_gdp import branchy
 from test_strategies import SMALL, TRAINING, batches
 from torch import Tensor, nn
 
-from wgates_plugin import trace
+from wgates_plugin import rebuild, trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, TrainingError
 from wgates_plugin.integrations.torch_pruning import (
@@ -127,6 +128,20 @@ def test_what_a_strategy_cannot_do_is_refused() -> None:
     pruner.step()
     with pytest.raises(PlanError, match="pruned already"):
         pruner.step()
+
+
+def test_a_plan_that_closed_a_branch_can_be_repeated() -> None:
+    network = branchy()
+    space = trace(network, example())
+    full = float(MacsModel(space)(torch.tensor(space.full_widths)))
+    pruner = StrategyPruner(
+        network, example(), "gdp", batches(), epochs=6, target=0.2 * full, training=TRAINING
+    )
+    pruner.step()
+    assert pruner.plan is not None
+    assert pruner.plan.note["after"]
+    again = rebuild(branchy(), pruner.plan, pruner.model.state_dict())
+    assert torch.equal(again.eval()(example()), pruner.model.eval()(example()))
 
 
 # Subjects and targets at construction

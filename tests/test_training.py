@@ -403,6 +403,10 @@ def test_targets_that_are_no_classes_have_no_accuracy() -> None:
     assert history[0]["accuracy"] is None
     with pytest.raises(TrainingError, match="no classification"):
         evaluate(network, batches)
+    one_output = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    for targets in (torch.zeros(32, dtype=torch.long), torch.zeros(32, 1)):
+        with pytest.raises(TrainingError, match=r"no classification; needed logits .* two classes"):
+            evaluate(one_output, [(images / 255, targets)])
 
 
 # --- distillation ----------------------------------------------------------------------------
@@ -499,6 +503,26 @@ def test_recalibration_is_the_average_over_batches() -> None:
     torch.testing.assert_close(network[1].running_var, variance)
     assert network[1].momentum == 0.3
     assert network.training
+
+
+def test_a_small_batch_has_a_small_part_in_recalibration() -> None:
+    norm = nn.BatchNorm1d(1)
+    batches = [(torch.randn(count, 1) + count, torch.zeros(count)) for count in (16, 16, 2)]
+    assert recalibrate_batchnorm(norm, batches, images=100) == 34
+    every = torch.cat([batch for batch, _ in batches])
+    torch.testing.assert_close(norm.running_mean, every.mean(0))
+    variance = sum(len(batch) * batch.var(0) for batch, _ in batches) / 34
+    torch.testing.assert_close(norm.running_var, variance)
+
+
+def test_ignored_labels_are_neither_right_nor_wrong() -> None:
+    logits = functional.one_hot(torch.tensor([0, 1, 2, 1]), 3).float() * 20
+    ignored = torch.full((4,), -100)
+    partly = torch.tensor([0, 1, -100, 2])
+    found = evaluate(nn.Identity(), [(logits, partly), (logits, ignored)])
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert found.loss == pytest.approx(float(functional.cross_entropy(logits, partly)))
+    assert found.images == 8
 
 
 def test_recalibration_keeps_dropout_off_and_statistics_on_failure() -> None:

@@ -16,6 +16,7 @@ from wgates_plugin.catalogue.torchvision_import import import_torchvision
 from wgates_plugin.efficiency import ParametersModel
 from wgates_plugin.errors import ConfigError, TraceError
 from wgates_plugin.integrations.torch_pruning import WGatesPruner
+from wgates_plugin.latency.onnx_template import OnnxTemplate
 from wgates_plugin.verification import TOLERANCE, removal_error
 
 
@@ -71,6 +72,15 @@ NETWORKS: dict[str, Any] = {
     "timm-vit": (timm_vit, 16, {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}),
     "encoder": (Encoder, 16, {"layer.linear1"}),
 }
+
+
+def test_a_profile_charges_linear_layers_with_their_products() -> None:
+    """Over more than two dimensions the exporter writes them as a transposed weight and a MatMul."""
+    network = convnext()
+    owners = OnnxTemplate(network, example()).owners
+    linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    assert len(linear) == 5
+    assert linear <= {found[0] for found in owners.values() if found}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

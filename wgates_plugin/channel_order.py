@@ -6,10 +6,13 @@ A network made of these alone needs no numerical check of its trace; any other o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch_pruning import ops as tp_ops
 
 from wgates_plugin import modules as kinds
@@ -25,11 +28,34 @@ _ELEMENTWISE = {
     "SigmoidBackward0",
     "HardswishBackward0",
     "HardsigmoidBackward0",
-    "AddBackward0",
     "MaxPool2DWithIndicesBackward0",
     "AvgPool2DBackward0",
     "AdaptiveAvgPool2DBackward0",
 }
+
+
+class FixedViews(TorchFunctionMode):
+    """Notes whether a view names its last size, as `x.view(-1, 400)` does: that number may count
+    channels, which the graph does not tell."""
+
+    seen = False
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _VIEWS:
+            shape = [*args[1:], *(kwargs or {}).values()]
+            while shape and isinstance(shape[-1], (tuple, list)):
+                shape = list(shape[-1])
+            self.seen = self.seen or bool(shape and isinstance(shape[-1], int) and shape[-1] != -1)
+        return func(*args, **(kwargs or {}))
+
+
+_VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
 
 
 def is_certain(graph: tp.DependencyGraph) -> bool:
@@ -53,6 +79,10 @@ def _keeps_order(node: Any) -> bool:
         return _is_flatten_into_linear(node)
     if name == "TBackward0":  # the transposed weight of a linear layer
         return not node.inputs
+    if (
+        name == "AddBackward0"
+    ):  # the other side may be an input or a buffer, which keeps its channels
+        return all(before is not None for before, _ in node.grad_fn.next_functions)
     if name == "MeanBackward1":
         return _is_spatial_mean(node.grad_fn)
     return name in _ELEMENTWISE

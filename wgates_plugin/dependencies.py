@@ -22,7 +22,7 @@ from wgates_plugin.calling import (
     refuse_other_device,
     shapes_of,
 )
-from wgates_plugin.channel_order import is_certain
+from wgates_plugin.channel_order import FixedViews, is_certain
 from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
 from wgates_plugin.errors import TraceError
 from wgates_plugin.gating import Gating
@@ -53,6 +53,7 @@ class DependencyTrace:
         self._parameter_dims = tuple(parameter_dims)
         self.names = {module: name for name, module in network.named_modules()}
         self._refuse_untraceable()
+        self._fixed_views = FixedViews()
         with left_as_found(network):
             network.eval()
             self.layers, self.graph = self._describe_and_trace()
@@ -162,7 +163,8 @@ class DependencyTrace:
             TraceError: it does not run on them, or returns something else than one tensor.
         """
         try:
-            output = call_with(self.network, self.example_inputs)
+            with self._fixed_views:
+                output = call_with(self.network, self.example_inputs)
         except Exception as error:
             shapes = shapes_of(self.example_inputs)
             raise TraceError(
@@ -207,7 +209,7 @@ class DependencyTrace:
     @property
     def keeps_channel_order(self) -> bool:
         """True when no operation is in the network that might move channels unseen."""
-        return is_certain(self.graph)
+        return not self._fixed_views.seen and is_certain(self.graph)
 
     def space(
         self,

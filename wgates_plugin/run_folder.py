@@ -203,8 +203,9 @@ def another_run(folder: Path, changed: list[str]) -> str:
     """The refusal of a run folder because of `differences`."""
     return (
         f"run folder `{folder}`: belongs to another run (different: {'; '.join(changed)}); choose "
-        "another folder, or resume (`resume=True`, `--resume`) with the network, data, target, "
-        "settings and loss it was begun with"
+        "another folder (`samples_file` takes its `samples.jsonl`, which spares LPNet's measurements), "
+        "or resume (`resume=True`, `--resume`) with the network, data, target, settings, loss, processor "
+        "and library versions it was begun with"
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from wgates_plugin import verification
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.verification import check_traced
 
 
 def trace(
@@ -48,6 +48,6 @@ def trace(
         floors=floors,
         caps=caps,
     )
-    if verify and not graph.keeps_channel_order:
-        check_traced(network, space, example_inputs)
+    if verify:
+        verification.verify(graph, space)
     return space

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from wgates_plugin.errors import TraceError
 from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.surgery import resize
+
+if TYPE_CHECKING:
+    from wgates_plugin.dependencies import DependencyTrace
 
 TOLERANCE = 1e-5
 """Relative to the largest output, float32."""
@@ -83,6 +86,16 @@ def _doubled(inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(_doubled(value) for value in inputs)
     return inputs.double() if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
+
+
+def verify(traced: DependencyTrace, space: ChannelSpace) -> None:
+    """`check_traced`, where an operation of the network might move channels unseen.
+
+    Raises:
+        TraceError: as `check_traced` does.
+    """
+    if not traced.keeps_channel_order:
+        check_traced(traced.network, space, traced.example_inputs)
 
 
 def check_traced(network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs) -> None:

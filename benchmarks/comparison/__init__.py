@@ -180,8 +180,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     options.add_argument(
         "--again-disturbed",
         action="store_true",
-        help="run again what found another latency than the last sitting, by more than "
-        f"{100 * again.MOST_APART:.0f} %%",
+        help="run again all of a cell (a target on a runtime) in which a run found another latency than "
+        f"the last sitting, by more than {100 * again.MOST_APART:.0f} %%",
     )
     options.add_argument(
         "--again-refused",

@@ -20,37 +20,52 @@ FLOOR = ("grid", "min_channels", "min_fraction", "floors", "caps")
 
 
 def forget_disturbed(places: Places, chosen: Iterable[Run]) -> list[str]:
-    """Take away the results of runs that were disturbed, with a line for each.
+    """Take away all results of the cells in which a run was disturbed, with a line for each cell.
 
-    Those are runs that found another latency of what they delivered, smaller or larger, than the last
-    sitting did, in which all are timed: other work on the machine led them to other widths. What was
+    Disturbed is a run that found another latency of what it delivered, smaller or larger, than the last
+    sitting did, in which all are timed: other work on the machine led it to other widths. What was
     timed beside other work in that sitting says nothing. A run that is made again is another draw of
-    its accuracy too.
+    its accuracy too, so a cell is drawn again as a whole, or not at all.
     """
-    sittings: dict[Path, dict[str, Any]] = {}
-    lines = []
+    by_cell: dict[tuple[str, float], list[Run]] = {}
     for run in chosen:
-        path = places.finals(run.runtime)
-        if not (path.exists() and places.result(run).exists()):
-            continue
-        if path not in sittings:
-            sittings[path] = read_json(path, kind="final latencies")
-        timed = sittings[path]
-        stored = read_json(places.result(run), kind="run")
-        last = last_ratio(timed, run, stored)
-        if last is None or run.key in timed["disturbed"]:
-            continue
-        own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
-        if abs(own / last - 1.0) <= MOST_APART:
+        by_cell.setdefault((run.runtime, run.target), []).append(run)
+    lines = []
+    for (runtime, target), cell in by_cell.items():
+        path = places.finals(runtime)
+        timed = read_json(path, kind="final latencies") if path.exists() else None
+        found = [] if timed is None else [_found(places, timed, run) for run in cell]
+        apart = sum(one is not None and one["apart"] for one in found)
+        if timed is None or not apart:
             continue
         lines.append(
-            f"{run.key}: found {own:.3f} of the latency, the last sitting {last:.3f}; again"
+            f"{runtime}, {target:.0%}: {apart} of {len(cell)} runs found another latency than the last "
+            "sitting; all of them again"
         )
-        _forget(places, run, accuracy=stored["final"]["accuracy"], own=own, last=last)
-        for table in (timed["ratio"], timed["networks"]):
-            del table[run.key]
+        for run, one in zip(cell, found, strict=True):
+            if one is None:
+                continue
+            _forget(places, run, **{key: one[key] for key in ("accuracy", "own", "last")})
+            for table in (timed["ratio"], timed["networks"]):
+                table.pop(run.key, None)
         write_json(path, timed)
     return lines
+
+
+def _found(places: Places, timed: dict[str, Any], run: Run) -> dict[str, Any] | None:
+    """What a run had found of its network, and the last sitting; None without a delivered network."""
+    stored = _stored(places, run)
+    if "final" not in stored:
+        return None
+    last = last_ratio(timed, run, stored)
+    own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
+    disturbed = last is None or run.key in timed["disturbed"]
+    return {
+        "accuracy": stored["final"]["accuracy"],
+        "own": own,
+        "last": last,
+        "apart": not disturbed and abs(own / last - 1.0) > MOST_APART,
+    }
 
 
 def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:

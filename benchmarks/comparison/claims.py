@@ -11,7 +11,14 @@ from pathlib import Path
 
 from benchmarks.claims import Claim
 from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment
-from benchmarks.comparison.summary import CHANCE, TIGHT, Cell, Difference, read_cells
+from benchmarks.comparison.summary import (
+    CHANCE,
+    TIGHT,
+    Cell,
+    Difference,
+    Verdict,
+    read_cells,
+)
 from wgates_plugin.recipe.checks import read as read_file
 
 FREE = "free-gates"
@@ -41,14 +48,11 @@ def share(values: Sequence[bool]) -> float | None:
 
 
 def won(cell: Cell) -> bool:
-    """Ours is at least as accurate as the best rival, and keeps the target, on average over seeds."""
-    margin = cell.margin()
-    return margin is not None and margin.mean >= 0 and cell.ours_keeps_target()
+    return cell.verdict().won
 
 
 def won_beyond_one_error(cell: Cell) -> bool:
-    margin = cell.margin()
-    return margin is not None and margin.mean > margin.error and cell.ours_keeps_target()
+    return cell.verdict() is Verdict.WON_BEYOND
 
 
 def share_of(
@@ -61,11 +65,12 @@ def share_of(
         cells = contests(experiments, folder)
         if not begun(cells):
             return None
+        verdicts = [(cell, cell.verdict()) for cell in cells]
         return share(
             [
-                not cell.missing() and good(cell)
-                for cell in cells
-                if (cell.missing() and not whole) or (not cell.missing() and cell.decided())
+                verdict.counts and good(cell)
+                for cell, verdict in verdicts
+                if verdict.counts or (verdict is Verdict.INCOMPLETE and not whole)
             ]
         )
 
@@ -87,9 +92,7 @@ def share_on_other_images(experiments: Sequence[Experiment], good: Callable[[Cel
 
     def read(folder: Path) -> float | None:
         pairs = [(cell, cell.on_other_images()) for cell in contests(experiments, folder)]
-        return share(
-            [good(cell) for cell, there in pairs if not there.missing() and there.decided()]
-        )
+        return share([good(cell) for cell, there in pairs if there.verdict().counts])
 
     return read
 
@@ -110,7 +113,8 @@ def decided_share(experiments: Sequence[Experiment]) -> Read:
     """Of the complete cells."""
 
     def read(folder: Path) -> float | None:
-        return share([c.decided() for c in contests(experiments, folder) if not c.missing()])
+        verdicts = [cell.verdict() for cell in contests(experiments, folder)]
+        return share([one.counts for one in verdicts if one is not Verdict.INCOMPLETE])
 
     return read
 

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class Difference:
     def of(cls, first: Sequence[float], second: Sequence[float]) -> Difference:
         points = [100.0 * (a - b) for a, b in zip(first, second, strict=True)]
         error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.inf
-        return cls(statistics.mean(points), error, len(points))
+        # As many right answers are the same accuracy, whatever floats make of it.
+        return cls(round(statistics.mean(points), 9), error, len(points))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Student's t interval of the mean; all numbers for a single pair."""
@@ -74,6 +76,29 @@ class Row:
     @property
     def complete(self) -> bool:
         return not self.missing and not self.refused
+
+
+class Verdict(StrEnum):
+    """What a cell says of ours."""
+
+    INCOMPLETE = "incomplete"
+    OUT_OF_REACH = "out of reach"
+    UNDECIDED = "undecided"
+    LOST = "lost"
+    OVER_TARGET = "lost: ours is over the target"
+    TIED = "tied"
+    WON = "won"
+    WON_BEYOND = "won beyond one standard error"
+
+    @property
+    def counts(self) -> bool:
+        """For one side or the other."""
+        return self not in (self.INCOMPLETE, self.OUT_OF_REACH, self.UNDECIDED)
+
+    @property
+    def won(self) -> bool:
+        """Ours is at least as accurate as the best rival, and keeps the target."""
+        return self in (self.TIED, self.WON, self.WON_BEYOND)
 
 
 @dataclass
@@ -120,9 +145,11 @@ class Cell:
         return bool(rows) and not any(row.missing or row.seeds for row in rows)
 
     def best(self, methods: Sequence[str]) -> str | None:
-        """The complete method of highest mean accuracy among `methods`."""
+        """The complete method of highest mean accuracy among `methods`; of equals the first."""
         whole = [m for m in methods if self.rows[m].complete]
-        return max(whole, key=lambda m: statistics.mean(self.rows[m].accuracy), default=None)
+        return max(
+            whole, key=lambda m: round(statistics.mean(self.rows[m].accuracy), 9), default=None
+        )
 
     def decided(self) -> bool:
         """Whether the best method beats chance by more than one standard error, or ours falls as far
@@ -133,6 +160,22 @@ class Cell:
         ahead = self.between(best, CHANCE)
         behind = None if self.ours is None else self.between(best, self.ours)
         return any(found is not None and found.mean > found.error for found in (ahead, behind))
+
+    def verdict(self) -> Verdict:
+        if self.missing():
+            return Verdict.INCOMPLETE
+        if self.out_of_reach():
+            return Verdict.OUT_OF_REACH
+        if CHANCE in self.rows and not self.decided():
+            return Verdict.UNDECIDED
+        margin = self.margin()
+        if margin is None or margin.mean < 0:
+            return Verdict.LOST
+        if not self.ours_keeps_target():
+            return Verdict.OVER_TARGET
+        if margin.mean == 0:
+            return Verdict.TIED
+        return Verdict.WON_BEYOND if margin.mean > margin.error else Verdict.WON
 
     def ours_keeps_target(self) -> bool:
         """On average over seeds: what is won above it is no gain at equal latency."""

@@ -14,9 +14,11 @@ from benchmarks.comparison.summary import (
     Cell,
     Difference,
     Row,
+    Verdict,
     mean_and_spread,
     read_cells,
 )
+from benchmarks.records import markdown
 from wgates_plugin.files import read_json, write_text
 
 PHASES = {
@@ -86,21 +88,14 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def verdict(cell: Cell) -> str:
-    """What a cell says: missing runs, out of reach, undecided, or whether ours is ahead."""
-    if missing := cell.missing():
-        return f"*incomplete*: {missing} runs are missing"
-    if cell.out_of_reach():
-        return "*out of reach* of every method: even the least widths were measured over the target"
-    if CHANCE in cell.rows and not cell.decided():
-        return "*undecided*: chance is within one standard error of the best"
-    margin = cell.margin()
-    if margin is None or margin.mean < 0:
-        return "lost"
-    if not cell.ours_keeps_target():
-        return "lost: ours is over the target"
-    if margin.mean == 0:
-        return "tied"
-    return "won beyond one standard error" if margin.mean > margin.error else "won"
+    """A cell's verdict in words, with the reason where it counts for nobody."""
+    found = cell.verdict()
+    why = {
+        Verdict.INCOMPLETE: f": {cell.missing()} runs are missing",
+        Verdict.OUT_OF_REACH: " of every method: even the least widths were measured over the target",
+        Verdict.UNDECIDED: ": chance is within one standard error of the best",
+    }
+    return f"*{found}*{why[found]}" if found in why else found
 
 
 def experiment_text(experiment: Experiment, results: Path) -> str:
@@ -113,7 +108,7 @@ def experiment_text(experiment: Experiment, results: Path) -> str:
         found = verdict(cell)
         if found.startswith("*"):
             words += f"; {found}"
-        parts.append(words + "\n\n" + _markdown(HEAD, cell_table(cell)))
+        parts.append(words + "\n\n" + markdown(HEAD, cell_table(cell)))
     return "\n\n".join(parts)
 
 
@@ -144,7 +139,7 @@ def _made_again(path: Path) -> str:
     why = [
         f"{count} runs {words}"
         for count, words in (
-            (len(gone) - refused, "that were disturbed"),
+            (len(gone) - refused, "of cells in which some were disturbed"),
             (refused, "refused a target that another method of their seed was not"),
         )
         if count
@@ -212,7 +207,7 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
                     verdict(cell),
                 ]
             )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def matrix_text(experiment: Experiment, results: Path) -> str:
@@ -230,7 +225,7 @@ def matrix_text(experiment: Experiment, results: Path) -> str:
             if any(method in cell.rows for cell in mine)
         ]
         name = experiment.task or experiment.name
-        parts.append(f"**{name} on {_where(mine[0])}**\n\n{_markdown(head, rows)}")
+        parts.append(f"**{name} on {_where(mine[0])}**\n\n{markdown(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -281,7 +276,7 @@ def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
                         _interval(there.between(method, cell.ours or "")),
                     ]
                 )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _interval(found: Difference | None) -> str:
@@ -289,8 +284,3 @@ def _interval(found: Difference | None) -> str:
         return "-"
     low, high = found.interval()
     return f"{found.mean:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

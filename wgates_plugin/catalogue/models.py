@@ -80,7 +80,13 @@ def load_model(
                 [f"the factory returned {type(network).__name__}, needed a torch.nn.Module"],
             )
     elif classes is None:
-        raise ConfigError(f"model `{name}`", ["the number of classes is unknown; pass classes="])
+        raise ConfigError(
+            f"model `{name}`",
+            [
+                "the number of classes is unknown; pass classes=, or let your data factory return "
+                "`wgates_plugin.catalogue.Data(..., classes=N, ...)`"
+            ],
+        )
     elif name in MODELS:
         arguments = {"classes": classes, "in_channels": in_channels, **given}
         network = _construct(name, MODELS[name], arguments)

@@ -26,8 +26,10 @@ def check_models(space: ChannelSpace, budget: Budget) -> None:
         if theirs != space.fingerprint:
             foreign.append(
                 f"limit on {limit.model.name}: its model was made for another network (fingerprint "
-                f"{theirs}, this one has {space.fingerprint}); make it from this network's channel "
-                "space, an LPNet with `wgates fit-lpnet` and the same input shape"
+                f"{theirs}, this one has {space.fingerprint}), or with other ignored layers; make it "
+                "from this network's channel space, an LPNet with `wgates fit-lpnet` and the same input "
+                "shape, and keep a layer whole by `floors={group name: its width}` rather than by "
+                "`ignored_layers`"
             )
     if foreign:
         raise ConfigError("budget", foreign)

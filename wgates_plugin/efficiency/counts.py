@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace, Layer, Side
+from wgates_plugin.efficiency.base import EfficiencyModel
 
 
 class LayerShapes:
@@ -108,3 +111,15 @@ class ParametersModel:
 
     def __call__(self, widths: Tensor) -> Tensor:
         return self.shapes.parameters_per_layer(widths).sum(-1)
+
+
+def model_of(
+    space: ChannelSpace,
+    efficiency: EfficiencyModel | Callable[[ChannelSpace], EfficiencyModel] | None,
+) -> EfficiencyModel:
+    """A model as users name it: itself, what makes one of a space, or None, which counts MACs."""
+    if efficiency is None:
+        return MacsModel(space)
+    if isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
+        return efficiency(space)
+    return efficiency

@@ -13,7 +13,6 @@ from torch import nn
 from wgates_plugin.errors import ExportError, RuntimeUnavailableError
 from wgates_plugin.latency.base import Family, ResizeFamily, RuntimeSettings, split_inputs
 from wgates_plugin.latency.eager import CudaEagerSession, EagerRuntime, EagerSession
-from wgates_plugin.latency.layer_times import PROFILED_RUNS
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
@@ -82,12 +81,6 @@ class CompiledRuntime(EagerRuntime):
         self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
     ) -> Family:
         return ResizeFamily(self, network, space, example_inputs)
-
-    def layer_times_ms(
-        self, network: nn.Module, example_inputs: ExampleInputs, *, runs: int = PROFILED_RUNS
-    ) -> dict[str, float]:
-        """Empty: compiled kernels span layers."""
-        return {}
 
     def _session(self, network: Callable[..., Any], example_inputs: ExampleInputs) -> EagerSession:
         from torch._inductor import config

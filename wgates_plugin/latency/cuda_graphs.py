@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from wgates_plugin.errors import ExportError
 from wgates_plugin.latency.base import Family, ResizeFamily, RuntimeSettings, flatten_outputs
 from wgates_plugin.latency.eager import CudaEagerSession, EagerRuntime
-from wgates_plugin.latency.layer_times import PROFILED_RUNS
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
@@ -46,12 +45,6 @@ class CudaGraphsRuntime(EagerRuntime):
         self, network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs
     ) -> Family:
         return ResizeFamily(self, network, space, example_inputs)
-
-    def layer_times_ms(
-        self, network: nn.Module, example_inputs: ExampleInputs, *, runs: int = PROFILED_RUNS
-    ) -> dict[str, float]:
-        """Empty: a replay has no layers."""
-        return {}
 
     def _session(
         self, network: Callable[..., Any], example_inputs: ExampleInputs

@@ -70,13 +70,17 @@ def graph_owners(graph: Any) -> dict[str, tuple[str, ...]]:
 
     A node with a layer's weight belongs to that layer, any other to what made its inputs.
     """
-    weights = {initializer.name for initializer in graph.initializer}
+    weight_of = {
+        item.name: item.name for item in graph.initializer if item.name.endswith(".weight")
+    }
     owners: dict[str, tuple[str, ...]] = {}
     for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weight_of:
+            weight_of[node.output[0]] = weight_of[node.input[0]]  # before a MatMul
         own = [
-            name.removesuffix(".weight")
+            weight_of[name].removesuffix(".weight")
             for name in node.input[1:2]
-            if name in weights and name.endswith(".weight") and node.op_type in _WEIGHTED_NODES
+            if name in weight_of and node.op_type in _WEIGHTED_NODES
         ]
         inherited = [owner for name in node.input for owner in owners.get(name, ())]
         found = tuple(dict.fromkeys(own or inherited))

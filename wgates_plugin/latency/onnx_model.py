@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,10 +21,12 @@ from wgates_plugin.latency.base import (
     ResizeFamily,
     check_file,
     frozen_copy,
+    require,
 )
 from wgates_plugin.latency.layer_times import PROFILED_RUNS
 from wgates_plugin.latency.onnx_export import (
     check_agreement,
+    cpu_tensors,
     describe_failure,
     export_checked,
     export_dynamo,
@@ -97,7 +99,7 @@ class OnnxModelRuntime(BaseRuntime):
     def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> BaseSession:
         path = check_file(path, self.name)
         try:
-            return self.session_of(path.read_bytes(), example_inputs)
+            return self.session_of(_whole_model(path), example_inputs)
         except (ExportError, RuntimeUnavailableError):
             raise
         except Exception as error:
@@ -120,6 +122,50 @@ class OnnxModelRuntime(BaseRuntime):
                 return session.outputs()
 
         return export_checked(network, example_inputs, run)
+
+
+def feeds_of(
+    wanted: Iterable[tuple[Collection[str], Iterable[int]]],
+    example_inputs: ExampleInputs,
+    runtime: str,
+) -> dict[str, np.ndarray]:
+    """Input name -> array, for a model's inputs as (names, shape).
+
+    Names must match; an unused input has no counterpart in the model.
+
+    Raises:
+        ExportError: an input is missing or of another shape.
+    """
+    tensors = cpu_tensors(example_inputs)
+    feeds: dict[str, np.ndarray] = {}
+    problems = []
+    for names, shape in wanted:
+        name = next((name for name in names if name in tensors), None)
+        if name is None:
+            problems.append(f"`{min(names, default='')}` is not among the example inputs")
+        elif list(tensors[name].shape) != list(shape):
+            problems.append(f"`{name}` is {list(tensors[name].shape)}, made for {list(shape)}")
+        else:
+            feeds[name] = np.ascontiguousarray(tensors[name].numpy())
+    if problems:
+        raise ExportError(
+            f"{runtime}: the model does not take these example inputs: {'; '.join(problems)}; give "
+            "inputs of the exported names and shapes, or export again"
+        )
+    return feeds
+
+
+def _whole_model(path: Path) -> bytes:
+    """The model with all its weights, those that lie in files beside it included."""
+    onnx = require("onnx", extra="onnx", purpose="reading ONNX files")
+    serialised = path.read_bytes()
+    model = onnx.load_from_string(serialised)
+    if not any(
+        tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer
+    ):
+        return serialised
+    whole: bytes = onnx.load(path).SerializeToString()
+    return whole
 
 
 class OnnxFamily:

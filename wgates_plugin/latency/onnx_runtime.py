@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wgates_plugin.errors import ExportError, RuntimeUnavailableError
+from wgates_plugin.errors import RuntimeUnavailableError
 from wgates_plugin.latency.base import (
     BaseSession,
     RuntimeSettings,
     require,
 )
 from wgates_plugin.latency.layer_times import PROFILED_RUNS, Kernel, charge, merged
-from wgates_plugin.latency.onnx_export import cpu_tensors
-from wgates_plugin.latency.onnx_model import OnnxModelRuntime
+from wgates_plugin.latency.onnx_model import OnnxModelRuntime, feeds_of
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
@@ -105,7 +104,9 @@ class OnnxRuntime(OnnxModelRuntime):
                 "libraries this onnxruntime-gpu was built for, or use the runtime `onnxruntime` on "
                 "device `cpu`"
             )
-        feeds, identity = _feeds(native, example_inputs), self.identity(example_inputs)
+        wanted = [((item.name,), item.shape) for item in native.get_inputs()]
+        feeds = feeds_of(wanted, example_inputs, self.name)
+        identity = self.identity(example_inputs)
         session = (
             CudaOnnxSession(native, feeds, identity=identity, device_index=self._device_index)
             if self._on_cuda
@@ -159,28 +160,6 @@ def _kernel(event: Mapping[str, Any], owners: Mapping[str, Sequence[str]]) -> Ke
     name = event["name"].removesuffix(_KERNEL).removesuffix("_nchwc")
     before = event["args"].get("op_name") == "ReorderInput"
     return Kernel(tuple(owners.get(name, ())), event["dur"] / 1e3, before)
-
-
-def _feeds(native: Any, example_inputs: ExampleInputs) -> dict[str, np.ndarray]:
-    """Input name -> array. Names must match; an unused input has no counterpart in the model."""
-    tensors = cpu_tensors(example_inputs)
-    feeds: dict[str, np.ndarray] = {}
-    problems = []
-    for wanted in native.get_inputs():
-        tensor = tensors.get(wanted.name)
-        if tensor is None:
-            problems.append(f"`{wanted.name}` is not among the example inputs")
-        elif list(tensor.shape) != list(wanted.shape):
-            problems.append(f"`{wanted.name}` is {list(tensor.shape)}, made for {wanted.shape}")
-        else:
-            feeds[wanted.name] = np.ascontiguousarray(tensor.numpy())
-    if problems:
-        raise ExportError(
-            "onnxruntime: the model does not take these example inputs: "
-            + "; ".join(problems)
-            + "; give inputs of the exported names and shapes, or export again"
-        )
-    return feeds
 
 
 class OnnxSession(BaseSession):

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wgates_plugin.errors import ExportError, RuntimeUnavailableError
+from wgates_plugin.errors import RuntimeUnavailableError
 from wgates_plugin.latency.base import (
     BaseSession,
     RuntimeSettings,
     require,
 )
 from wgates_plugin.latency.layer_times import PROFILED_RUNS, Kernel, charge, merged
-from wgates_plugin.latency.onnx_export import cpu_tensors
-from wgates_plugin.latency.onnx_model import OnnxModelRuntime
+from wgates_plugin.latency.onnx_model import OnnxModelRuntime, feeds_of
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
@@ -59,7 +58,7 @@ class OpenVinoRuntime(OnnxModelRuntime):
     ) -> OpenVinoSession:
         """As in `OnnxModelRuntime`; refused where OpenVINO would compute in another precision."""
         compiled = self._compiled(model, initializers, profile=False)
-        feeds = _feeds(compiled, example_inputs)
+        feeds = self._feeds(compiled, example_inputs)
         return OpenVinoSession(compiled, feeds, identity=self.identity(example_inputs))
 
     def layer_times_ms(
@@ -77,7 +76,7 @@ class OpenVinoRuntime(OnnxModelRuntime):
             for operation in compiled.get_runtime_model().get_ops()
         }
         profiles = []
-        feeds = _feeds(compiled, example_inputs)
+        feeds = self._feeds(compiled, example_inputs)
         with OpenVinoSession(compiled, feeds, identity={}) as session:
             for _ in range(runs + 1):
                 session.run()
@@ -89,6 +88,10 @@ class OpenVinoRuntime(OnnxModelRuntime):
                     ]
                 )
         return charge(merged(profiles[1:]))
+
+    def _feeds(self, compiled: Any, example_inputs: ExampleInputs) -> dict[str, np.ndarray]:
+        wanted = [(item.names, item.shape) for item in compiled.inputs]
+        return feeds_of(wanted, example_inputs, self.name)
 
     def at_float32(self) -> OpenVinoRuntime:
         return OpenVinoRuntime(dataclasses.replace(self.settings, precision="float32"))
@@ -149,30 +152,6 @@ def _original_names(operation: Any) -> tuple[str, ...]:
 def _kernel(record: Any, names: Sequence[str], owners: Mapping[str, Sequence[str]]) -> Kernel:
     found = next((tuple(owners[name]) for name in names if owners.get(name)), ())
     return Kernel(found, record.real_time.total_seconds() * 1e3, record.node_type == "Reorder")
-
-
-def _feeds(compiled: Any, example_inputs: ExampleInputs) -> dict[str, np.ndarray]:
-    """Input name -> array; an unused input has no counterpart in the model."""
-    tensors = cpu_tensors(example_inputs)
-    feeds: dict[str, np.ndarray] = {}
-    problems = []
-    for wanted in compiled.inputs:
-        name = next((name for name in wanted.names if name in tensors), None)
-        if name is None:
-            problems.append(f"`{wanted.any_name}` is not among the example inputs")
-        elif list(tensors[name].shape) != list(wanted.shape):
-            problems.append(
-                f"`{name}` is {list(tensors[name].shape)}, made for {list(wanted.shape)}"
-            )
-        else:
-            feeds[name] = np.ascontiguousarray(tensors[name].numpy())
-    if problems:
-        raise ExportError(
-            "openvino: the model does not take these example inputs: "
-            + "; ".join(problems)
-            + "; give inputs of the exported names and shapes, or export again"
-        )
-    return feeds
 
 
 class OpenVinoSession(BaseSession):

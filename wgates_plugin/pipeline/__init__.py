@@ -14,7 +14,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.pipeline import delivery, learning, preparation, record, unifying
 from wgates_plugin.pipeline.callables import untold
 from wgates_plugin.pipeline.job import Job, PruningResult
-from wgates_plugin.pipeline.labels import check_labels
+from wgates_plugin.pipeline.labels import check_labels, check_scored
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.targets import PruningSettings, Target
 from wgates_plugin.training.engine import LossFunction
@@ -112,6 +112,7 @@ def _run(job: Job) -> None:
             train_loader=job.train_loader,
             val_loader=job.val_loader,
         )
+    check_scored(job.dense, job.val_loader)
     preparation.measure_baseline(job)
     if job.within_limits(job.baseline):
         logger.info("%s: within the target as it is; nothing to prune", job.name)

@@ -11,6 +11,7 @@ from wgates_plugin.pipeline.callables import name_of
 from wgates_plugin.run_folder import first_batch_digest
 from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, PruningSettings, Target
+from wgates_plugin.training.launch import batches_of
 
 
 def identity_of_request(
@@ -22,13 +23,16 @@ def identity_of_request(
     """Targets, data and settings as plain values; the order of targets has no meaning.
 
     Of the training data, whose batches may be drawn and augmented at random, only their number.
+
+    Raises:
+        TrainingError: a loader does not know its length.
     """
     in_order = sorted(targets, key=lambda target: not isinstance(target, LatencyTarget))
     return {
         "targets": [{type(target).__name__: vars(target)} for target in in_order],
         "data": {
-            "train_batches": len(train_loader),  # type: ignore[arg-type]
-            "val_batches": len(val_loader),  # type: ignore[arg-type]
+            "train_batches": batches_of(train_loader),
+            "val_batches": batches_of(val_loader),
             "first_val_batch": first_batch_digest(val_loader),
         },
         "settings": {**settings_as_json(settings), "options": options_in_full(settings)},

@@ -1,4 +1,4 @@
-"""Whether the labels of the data fit the network's outputs: told before anything is trained."""
+"""Whether the labels of the data fit the network's outputs: told before anything is measured."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from wgates_plugin.calling import ExampleInputs, call_with
 from wgates_plugin.catalogue.tensor_loader import TensorLoader
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.training.as_found import modes_kept, random_state_kept
-from wgates_plugin.training.evaluation import unpack
-
-_IGNORED = -100
-"""The label that cross-entropy leaves out."""
+from wgates_plugin.training.evaluation import IGNORED, evaluate, unpack
 
 
 def check_labels(
@@ -43,7 +40,7 @@ def check_labels(
     outputs, problems = output.shape[1], []
     for name, loader in loaders.items():
         for labels in _labels(loader):
-            bad = labels[((labels < 0) | (labels >= outputs)) & (labels != _IGNORED)]
+            bad = labels[((labels < 0) | (labels >= outputs)) & (labels != IGNORED)]
             if bad.numel():
                 worst = int(bad.max()) if int(bad.max()) >= outputs else int(bad.min())
                 problems.append(
@@ -54,6 +51,17 @@ def check_labels(
                 break
     if problems:
         raise ConfigError("labels", problems)
+
+
+def check_scored(network: nn.Module, val_loader: Iterable[Any]) -> None:
+    """Refuse data and networks of which no accuracy can be told, by the first batch.
+
+    Raises:
+        TrainingError: as `evaluate` says it.
+    """
+    with random_state_kept(torch.device("cpu"), val_loader):
+        first = list(_first(val_loader))
+    evaluate(network, first)
 
 
 def _labels(loader: Any) -> Iterable[Tensor]:

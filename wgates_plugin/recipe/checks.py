@@ -279,7 +279,7 @@ def _data_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
     if not isinstance(name, str) or name in DATA or is_factory_name(name):
         return
     if name.startswith("folder:"):
-        if not Path(name.removeprefix("folder:")).is_dir():
+        if not Path(name.removeprefix("folder:")).expanduser().is_dir():
             yield ("data", "name"), f"no such folder `{name.removeprefix('folder:')}`"
         return
     yield (

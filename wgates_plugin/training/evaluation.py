@@ -100,18 +100,23 @@ def answer(network: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor
     return logits_of(call_with(network, inputs), network), targets
 
 
-def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, int] | None:
+IGNORED = -100
+"""The label that cross-entropy leaves out."""
+
+
+def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
     """(number of right answers, number of answers), or None if accuracy has no meaning here.
 
-    logits (N, C, ...); targets (N, ...) class numbers, or (N, C, ...) class probabilities.
+    logits (N, C, ...) of two classes or more; targets (N, ...) class numbers, or (N, C, ...) class
+    probabilities.
     """
-    if not isinstance(targets, Tensor) or logits.ndim < 2:
+    if not isinstance(targets, Tensor) or logits.ndim < 2 or logits.shape[1] < 2:
         return None
     if targets.is_floating_point() and targets.shape == logits.shape:
         targets = targets.argmax(dim=1)
     if targets.is_floating_point() or targets.shape != logits.shape[:1] + logits.shape[2:]:
         return None
-    return (logits.detach().argmax(dim=1) == targets).sum(), targets.numel()
+    return (logits.detach().argmax(dim=1) == targets).sum(), (targets != IGNORED).sum()
 
 
 def cross_entropy(logits: Tensor, targets: Any, *, label_smoothing: float = 0.0) -> Tensor:
@@ -151,7 +156,8 @@ def evaluate(
     where = device_of(network) if device is None else torch.device(device)
     correct = torch.zeros((), dtype=torch.long, device=where)
     loss = torch.zeros((), dtype=torch.float64 if where.type != "mps" else None, device=where)
-    answers = images = 0
+    answers = torch.zeros_like(correct)
+    images = 0
     with modes_kept(network), rng_kept(where):
         network.eval()
         for batch in loader:
@@ -160,13 +166,16 @@ def evaluate(
             if counted is None:
                 raise TrainingError(
                     f"evaluation: logits of shape {tuple(logits.shape)} and targets of shape "
-                    f"{tuple(getattr(targets, 'shape', ()))} are no classification; pass targets "
-                    "(N,) of class numbers, or an evaluation function of your own"
+                    f"{tuple(getattr(targets, 'shape', ()))} are no classification; needed logits "
+                    "(N, C) of two classes or more, and class numbers (N,) or class probabilities "
+                    "(N, C)"
                 )
             correct += counted[0]
             answers += counted[1]
             images += logits.shape[0]
-            loss += cross_entropy(logits.float(), targets) * counted[1]
+            found = cross_entropy(logits.float(), targets) * counted[1]
+            loss += torch.where(counted[1] > 0, found, 0.0)  # nothing but ignored labels has none
     if not answers:
         raise TrainingError("evaluation: the loader gave no batches; check the data set and limit")
-    return Evaluation(float(correct) / answers, float(loss) / answers, images)
+    count = int(answers)
+    return Evaluation(int(correct) / count, float(loss) / count, images)

@@ -39,6 +39,21 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+def batches_of(loader: Any) -> int:
+    """How many batches a loader has.
+
+    Raises:
+        TrainingError: it does not say.
+    """
+    try:
+        return len(loader)
+    except TypeError:
+        raise TrainingError(
+            f"loader `{type(loader).__name__}`: its length is unknown, and the learning-rate schedule "
+            "needs it; give it a __len__ that counts batches"
+        ) from None
+
+
 def share_loader(loader: Iterable[Any], fabric: Fabric) -> Any:
     """This process's part of `loader`: the loader itself if there is one process.
 
@@ -58,14 +73,7 @@ def share_loader(loader: Iterable[Any], fabric: Fabric) -> Any:
                 f"loader `{name}`: {world} processes cannot share it; use a torch DataLoader, or "
                 "give it a method shard(rank, world)"
             )
-    try:
-        batches = len(shared)
-    except TypeError:
-        raise TrainingError(
-            f"loader `{name}`: its length is unknown, and the learning-rate schedule needs it; "
-            "give it a __len__ that counts batches"
-        ) from None
-    if batches == 0:
+    if batches_of(shared) == 0:
         raise TrainingError(
             f"loader `{name}`: it has no batches; use a smaller batch size or keep the last, "
             "smaller batch"

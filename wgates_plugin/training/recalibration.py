@@ -19,10 +19,10 @@ from wgates_plugin.training.evaluation import images_in, to_device, unpack
 def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: int = 512) -> int:
     """Estimate all batch-norm running statistics anew; returns the number of images used.
 
-    The statistics are reset and become the plain average over the batches (Yu and Huang 2019,
-    "Universally Slimmable Networks", section 3.3), until at least `images` images were seen or
-    the loader ends. Only the norms run in train mode, so dropout stays off. Modes, momenta and
-    torch's random state are left as found; if anything fails, so are the statistics.
+    The statistics are reset and become the average over the batches (Yu and Huang 2019,
+    "Universally Slimmable Networks", section 3.3), each weighed by its images, until at least `images`
+    images were seen or the loader ends. Only the norms run in train mode, so dropout stays off. Modes,
+    momenta and torch's random state are left as found; if anything fails, so are the statistics.
 
     A network without batch norm is left alone (0 images).
 
@@ -47,16 +47,16 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
             network.eval()
             for norm in norms:
                 norm.reset_running_stats()
-                # torch's meaning of None: cumulative average instead of exponential.
-                norm.momentum = None
                 norm.train()
             for batch in loader:
                 inputs, _ = unpack(to_device(batch, device))
                 size = images_in(inputs)
                 if size == 1 and seen:
                     continue
-                call_with(network, inputs)
                 seen += size
+                for norm in norms:
+                    norm.momentum = size / seen  # which leaves the average over all images so far
+                call_with(network, inputs)
                 if seen >= images:
                     break
         if not seen:

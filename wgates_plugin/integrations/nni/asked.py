@@ -9,7 +9,7 @@ import torch
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
-from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
+from wgates_plugin.efficiency.counts import MacsModel, ParametersModel, model_of
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.nni.choices import LayerChoice
 from wgates_plugin.integrations.nni.selection import Selection, select_groups
@@ -112,12 +112,8 @@ def budget_of(
     model: EfficiencyModel
     if isinstance(target, ParametersTarget):
         model = ParametersModel(space)
-    elif efficiency is None:
-        model = MacsModel(space)
-    elif isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
-        model = efficiency(space)
     else:
-        model = efficiency
+        model = model_of(space, efficiency)
     if getattr(model, "fingerprint", space.fingerprint) != space.fingerprint:
         raise ConfigError(
             "WGatesPruner",

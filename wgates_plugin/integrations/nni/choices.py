@@ -83,6 +83,8 @@ def read_config(network: nn.Module, config_list: object) -> ReadConfig:
             problems += wrong
             continue
         chosen, public, _ = select_modules_by_config(network, entry)
+        if not chosen and "exclude" in config_list[number]:  # its layers left the others' choice
+            continue
         if not chosen:
             problems.append(f"{where} names no layer of the network: {_selectors(entry, found)}")
             continue

@@ -20,7 +20,7 @@ from torch import nn
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, measured_grid
-from wgates_plugin.efficiency.counts import MacsModel
+from wgates_plugin.efficiency.counts import model_of
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.nni.choices import ConfigList
 from wgates_plugin.integrations.nni.config import make_config
@@ -203,13 +203,7 @@ def _budget(
 ) -> Budget | None:
     if "sparse_ratio" in parameters:
         return None
-    model: EfficiencyModel
-    if efficiency is None:
-        model = MacsModel(space)
-    elif isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
-        model = efficiency(space)
-    else:
-        model = efficiency
+    model = model_of(space, efficiency)
     full = torch.tensor(space.full_widths, dtype=torch.float64)
     share = parameters.get("target_fraction")
     return Budget.of(

@@ -47,7 +47,7 @@ from wgates_plugin.strategies.budgeting import check_feasible, plan_for_budget
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.strategies.wgates.functions import widths_of
 from wgates_plugin.targets import Target
-from wgates_plugin.verification import check_traced
+from wgates_plugin.verification import verify
 
 
 class WGatesPruner(Pruner):
@@ -126,8 +126,7 @@ class WGatesPruner(Pruner):
         if example_inputs is None:
             example_inputs = example_from(evaluator, model)
         traced = DependencyTrace(model, example_inputs)
-        if not traced.keeps_channel_order:
-            check_traced(model, traced.space(), example_inputs)
+        verify(traced, traced.space())
         selection = checked_selection(traced.space(min_channels=min_channels), choices, by_ratio)
         # Groups the config leaves alone stay in the space at full width: an LPNet of the whole
         # network then fits, whatever is pruned.

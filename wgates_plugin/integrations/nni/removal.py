@@ -19,7 +19,7 @@ from wgates_plugin.integrations.nni.masks import (
     seen_when_closed,
 )
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.verification import TOLERANCE, check_traced, relative_error
+from wgates_plugin.verification import TOLERANCE, relative_error, verify
 
 
 def remove(
@@ -50,8 +50,7 @@ def remove(
     masks = check_masks(model, read_masks(masks))
     traced = DependencyTrace(model, example_inputs)
     space = traced.space()
-    if not traced.keeps_channel_order:
-        check_traced(model, space, example_inputs)
+    verify(traced, space)
     plan = plan_from_masks(model, space, masks, example_inputs, align=align)
     expected = None if align else masked_output(model, masks, example_inputs)
     found = dict(model.named_modules())

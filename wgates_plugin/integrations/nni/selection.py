@@ -152,8 +152,8 @@ def _bound(
 
 def _share(result: Selection, space: ChannelSpace, choices: Mapping[str, LayerChoice]) -> None:
     """One limit per `global_group_id`: the ratio holds for its layers together."""
-    sizes = {
-        layer.name: layer.out_channels * (layer.in_channels // layer.groups) * layer.kernel
+    sizes = {  # entries of what NNI masks; of a BatchNorm one per channel
+        layer.name: layer.out_channels * ((layer.in_channels // layer.groups) * layer.kernel or 1)
         for layer in space.layers
     }
     members: dict[GroupId, dict[str, LayerChoice]] = {}

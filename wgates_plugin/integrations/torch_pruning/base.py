@@ -26,7 +26,7 @@ from wgates_plugin.integrations.torch_pruning.goals import (
 )
 from wgates_plugin.integrations.torch_pruning.words import Words
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.verification import check_traced
+from wgates_plugin.verification import verify
 
 
 class TracedPruner(tp.pruner.BasePruner):
@@ -61,8 +61,7 @@ class TracedPruner(tp.pruner.BasePruner):
         self._trace = DependencyTrace(model, example_inputs, parameter_dims=self._dims)
         self.model = model
         space, self._ignored = words.space(self._trace, model)
-        if not self._trace.keeps_channel_order:
-            check_traced(model, space, example_inputs)
+        verify(self._trace, space)
         self.space = self._now = space
         self._set_what_siblings_have(words)
         budget = None

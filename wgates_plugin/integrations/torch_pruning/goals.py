@@ -11,7 +11,7 @@ from torch import Tensor
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, check_target
 from wgates_plugin.efficiency.belonging import check_models
-from wgates_plugin.efficiency.counts import MacsModel
+from wgates_plugin.efficiency.counts import model_of
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, TargetError
 from wgates_plugin.integrations.torch_pruning.options import SUBJECT
 from wgates_plugin.strategies.budgeting import check_feasible
@@ -134,13 +134,7 @@ def as_budget(
         check_models(space, efficiency)
         return efficiency
     assert target is not None
-    model: EfficiencyModel
-    if efficiency is None:
-        model = MacsModel(space)
-    elif isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
-        model = efficiency(space)
-    else:
-        model = efficiency
+    model = model_of(space, efficiency)
     budget = Budget.of(Limit(model, check_target(target, model.unit)))
     check_models(space, budget)
     return budget

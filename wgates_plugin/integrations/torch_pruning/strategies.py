@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -246,8 +247,10 @@ class StrategyPruner(TracedPruner):
 
     def _removals(self, plan: PruningPlan) -> Iterator[Any]:
         yield from removals(self.model, plan, traced=self._trace)
-        apply_steps(self.model, self.strategy.finish(self.model, plan, self._inputs))
-        self.plan = plan
+        steps = self.strategy.finish(self.model, plan, self._inputs)
+        apply_steps(self.model, steps)
+        note = {**plan.note, "after": [dict(step) for step in steps]} if steps else plan.note
+        self.plan = dataclasses.replace(plan, note=note)
         if self.decision.facts.get("weights") == "scratch":
             logger.warning("%s: %s", self._subject, _FRESH)
 

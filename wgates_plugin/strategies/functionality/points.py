@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +145,3 @@ def _observe(network: nn.Module, image: ImageInput, shape: list[int], wanted: se
         for handle in handles:
             handle.remove()
     return seen
-
-
-def all_points(points: Iterable[Iterable[Point]]) -> list[Point]:
-    return [point for group in points for point in group]

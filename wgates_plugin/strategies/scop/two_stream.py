@@ -18,6 +18,7 @@ from wgates_plugin.calling import ExampleInputs, call_with
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.strategies.scop.knockoffs import KnockoffSource, main_images
+from wgates_plugin.training.as_found import modes_kept
 from wgates_plugin.training.evaluation import logits_of
 
 START = 0.5
@@ -155,13 +156,11 @@ def norms_behind(
                     found[given[id(args[0])][0]] = norm
 
             handles.append(module.register_forward_pre_hook(meet))
-    modes = [(module, module.training) for module in network.modules()]
     try:
-        network.eval()
-        call_with(network, inputs)
+        with modes_kept(network):
+            network.eval()
+            call_with(network, inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return found
