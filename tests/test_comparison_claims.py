@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from benchmarks.comparison import claims as subject
 from benchmarks.comparison.claims import compared, comparison_claims
 from benchmarks.comparison.experiment import Experiment, load_experiment
 from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
-from benchmarks.comparison.summary import Difference, read_cells
+from benchmarks.comparison.summary import Difference, Verdict, read_cells
 from benchmarks.comparison.tables import ablations_table, matrix_text, verdicts_table
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.report.theme import LIGHT
@@ -81,6 +82,33 @@ def test_over_the_target_nothing_is_won(tmp_path: Path) -> None:
     found = values([one], tmp_path / "results")
     assert found["wgates_wins_share"] == found["wgates_wins_beyond_one_se_share"] == 0.0
     assert "lost: ours is over the target" in verdicts_table([one], tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "better", "verdict"),
+    [
+        (0.45, 0.48, True, Verdict.WON_BEYOND),
+        (0.48, 0.45, True, Verdict.UNEQUAL),
+        (0.48, 0.46, True, Verdict.WON_BEYOND),
+        (0.45, 0.48, False, Verdict.UNEQUAL),
+        (0.46, 0.48, False, Verdict.LOST),
+        (0.48, 0.45, False, Verdict.LOST),
+    ],
+)
+def test_who_is_better_with_more_latency_has_not_won_at_equal_latency(
+    ours: float, theirs: float, better: bool, verdict: Verdict, tmp_path: Path
+) -> None:
+    first, second = (BETTER, GOOD) if better else (GOOD, BETTER)
+    runs: dict[str, Any] = {"wgates": first, "l1": second, "random": LOW}
+    one = filled(tmp_path, runs, ours="wgates", task="t", finals=[theirs] * 3)
+    path = tmp_path / "results/comparison" / one.name / "finals-eager.json"
+    last = json.loads(path.read_text())
+    last["ratio"].update({f"wgates-eager-50-{seed}": ours for seed in range(3)})
+    write_json(path, last)
+    (cell,) = read_cells(one, tmp_path / "results")
+    assert cell.verdict() is verdict
+    share = {Verdict.UNEQUAL: None, Verdict.LOST: 0.0, Verdict.WON_BEYOND: 1.0}[verdict]
+    assert values([one], tmp_path / "results")["wgates_wins_share"] == share
 
 
 def test_cells_that_ours_was_tuned_on_are_left_out_of_a_share_of_its_own(tmp_path: Path) -> None:

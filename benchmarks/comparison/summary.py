@@ -21,6 +21,9 @@ CHANCE = "random"
 TIGHT = 0.95
 """A final latency under this share of the target gives speed away that accuracy could have used."""
 
+MOST_APART = 0.05
+"""Of the target: the advantage in latency beyond which accuracies are not those of equal latency."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -84,6 +87,7 @@ class Verdict(StrEnum):
     INCOMPLETE = "incomplete"
     OUT_OF_REACH = "out of reach"
     UNDECIDED = "undecided"
+    UNEQUAL = "not at equal latency"
     LOST = "lost"
     OVER_TARGET = "lost: ours is over the target"
     TIED = "tied"
@@ -93,7 +97,7 @@ class Verdict(StrEnum):
     @property
     def counts(self) -> bool:
         """For one side or the other."""
-        return self not in (self.INCOMPLETE, self.OUT_OF_REACH, self.UNDECIDED)
+        return self not in (self.INCOMPLETE, self.OUT_OF_REACH, self.UNDECIDED, self.UNEQUAL)
 
     @property
     def won(self) -> bool:
@@ -168,14 +172,22 @@ class Cell:
             return Verdict.OUT_OF_REACH
         if CHANCE in self.rows and not self.decided():
             return Verdict.UNDECIDED
-        margin = self.margin()
+        margin, more = self.margin(), self.latency_over_rival()
         if margin is None or margin.mean < 0:
-            return Verdict.LOST
+            return Verdict.UNEQUAL if more < -MOST_APART else Verdict.LOST
         if not self.ours_keeps_target():
             return Verdict.OVER_TARGET
+        if more > MOST_APART:
+            return Verdict.UNEQUAL
         if margin.mean == 0:
             return Verdict.TIED
         return Verdict.WON_BEYOND if margin.mean > margin.error else Verdict.WON
+
+    def latency_over_rival(self) -> float:
+        """How much more latency ours takes than the best rival, of the target: the mean over seeds."""
+        rows = [self.rows.get(name or "") for name in (self.ours, self.best(self.rivals_here))]
+        means = [statistics.mean(row.ratio) for row in rows if row is not None and row.ratio]
+        return (means[0] - means[1]) / self.target if len(means) == 2 else 0.0
 
     def ours_keeps_target(self) -> bool:
         """On average over seeds: what is won above it is no gain at equal latency."""
