@@ -145,6 +145,7 @@ def test_a_gpu_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     runtime.settings = RuntimeSettings(device="cuda:0")
     native = runtime._ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     monkeypatch.setattr(runtime._ort, "InferenceSession", lambda *_, **__: native)
+    assert runtime.layer_times_ms(path.read_bytes(), example(), {}) == {}
     space = trace(tiny("plain"), example())
     for use in (
         lambda: runtime.load(tiny("plain"), example()),

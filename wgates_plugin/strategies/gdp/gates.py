@@ -23,6 +23,7 @@ from wgates_plugin.gating import Gating
 from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.budgeting import Descent, check_feasible, fit_to_budget
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
+from wgates_plugin.strategies.gdp.branches import Branches
 from wgates_plugin.strategies.gdp.polarisation import (
     epsilon_at,
     smooth_l0,
@@ -131,7 +132,10 @@ class PolarisedGates:
         self.x = torch.ones(count, device=device)
         self._rigid = rigid_units(network, space).to(device)
         self._ties = _per_unit(space, [float(group.ties) for group in space.groups]).to(device)
-        self._least = torch.tensor(space.least_widths(self.settings.grid), dtype=torch.float64)
+        least = space.least_widths(self.settings.grid)
+        self._least = torch.tensor(least, dtype=torch.float64)
+        may_close = self.settings.remove_branches and example_inputs is not None
+        self.branches = Branches(space, least, self._output if may_close else None)
         self._descent = Descent(space, budget)
         self.constraint = AugmentedLagrangian(len(budget.limits))
         self.gating = Gating(network, space, self._gates)
@@ -143,8 +147,6 @@ class PolarisedGates:
         self._mean = torch.zeros(count, device=device)
         self._fisher = torch.zeros(count, device=device)
         self._size = 0.0
-        self._dead: list[int] = []
-        self._needed: list[int] = []
         self._leaf: Tensor | None = None
         self._forced: Tensor | None = None
 
@@ -236,7 +238,7 @@ class PolarisedGates:
             if not self._keeps_the_budget():
                 pull = torch.where(self._rigid, 0.0, self._pull(epsilon))
                 moved = soft_threshold(moved, rate * pull / self._curvature())
-            moved = self._spare_needed_groups(before, moved)
+            moved = self.branches.spare(before, moved, epsilon**0.5)
         else:
             least = LEAST_OPEN * epsilon**0.5  # what is open must be able to come back
             moved = torch.where((before != 0) & (moved.abs() < least), least, moved)
@@ -299,18 +301,8 @@ class PolarisedGates:
         # Multipliers get a scale of their own (ours): at 1 the budget pulls as hard as the task.
         scale = float(reference[self.x != 0].abs().mean()) if bool((self.x != 0).any()) else 0.0
         # At its least width a group saves nothing by closing more, unless all of it may close (ours).
-        saves = (open_now > self._least) | self._may_close()
+        saves = (open_now > self._least) | self.branches.may_close()
         return by_unit.clamp_min(0) * _per_unit(self.space, saves).to(self.x) / max(scale, 1e-30)
-
-    def _may_close(self) -> Tensor:
-        """Groups (G,) of which nobody knows yet that the network needs them: bool."""
-        groups = range(len(self.space.groups))
-        return torch.tensor([self._removable(g) and g not in self._needed for g in groups])
-
-    def _removable(self, index: int) -> bool:
-        """Whether a group may close altogether if the network computes on without it."""
-        wanted = self.settings.remove_branches and self.example_inputs is not None
-        return wanted and not self.space.groups[index].floor_is_own
 
     def _keeps_the_budget(self) -> bool:
         """Do the open gates keep the final limits? Then nothing more need close (ours)."""
@@ -319,33 +311,6 @@ class PolarisedGates:
     def _current_budget(self) -> Budget:
         """The limits of this step, on their way from today's cost to the target (ours)."""
         return self._descent.at(self.step / (self.settings.decay_fraction * self.steps))
-
-    def _spare_needed_groups(self, before: Tensor, after: Tensor) -> Tensor:
-        """Reopen groups that closed altogether, unless the network computes on without them."""
-        for index, (group, least) in enumerate(zip(self.space.groups, self._least, strict=True)):
-            where = self.space.unit_slice(index)
-            if index in self._dead or bool((after[where] != 0).any()):
-                continue
-            if index not in self._needed:
-                if self._is_connected_without([*self._dead, index]):
-                    self._dead.append(index)
-                    continue
-                self._needed.append(index)
-            order = before[where].abs().argsort(descending=True, stable=True)
-            kept = where.start + order[: int(least) // group.ties]
-            after[kept] = before[kept].abs().clamp_min(self.epsilon**0.5)
-        return after
-
-    @torch.no_grad()
-    def _is_connected_without(self, dead: list[int]) -> bool:
-        """Does the output still depend on the input with these groups gated off?"""
-        if not all(self._removable(index) for index in dead):
-            return False
-        gates = torch.ones_like(self.x)
-        for index in dead:
-            gates[self.space.unit_slice(index)] = 0.0
-        first, second = self._output(gates, 0), self._output(gates, 1)
-        return relative_error(second, first) > 1e-4
 
     @torch.no_grad()
     def _output(self, gates: Tensor, seed: int | None = None) -> Tensor:
@@ -387,7 +352,7 @@ class PolarisedGates:
         merits = torch.where(closed, (self._closed_at + 1) / (self.steps + 1) - 1.0, opened_so_far)
         limits = [
             dataclasses.replace(group, cap=int(self._least[index]))
-            if index in self._dead
+            if index in self.branches.closed
             else group
             for index, group in enumerate(self.space.groups)
         ]
@@ -395,14 +360,13 @@ class PolarisedGates:
         settled = fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.settings.grid)
         if self._measured is not None:
             measured, _ = self._measured(merits.cpu(), settled)
-            least = space.least_widths(self.settings.grid)
             settled = tuple(
-                least[index] if index in self._dead else width
+                int(self._least[index]) if index in self.branches.closed else width
                 for index, width in enumerate(measured)
             )
         for index, (group, width) in enumerate(zip(self.space.groups, settled, strict=True)):
             where = self.space.unit_slice(index)
-            if index in self._dead:
+            if index in self.branches.closed:
                 self.x[where] = 0.0
                 continue
             order = merits[where].argsort(descending=True, stable=True)
@@ -417,7 +381,7 @@ class PolarisedGates:
             "closed": int((self.x == 0).sum()),
             "closed_by_the_budget_alone": int((~closed & (self.x == 0)).sum()),
             "opened_again": int((closed & (self.x != 0)).sum()),
-            "closed_branches": [self.space.names[index] for index in sorted(self._dead)],
+            "closed_branches": self.branches.names,
         }
         if self.example_inputs is not None:
             now = self._output(self.unit_scores())
@@ -445,8 +409,8 @@ class PolarisedGates:
             "step": self.step,
             "constraint": self.constraint.state_dict(),
             "settled": None if self.settled is None else list(self.settled),
-            "dead": list(self._dead),
-            "needed": list(self._needed),
+            "dead": list(self.branches.closed),
+            "needed": list(self.branches.needed),
             "facts": self.facts,
         }
 
@@ -458,7 +422,7 @@ class PolarisedGates:
         self._size, self.step = float(state["size"]), int(state["step"])
         self.constraint.load_state_dict(state["constraint"])
         self.settled = None if state["settled"] is None else tuple(state["settled"])
-        self._dead, self._needed = list(state["dead"]), list(state["needed"])
+        self.branches.closed, self.branches.needed = list(state["dead"]), list(state["needed"])
         self.facts = dict(state["facts"])
 
 
