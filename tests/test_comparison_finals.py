@@ -101,6 +101,37 @@ def test_a_network_timed_beside_other_work_is_timed_again(
     assert len(last["disturbed"]) == disturbed
 
 
+def test_a_busy_hour_does_not_undo_a_quiet_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timings of an earlier sitting stay with the same network, and go with another one."""
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    first, second = comparison.choose(experiment)
+    result = of_full_widths(experiment)
+    for run in (first, second):
+        write_json(places.result(run), result)
+    now = {"ratio": 0.4, "reference_ms": 1.0}
+    monkeypatch.setattr(
+        finals, "measure", lambda *_, **__: SimpleNamespace(**dict.fromkeys(finals.RAW) | now)
+    )
+    finals.time_finals(experiment, places, experiment.runtimes[0], passes=2)
+    now.update(ratio=0.3, reference_ms=1.2)
+    result["widths"][0]["kept"] //= 2
+    write_json(places.result(second), result)
+    finals.time_finals(experiment, places, experiment.runtimes[0], passes=2)
+    last = json.loads(places.finals("eager").read_text())
+    assert last["ratio"] == pytest.approx({first.key: 0.4, second.key: 0.3})
+    assert last["disturbed"] == [second.key]
+    assert len(last["passes"][first.key]) == 4
+    finals.time_finals(experiment, places, experiment.runtimes[0], passes=2, again=True)
+    assert json.loads(places.finals("eager").read_text())["ratio"] == last["ratio"]
+    elsewhere = {**last, "environment": {"cpu": "another"}}
+    write_json(places.finals("eager"), elsewhere)
+    finals.time_finals(experiment, places, experiment.runtimes[0], passes=2, again=True)
+    assert json.loads(places.finals("eager").read_text())["ratio"][first.key] == pytest.approx(0.3)
+
+
 def test_a_machine_whose_speed_wanders_is_not_timed_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,8 @@ def time_finals(
     alike beside other work, so those that were timed while the untouched one was slow are timed in
     further passes, as long as these help; of one network's ratios the median of those `passes` counts
     beside which the untouched one was quickest. The choice never looks at the network that is judged.
+    Where the same networks were timed in an earlier sitting on this machine, its quietest timings are
+    among those that are chosen from: a busy hour does not undo a quiet one.
 
     A network whose run folder is no longer there is built again from its stored widths: its latency
     does not depend on its weights. Nothing is written where there is nothing to time, and the same
@@ -68,27 +70,25 @@ def time_finals(
     networks = {key: network_of(one) for key, one in stored.items()}
     artefacts = {run.key: _artefact(places, run, stored[run.key]) for run in todo}
     path = places.finals(runtime_name(block))
-    known = read_json(path, kind="final latencies")["networks"] if path.exists() else {}
-    if not todo or (known == networks and not again):
+    known = read_json(path, kind="final latencies") if path.exists() else {}
+    if not todo or (known.get("networks") == networks and not again):
         return
     environment = describe_environment()
+    earlier = _still_true(known, networks, environment, passes)
     before = [
         one["baseline"]["latency_ms"]
         for one in stored.values()
         if one.get("environment") == environment
     ]
     sitting = _Sitting(experiment, places, block, artefacts, seconds)
-    found, quiet_ms, slow = _timings(sitting, todo, stored, passes, before)
+    found, quiet_ms, slow = _timings(sitting, todo, stored, passes, before, earlier)
     sitting.close()
     write_json(
         path,
         {
             "runtime": runtime_name(block),
             "baseline_ms": quiet_ms,
-            "ratio": {
-                key: statistics.median(one["ratio"] for one in _quietest(timings, passes))
-                for key, timings in found.items()
-            },
+            "ratio": _ratios(found, passes),
             "networks": networks,
             "passes": found,
             "disturbed": sorted(slow),
@@ -162,30 +162,56 @@ def _timings(
     stored: dict[str, dict[str, Any]],
     passes: int,
     before: list[float],
+    earlier: dict[str, Timings],
 ) -> tuple[dict[str, Timings], float, set[str]]:
     """Timings by run, the quiet latency of the untouched network (ms), and the runs that had no quiet.
 
     Args:
-        stored: results by run. before: what the untouched network took (ms) in sittings before.
+        stored: results by run. before: what the untouched network took (ms) while these were made.
+        earlier: timings of a sitting before, by run.
     """
-    found: dict[str, Timings] = {run.key: [] for run in todo}
+    found: dict[str, Timings] = {run.key: list(earlier.get(run.key, ())) for run in todo}
     order, left = random.Random(0), list(todo)
     quiet_ms, slow = 0.0, set[str]()
     for number in range(1, MOST_PASSES * passes + 1):
         order.shuffle(left)
         for run in left:
             found[run.key].append(sitting.time(run, stored[run.key]))
-        seen = [one["reference_ms"] for timings in found.values() for one in timings]
-        quiet_ms = float(np.quantile([*before, *seen], 0.1))
         slower = len(slow)
-        slow = {
-            run.key for run in todo if _slowest(found[run.key], passes) > MOST_SLOWED * quiet_ms
-        }
+        quiet_ms, slow = _doubted(found, before, passes)
         left = [run for run in todo if number < passes or run.key in slow]
         helped = number <= passes or len(slow) <= max(FEW, LEAST_HELP * slower)
         if not left or not helped:
             break
     return found, quiet_ms, slow
+
+
+def _still_true(
+    known: dict[str, Any], networks: dict[str, str], environment: dict[str, Any], passes: int
+) -> dict[str, Timings]:
+    """The quietest timings of an earlier sitting, of networks that are the same, on this machine."""
+    if known.get("environment") != environment:
+        return {}
+    return {
+        key: _quietest(timings, passes)
+        for key, timings in known.get("passes", {}).items()
+        if key in networks and known["networks"].get(key) == networks[key]
+    }
+
+
+def _doubted(found: dict[str, Timings], before: list[float], passes: int) -> tuple[float, set[str]]:
+    """The quiet latency of the untouched network (ms), and the runs that were not timed beside it."""
+    seen = [one["reference_ms"] for timings in found.values() for one in timings]
+    quiet_ms = float(np.quantile([*before, *seen], 0.1))
+    slow = {key for key, mine in found.items() if _slowest(mine, passes) > MOST_SLOWED * quiet_ms}
+    return quiet_ms, slow
+
+
+def _ratios(found: dict[str, Timings], passes: int) -> dict[str, float]:
+    return {
+        key: statistics.median(one["ratio"] for one in _quietest(timings, passes))
+        for key, timings in found.items()
+    }
 
 
 def _quietest(timings: Timings, count: int) -> Timings:
