@@ -79,9 +79,7 @@ def _keeps_order(node: Any) -> bool:
         return _is_flatten_into_linear(node)
     if name == "TBackward0":  # the transposed weight of a linear layer
         return not node.inputs
-    if (
-        name == "AddBackward0"
-    ):  # the other side may be an input or a buffer, which keeps its channels
+    if name == "AddBackward0":  # an input or a buffer on the other side keeps its channels
         return all(before is not None for before, _ in node.grad_fn.next_functions)
     if name == "MeanBackward1":
         return _is_spatial_mean(node.grad_fn)

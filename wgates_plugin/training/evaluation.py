@@ -175,7 +175,7 @@ def evaluate(
             images += logits.shape[0]
             found = cross_entropy(logits.float(), targets) * counted[1]
             loss += torch.where(counted[1] > 0, found, 0.0)  # nothing but ignored labels has none
-    if not answers:
-        raise TrainingError("evaluation: the loader gave no batches; check the data set and limit")
     count = int(answers)
+    if not count:
+        raise TrainingError("evaluation: the loader gave no batches; check the data set and limit")
     return Evaluation(int(correct) / count, float(loss) / count, images)
