@@ -151,7 +151,7 @@ def test_cells_are_looked_at_on_other_images(tmp_path: Path) -> None:
     options: dict[str, Any] = {"ours": "wgates", "finals": [0.5] * 3, "task": "t"}
     one = filled(tmp_path, runs, other_images=scores, **options)
     (cell,) = read_cells(one, tmp_path / "results")
-    assert not subject.won(cell)
+    assert not cell.verdict().won
     there = cell.on_other_images()
     assert there.best(there.rivals_here) == "l1"
     assert there.lost("wgates") is None

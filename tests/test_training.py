@@ -523,6 +523,8 @@ def test_ignored_labels_are_neither_right_nor_wrong() -> None:
     assert found.accuracy == pytest.approx(2 / 3)
     assert found.loss == pytest.approx(float(functional.cross_entropy(logits, partly)))
     assert found.images == 8
+    with pytest.raises(TrainingError, match="all 4 images are ones to ignore"):
+        evaluate(nn.Identity(), [(logits, ignored)])
 
 
 def test_recalibration_keeps_dropout_off_and_statistics_on_failure() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def forget_disturbed(places: Places, chosen: Iterable[Run]) -> list[str]:
         path = places.finals(runtime)
         timed = read_json(path, kind="final latencies") if path.exists() else None
         found = [] if timed is None else [_found(places, timed, run) for run in cell]
-        apart = sum(one is not None and one["apart"] for one in found)
+        apart = sum(one is not None and one.apart for one in found)
         if timed is None or not apart:
             continue
         lines.append(
@@ -45,27 +46,40 @@ def forget_disturbed(places: Places, chosen: Iterable[Run]) -> list[str]:
         for run, one in zip(cell, found, strict=True):
             if one is None:
                 continue
-            _forget(places, run, **{key: one[key] for key in ("accuracy", "own", "last")})
+            _forget(places, run, accuracy=one.accuracy, own=one.own, last=one.last)
             for table in (timed["ratio"], timed["networks"]):
                 table.pop(run.key, None)
         write_json(path, timed)
     return lines
 
 
-def _found(places: Places, timed: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    """What a run had found of its network, and the last sitting; None without a delivered network."""
+@dataclass(frozen=True)
+class _Found:
+    """What a run had found of its network: latencies are ratios, by the run and in the last sitting."""
+
+    accuracy: float
+    own: float
+    last: float | None
+    disturbed: bool
+
+    @property
+    def apart(self) -> bool:
+        if self.last is None or self.disturbed:
+            return False
+        return abs(self.own / self.last - 1.0) > MOST_APART
+
+
+def _found(places: Places, timed: dict[str, Any], run: Run) -> _Found | None:
+    """None without a delivered network."""
     stored = _stored(places, run)
     if "final" not in stored:
         return None
-    last = last_ratio(timed, run, stored)
-    own = stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"]
-    disturbed = last is None or run.key in timed["disturbed"]
-    return {
-        "accuracy": stored["final"]["accuracy"],
-        "own": own,
-        "last": last,
-        "apart": not disturbed and abs(own / last - 1.0) > MOST_APART,
-    }
+    return _Found(
+        stored["final"]["accuracy"],
+        own=stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"],
+        last=last_ratio(timed, run, stored),
+        disturbed=run.key in timed["disturbed"],
+    )
 
 
 def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:

@@ -47,16 +47,8 @@ def share(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def won(cell: Cell) -> bool:
-    return cell.verdict().won
-
-
-def won_beyond_one_error(cell: Cell) -> bool:
-    return cell.verdict() is Verdict.WON_BEYOND
-
-
 def share_of(
-    experiments: Sequence[Experiment], good: Callable[[Cell], bool], *, whole: bool = False
+    experiments: Sequence[Experiment], good: Callable[[Verdict], bool], *, whole: bool = False
 ) -> Read:
     """Of all cells but the undecided, those that are complete and `good`; with `whole`, of the
     complete ones alone."""
@@ -65,12 +57,12 @@ def share_of(
         cells = contests(experiments, folder)
         if not begun(cells):
             return None
-        verdicts = [(cell, cell.verdict()) for cell in cells]
+        verdicts = [cell.verdict() for cell in cells]
         return share(
             [
-                verdict.counts and good(cell)
-                for cell, verdict in verdicts
-                if verdict.counts or (verdict is Verdict.INCOMPLETE and not whole)
+                one.counts and good(one)
+                for one in verdicts
+                if one.counts or (one is Verdict.INCOMPLETE and not whole)
             ]
         )
 
@@ -84,7 +76,7 @@ def won_on_other_images(cell: Cell) -> bool:
 
 
 def won_over_the_best_there(cell: Cell) -> bool:
-    return won(cell.on_other_images())
+    return cell.on_other_images().verdict().won
 
 
 def share_on_other_images(experiments: Sequence[Experiment], good: Callable[[Cell], bool]) -> Read:
@@ -266,14 +258,14 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             "higher",
             f"{SOURCE}; of all cells (task, target, runtime) but the undecided; an incomplete one is "
             "not won",
-            share_of(experiments, won),
+            share_of(experiments, lambda one: one.won),
         ),
         Claim(
             "wgates_wins_share_of_complete_cells",
             None,
             "higher",
             f"{SOURCE}; no bar: the same of the complete cells alone",
-            share_of(experiments, won, whole=True),
+            share_of(experiments, lambda one: one.won, whole=True),
         ),
         Claim(
             "wgates_wins_share/other_images",
@@ -295,14 +287,14 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             None,
             "higher",
             f"{SOURCE}; no bar: the first without the cells of tasks on which ours was tuned",
-            share_of([one for one in experiments if not one.tuned_on], won),
+            share_of([one for one in experiments if not one.tuned_on], lambda one: one.won),
         ),
         Claim(
             "wgates_wins_beyond_one_se_share",
             0.5,
             "higher",
             f"{SOURCE}; of the same cells; error of the differences paired by seed",
-            share_of(experiments, won_beyond_one_error),
+            share_of(experiments, lambda one: one is Verdict.WON_BEYOND),
         ),
         Claim(
             "comparison_cells_complete_share",

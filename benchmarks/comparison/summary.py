@@ -21,8 +21,8 @@ CHANCE = "random"
 TIGHT = 0.95
 """A final latency under this share of the target gives speed away that accuracy could have used."""
 
-MOST_APART = 0.05
-"""Of the target: the advantage in latency beyond which accuracies are not those of equal latency."""
+EQUAL_LATENCY = 0.05
+"""Of the target: the advantage in latency beyond which a better accuracy wins nothing."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ class Cell:
             return Verdict.UNDECIDED
         margin, more = self.margin(), self.latency_over_rival()
         if margin is None or margin.mean < 0:
-            return Verdict.UNEQUAL if more < -MOST_APART else Verdict.LOST
+            return Verdict.UNEQUAL if more < -EQUAL_LATENCY else Verdict.LOST
         if not self.ours_keeps_target():
             return Verdict.OVER_TARGET
-        if more > MOST_APART:
+        if more > EQUAL_LATENCY:
             return Verdict.UNEQUAL
         if margin.mean == 0:
             return Verdict.TIED

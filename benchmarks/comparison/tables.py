@@ -11,7 +11,7 @@ from benchmarks.comparison.again import read_replaced
 from benchmarks.comparison.experiment import Experiment, Method, runtime_name
 from benchmarks.comparison.summary import (
     CHANCE,
-    MOST_APART,
+    EQUAL_LATENCY,
     Cell,
     Difference,
     Row,
@@ -95,7 +95,7 @@ def verdict(cell: Cell) -> str:
         Verdict.INCOMPLETE: f": {cell.missing()} runs are missing",
         Verdict.OUT_OF_REACH: " of every method: even the least widths were measured over the target",
         Verdict.UNDECIDED: ": chance is within one standard error of the best",
-        Verdict.UNEQUAL: f": the better one takes over {100 * MOST_APART:.0f} % of the target more",
+        Verdict.UNEQUAL: f": the better one takes over {100 * EQUAL_LATENCY:.0f} % of the target more",
     }
     return f"*{found}*{why[found]}" if found in why else found
 

@@ -176,6 +176,11 @@ def evaluate(
             found = cross_entropy(logits.float(), targets) * counted[1]
             loss += torch.where(counted[1] > 0, found, 0.0)  # nothing but ignored labels has none
     count = int(answers)
-    if not count:
+    if not images:
         raise TrainingError("evaluation: the loader gave no batches; check the data set and limit")
+    if not count:
+        raise TrainingError(
+            f"evaluation: the labels of all {images} images are ones to ignore (-100); check the "
+            "data set"
+        )
     return Evaluation(int(correct) / count, float(loss) / count, images)
