@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
+
+from torch import nn
 
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.strategies.base import Task
@@ -73,3 +75,13 @@ def run_phase(
         save(LAST_GOOD)
         raise
     return monitor
+
+
+def drop_frozen(task: Task, network: nn.Module, learning: Iterable[nn.Parameter] = ()) -> None:
+    """Drop the gradients of `network` but those of `learning`, unless `task` trains its weights."""
+    if task.train_weights:
+        return
+    kept = {id(parameter) for parameter in learning}
+    for parameter in network.parameters():
+        if id(parameter) not in kept:
+            parameter.grad = None

@@ -21,7 +21,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.criteria import importance_scores
-from wgates_plugin.strategies.phase import run_phase
+from wgates_plugin.strategies.phase import drop_frozen, run_phase
 from wgates_plugin.training import StepContext
 
 logger = logging.getLogger("wgates_plugin")
@@ -69,17 +69,13 @@ class SlimStrategy(Strategy):
                 "as it is decide. Give it epochs, or choose `bn-scale`, which needs none"
             )
         trainer = task.trainer(network, "slim")
-        mine = {id(scale) for scale in scales}
 
         @torch.no_grad()
         def step(_: StepContext) -> dict[str, float]:
             for scale in scales:
                 if scale.grad is not None:
                     scale.grad.add_(scale.sign(), alpha=self.settings.sparsity)
-            if not task.train_weights:
-                for parameter in network.parameters():
-                    if id(parameter) not in mine:
-                        parameter.grad = None
+            drop_frozen(task, network, scales)
             return {"scales": float(torch.cat([s.detach().abs() for s in scales]).mean())}
 
         monitor = run_phase(task, trainer, {"network": network}, step)

@@ -17,7 +17,7 @@ from wgates_plugin.errors import SurgeryError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
-from wgates_plugin.strategies.phase import run_phase
+from wgates_plugin.strategies.phase import drop_frozen, run_phase
 from wgates_plugin.strategies.without_learning import largest_filters
 from wgates_plugin.training import StepContext
 from wgates_plugin.transforms import Step, constant_branches
@@ -52,9 +52,7 @@ class GDPStrategy(Strategy):
 
         def step(_: StepContext) -> dict[str, float]:
             record = gates.regularize()
-            if not task.train_weights:
-                for parameter in network.parameters():
-                    parameter.grad = None
+            drop_frozen(task, network)
             return record
 
         gates.attach()

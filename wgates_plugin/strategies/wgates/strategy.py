@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from wgates_plugin.strategies.base import Decision, Strategy, Task
-from wgates_plugin.strategies.phase import run_phase
+from wgates_plugin.strategies.phase import drop_frozen, run_phase
 from wgates_plugin.strategies.wgates.gates import WGates
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 from wgates_plugin.strategies.without_learning import largest_filters
@@ -38,9 +38,7 @@ class WGatesStrategy(Strategy):
 
         def step(_: StepContext) -> dict[str, float]:
             record = gates.regularize()
-            if not task.train_weights:
-                for parameter in network.parameters():
-                    parameter.grad = None
+            drop_frozen(task, network)
             return record
 
         gates.attach()
