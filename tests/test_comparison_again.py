@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
 from comparison_helpers import filled, stored
 
 from benchmarks import comparison
@@ -20,6 +21,7 @@ def test_a_cell_with_a_disturbed_run_is_forgotten_as_a_whole(tmp_path: Path) -> 
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     chosen = list(runs_of(experiment))
     places.run_folder(chosen[2]).mkdir(parents=True)
+    assert "- eager, 50%: 1 of 3" in page(experiment, tmp_path / "results")[1]
     (line,) = again.forget_disturbed(places, chosen)
     assert line == (
         "eager, 50%: 1 of 3 runs found another latency than the last sitting; all of them again"
@@ -36,7 +38,7 @@ def test_a_cell_with_a_disturbed_run_is_forgotten_as_a_whole(tmp_path: Path) -> 
     assert again.forget_disturbed(places, chosen) == []
 
 
-def test_other_cells_stay_and_a_refusal_is_no_result_to_forget(tmp_path: Path) -> None:
+def test_other_cells_stay_and_a_refusal_is_made_again_with_its_cell(tmp_path: Path) -> None:
     experiment = filled(tmp_path, {"random": [0.8] * 3}, finals=[0.49, 0.5, 0.51])
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     chosen = list(runs_of(experiment))
@@ -45,8 +47,9 @@ def test_other_cells_stay_and_a_refusal_is_no_result_to_forget(tmp_path: Path) -
         write_json(places.result(run), json.loads(places.result(chosen[0]).read_text()))
     write_json(places.result(chosen[0]), {"kind": "refused", "reason": "few"})
     again.forget_disturbed(places, [*others, *chosen])
-    assert runs.missing(places, chosen) == chosen[1:]
+    assert runs.missing(places, chosen) == chosen
     assert runs.missing(places, others) == []
+    assert again.read_replaced(places.replaced)[0] == {"run": chosen[0].key, "refused": "few"}
 
 
 def test_what_the_last_sitting_timed_beside_other_work_stays(tmp_path: Path) -> None:
@@ -57,6 +60,15 @@ def test_what_the_last_sitting_timed_beside_other_work_stays(tmp_path: Path) -> 
     write_json(places.finals("eager"), {**last, "disturbed": [chosen[2].key]})
     assert again.forget_disturbed(places, chosen) == []
     assert runs.missing(places, chosen) == []
+
+
+@pytest.mark.parametrize("words", [["--methods", "random"], ["--seeds", "0"]])
+def test_a_part_of_a_cell_is_not_drawn_again(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        comparison.main(["fashion_resnet20", "--again-disturbed", *words])
+    assert "as a whole" in capsys.readouterr().err
 
 
 def test_a_refusal_that_another_method_did_not_meet_is_made_again(tmp_path: Path) -> None:

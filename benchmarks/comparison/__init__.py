@@ -188,7 +188,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="run again what was refused its target where another method of the same seed was not",
     )
-    return options.parse_args(list(argv))
+    arguments = options.parse_args(list(argv))
+    if arguments.again_disturbed and (arguments.methods or arguments.seeds):
+        options.error(
+            "--again-disturbed draws a cell again as a whole, or it would favour somebody; leave out "
+            "--methods and --seeds, and choose cells by --targets and --runtimes"
+        )
+    return arguments
 
 
 def _handfuls(keys: list[str], workers: int) -> list[list[str]]:

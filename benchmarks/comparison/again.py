@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,41 +20,8 @@ FLOOR = ("grid", "min_channels", "min_fraction", "floors", "caps")
 """Settings that the least widths depend on."""
 
 
-def forget_disturbed(places: Places, chosen: Iterable[Run]) -> list[str]:
-    """Take away all results of the cells in which a run was disturbed, with a line for each cell.
-
-    Disturbed is a run that found another latency of what it delivered, smaller or larger, than the last
-    sitting did, in which all are timed: other work on the machine led it to other widths. What was
-    timed beside other work in that sitting says nothing. A run that is made again is another draw of
-    its accuracy too, so a cell is drawn again as a whole, or not at all.
-    """
-    by_cell: dict[tuple[str, float], list[Run]] = {}
-    for run in chosen:
-        by_cell.setdefault((run.runtime, run.target), []).append(run)
-    lines = []
-    for (runtime, target), cell in by_cell.items():
-        path = places.finals(runtime)
-        timed = read_json(path, kind="final latencies") if path.exists() else None
-        found = [] if timed is None else [_found(places, timed, run) for run in cell]
-        apart = sum(one is not None and one.apart for one in found)
-        if timed is None or not apart:
-            continue
-        lines.append(
-            f"{runtime}, {target:.0%}: {apart} of {len(cell)} runs found another latency than the last "
-            "sitting; all of them again"
-        )
-        for run, one in zip(cell, found, strict=True):
-            if one is None:
-                continue
-            _forget(places, run, accuracy=one.accuracy, own=one.own, last=one.last)
-            for table in (timed["ratio"], timed["networks"]):
-                table.pop(run.key, None)
-        write_json(path, timed)
-    return lines
-
-
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What a run had found of its network: latencies are ratios, by the run and in the last sitting."""
 
     accuracy: float
@@ -64,22 +31,60 @@ class _Found:
 
     @property
     def apart(self) -> bool:
+        """Whether other work on the machine led the run to other widths than it would have chosen.
+
+        What was timed beside other work in the last sitting says nothing.
+        """
         if self.last is None or self.disturbed:
             return False
         return abs(self.own / self.last - 1.0) > MOST_APART
 
 
-def _found(places: Places, timed: dict[str, Any], run: Run) -> _Found | None:
-    """None without a delivered network."""
-    stored = _stored(places, run)
-    if "final" not in stored:
-        return None
-    return _Found(
-        stored["final"]["accuracy"],
-        own=stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"],
-        last=last_ratio(timed, run, stored),
-        disturbed=run.key in timed["disturbed"],
-    )
+def found_by_cell(
+    places: Places, chosen: Iterable[Run]
+) -> dict[tuple[str, float], dict[Run, Found]]:
+    """(runtime, target) -> the runs that delivered a network there; cells after a last sitting."""
+    cells: dict[tuple[str, float], dict[Run, Found]] = {}
+    for run in chosen:
+        path, stored = places.finals(run.runtime), _stored(places, run)
+        if "final" not in stored or not path.exists():
+            continue
+        timed = read_json(path, kind="final latencies")
+        cells.setdefault((run.runtime, run.target), {})[run] = Found(
+            stored["final"]["accuracy"],
+            own=stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"],
+            last=last_ratio(timed, run, stored),
+            disturbed=run.key in timed["disturbed"],
+        )
+    return cells
+
+
+def forget_disturbed(places: Places, chosen: Sequence[Run]) -> list[str]:
+    """Take away all results of the cells in which a run was `apart`, with a line for each cell.
+
+    A run that is made again is another draw of its accuracy too, so a cell is drawn again as a
+    whole, or not at all: `chosen` has all runs of its cells.
+    """
+    lines = []
+    for (runtime, target), found in found_by_cell(places, chosen).items():
+        apart = sum(one.apart for one in found.values())
+        if not apart:
+            continue
+        lines.append(
+            f"{runtime}, {target:.0%}: {apart} of {len(found)} runs found another latency than the "
+            "last sitting; all of them again"
+        )
+        timed = read_json(places.finals(runtime), kind="final latencies")
+        for run in (run for run in chosen if (run.runtime, run.target) == (runtime, target)):
+            if run in found:
+                one = found[run]
+                _forget(places, run, accuracy=one.accuracy, own=one.own, last=one.last)
+            elif stored := _stored(places, run):
+                _forget(places, run, refused=stored["reason"])
+            for table in (timed["ratio"], timed["networks"]):
+                table.pop(run.key, None)
+        write_json(places.finals(runtime), timed)
+    return lines
 
 
 def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]) -> list[str]:

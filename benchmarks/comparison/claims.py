@@ -307,7 +307,8 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             "comparison_cells_decided_share",
             None,
             "higher",
-            f"{SOURCE}; no bar: complete cells whose best method beats chance by an error",
+            f"{SOURCE}; no bar: complete cells that count for one side; the others are out of reach of "
+            "all, undecided by chance, or not at equal latency",
             decided_share(experiments),
         ),
         Claim(

@@ -84,6 +84,9 @@ def draw_trade_off(title: str, cells: Sequence[Cell], theme: Theme) -> Figure:
         panel.set_xlabel(words)
     panels[0].set_ylabel("accuracy, %")
     panels[0].set_title(title)
+    missing = [f"{round(100 * cell.target)} %" for cell in cells if cell.missing()]
+    if missing:
+        panels[-1].set_title(f"runs are missing at {', '.join(missing)}")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
     return figure

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison.again import read_replaced
-from benchmarks.comparison.experiment import Experiment, Method, runtime_name
+from benchmarks.comparison.again import MOST_APART, found_by_cell, read_replaced
+from benchmarks.comparison.experiment import Experiment, Method, runs_of, runtime_name
+from benchmarks.comparison.runs import Places
 from benchmarks.comparison.summary import (
     CHANCE,
     EQUAL_LATENCY,
@@ -130,6 +131,7 @@ def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
     if words:
         about += "\n\nAll methods take their defaults, but:\n\n" + "\n".join(words)
     about += _made_again(home / "replaced.json") + _disturbed(experiment, home)
+    about += _led_astray(experiment, results)
     if experiment.ours and experiment.with_role("rival"):
         about += f"\n\n{verdicts_table([experiment], results)}"
     return home / "README.md", f"{about}\n\n{experiment_text(experiment, results)}\n"
@@ -163,6 +165,23 @@ def _disturbed(experiment: Experiment, home: Path) -> str:
                 "beside other work in every pass of the last sitting (`disturbed`)."
             )
     return "\n\n" + "\n".join(lines) if lines else ""
+
+
+def _led_astray(experiment: Experiment, results: Path) -> str:
+    """How many runs of each cell aimed by another latency than the last sitting found; or nothing."""
+    cells = found_by_cell(Places(experiment, results, results), runs_of(experiment))
+    lines = [
+        f"- {runtime}, {target:.0%}: {apart} of {len(found)}"
+        for (runtime, target), found in cells.items()
+        if (apart := sum(one.apart for one in found.values()))
+    ]
+    if not lines:
+        return ""
+    return (
+        "\n\nRuns that had found another latency of their network than the last sitting, smaller or "
+        f"larger by more than {MOST_APART:.0%}, and so aimed beside their target:\n\n"
+        + "\n".join(lines)
+    )
 
 
 def _apart(method: Method) -> str:
