@@ -344,7 +344,8 @@ def test_fit_lpnet_goes_on_with_kept_samples(
     # One for each time that the reference was calibrated, which a machine that drifts asks for.
     sources = [line for line in lines if line.get("type") == "source"]
     assert sources
-    assert all(source["reference"]["dense_ms"] > 0 for source in sources)
+    clocks = [source["reference"].get("dense_ms", source["reference_ms"]) for source in sources]
+    assert min(clocks) > 0
 
 
 def test_fit_lpnet_with_prior_report_and_another_structure(tmp_path: Path) -> None:

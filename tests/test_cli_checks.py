@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,29 @@ from typer.testing import CliRunner, Result
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.catalogue import load_model
 from wgates_plugin.cli import app
+from wgates_plugin.cli.app import guarded
 from wgates_plugin.cli.fit_warnings import fit_warnings
 from wgates_plugin.cli.measure import Row, table
 from wgates_plugin.cli.runtimes import NAMES
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency import RUNTIMES, get_runtime, measure
-from wgates_plugin.latency.artefacts import input_shapes
+from wgates_plugin.latency.artefacts import input_sides
 
 DIGITS = ("--input-shape", "1,1,8,8", "--classes", 10, "--seconds", 0.1)
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_console_without_the_letters_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    with guarded(debug=False, again=[]):
+        print("\u2264 2 ms", flush=True)
+    assert written.getvalue().strip() == b"? 2 ms"
 
 
 def refused(*arguments: object) -> str:
@@ -132,7 +145,7 @@ def test_files_of_another_kind_are_named(command: str, exported: Path, tmp_path:
     [("onnxruntime", "model.onnx"), ("eager", "model.pt2"), ("executorch", "model.pte")],
 )
 def test_a_file_brings_its_input_shape(runtime: str, name: str, exported: Path) -> None:
-    assert input_shapes(exported / name) == {"input_0": (1, 1, 8, 8)}
+    assert input_sides(exported / name) == {"input_0": (1, 1, 8, 8)}
     result = run("measure", exported / name, "--runtime", runtime, "--seconds", 0.1)
     assert result.exit_code == 0, result.output
     assert "one inference of 1,1,8,8 on cpu" in result.stdout
@@ -144,8 +157,58 @@ def test_a_foreign_onnx_file_brings_its_input_name(tmp_path: Path) -> None:
     torch.onnx.export(
         network, (torch.zeros(1, 1, 8, 8),), path, input_names=["image"], dynamo=False
     )
-    assert input_shapes(path) == {"image": (1, 1, 8, 8)}
+    assert input_sides(path) == {"image": (1, 1, 8, 8)}
     assert run("measure", path, "--seconds", 0.1).exit_code == 0
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_foreign_onnx_file_may_leave_its_batch_open(runtime: str, tmp_path: Path) -> None:
+    network = load_model("digits_resnet", classes=10, in_channels=1).eval()
+    path = tmp_path / "foreign.onnx"
+    axes = {"image": {0: "batch"}}
+    torch.onnx.export(
+        network,
+        (torch.zeros(1, 1, 8, 8),),
+        path,
+        input_names=["image"],
+        dynamic_axes=axes,
+        dynamo=False,
+    )
+    assert "does not say the whole shape" in refused("measure", path, "--runtime", runtime)
+    asked = ("--runtime", runtime, "--input-shape", "2,1,8,8", "--seconds", 0.1)
+    result = run("measure", path, *asked)
+    assert result.exit_code == 0, result.output
+    assert "one inference of 2,1,8,8" in result.stdout
+
+
+@pytest.mark.usefixtures("untimed")
+def test_weights_beside_a_file_are_refused(exported: Path, tmp_path: Path) -> None:
+    words = refused("measure", exported / "model.onnx", "--weights", tmp_path / "w.safetensors")
+    assert "has weights of its own" in words
+
+
+def test_a_runtime_that_breaks_takes_no_other_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(RUNTIMES["onnxruntime"], "load", broken)
+    runtimes = ("--runtime", "onnxruntime", "--runtime", "eager", "--out", tmp_path / "out.json")
+    result = run("measure", "digits_resnet", *DIGITS, *runtimes)
+    assert result.exit_code == 2
+    assert "runtime `onnxruntime`: failed (RuntimeError: no kernel)" in result.stderr
+    first, second = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert "no kernel" in first["error"]
+    assert second["measurement"]["latency_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("settings", ["a", "b"]), MissingExtraError("ray", "ray", "sampling")]
+)
+def test_errors_come_whole_out_of_other_processes(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (type(error), str(error))
 
 
 @pytest.mark.usefixtures("untimed")

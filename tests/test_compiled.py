@@ -10,6 +10,7 @@ import torch._dynamo
 from latency_helpers import assert_close, expected
 from networks import example, tiny
 from torch import Tensor, nn
+from torch._inductor.codecache import PyCodeCache
 
 from wgates_plugin.errors import ExportError, RuntimeUnavailableError
 from wgates_plugin.latency import CompiledRuntime, RuntimeSettings, base
@@ -70,6 +71,15 @@ def test_many_widths_meet_no_recompile_limit(compilations: list[int]) -> None:
     for session in sessions:
         session.run()
     assert len(compilations) == count
+
+
+def test_a_closed_session_keeps_no_weights() -> None:
+    before = len(PyCodeCache.modules)
+    with CompiledRuntime().load(nn.Sequential(nn.Linear(3, 11), nn.Tanh()), torch.ones(1, 3)):
+        pass
+    made = PyCodeCache.modules[before:]
+    assert made
+    assert not [one for module in made for one in vars(module).values() if torch.is_tensor(one)]
 
 
 def test_weights_are_constants_unless_asked_otherwise() -> None:

@@ -127,6 +127,23 @@ def test_a_constant_goes_on_through_what_follows(stride: int) -> None:
     check(again, 8, [chain], {"1.conv1", "1.bn1"})
 
 
+def test_an_input_that_is_not_by_image_stays_as_it_is() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("residual")
+
+        def forward(self, images: Tensor, scale: Tensor) -> Tensor:
+            out: Tensor = self.net(images * scale.view(1, -1, 1, 1))
+            return out
+
+    network, inputs = Scaled().eval(), (example(), torch.ones(example().shape[1]))
+    space = trace(network, inputs)
+    last = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)][-1]
+    silence(network, last)
+    constant_branches.find(network, space, inputs)
+
+
 def test_two_branches_and_none() -> None:
     network = tiny("preactivation")
     space = trace(network, example())

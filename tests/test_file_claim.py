@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from fake_bench import IDENTITY, measured
+from lock_helpers import Other, needs_locks
 from networks import example, tiny
 
 from wgates_plugin import ChannelSpace, file_claim, trace
@@ -16,8 +15,6 @@ from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.errors import FileFormatError, FileInUseError
 from wgates_plugin.file_claim import claim
 from wgates_plugin.files import create_text
-
-needs_locks = pytest.mark.skipif(file_claim.fcntl is None, reason="the platform has no such locks")
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +25,6 @@ def space() -> ChannelSpace:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "samples.jsonl"
-
-
-class Other:
-    """Another process that holds the lock of a file, as a second writer would."""
-
-    CODE = (
-        "import fcntl, sys\n"
-        "file = open(sys.argv[1], 'rb+')\n"
-        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
-        "print('held', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-
-    def __init__(self, path: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", self.CODE, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.holds = self.process.stdout.readline() == "held\n"
-
-    def __enter__(self) -> Other:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @needs_locks

@@ -32,6 +32,7 @@ from wgates_plugin.strategies.functionality.maximisation import LEAK, blurred, p
 from wgates_plugin.strategies.functionality.pictures import TILE, picture, thumbnails
 from wgates_plugin.strategies.functionality.points import Point, find_points
 from wgates_plugin.strategies.functionality.ranking import SHARPNESS, covered_in_order, rank
+from wgates_plugin.strategies.scop import ScopStrategy
 
 pytest.importorskip("sklearn")
 
@@ -398,6 +399,45 @@ def test_what_the_strategy_cannot_work_on() -> None:
         )
     with pytest.raises(TraceError, match="floating-point"):
         ImageInput.of(torch.zeros(2, 3, dtype=torch.long))
+
+
+class TwoInputs(nn.Module):
+    """An image, and numbers beside it that have layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(5, 8)
+        self.e, self.head = nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor, numbers: Tensor) -> Tensor:
+        seen = self.a(images).relu().mean((2, 3))
+        out: Tensor = self.head(self.e(torch.cat([seen, self.b(numbers).relu()], 1)).relu())
+        return out
+
+
+@pytest.mark.parametrize("strategy", [FunctionalityStrategy(QUICK), ScopStrategy()])
+def test_groups_that_do_not_see_the_image_are_refused(strategy: Any) -> None:
+    network, inputs = TwoInputs(), (torch.randn(6, 3, 8, 8), torch.randn(6, 5))
+    batches = [(inputs, torch.arange(6) % 4)]
+    space = trace(network, inputs)
+    model = MacsModel(space)
+    budget = Budget.of(Limit(model, 0.6 * float(model(torch.tensor(space.full_widths)))))
+    task = Task(copy.deepcopy(network), space, budget, inputs, batches, epochs=1)
+    with pytest.raises(TraceError, match=r"nothing of it reaches `b`, which another input feeds"):
+        strategy.decide(task)
+    space = trace(network, inputs, ignored_layers=["b"])
+    model = MacsModel(space)
+    budget = Budget.of(Limit(model, 0.6 * float(model(torch.tensor(space.full_widths)))))
+    task = Task(copy.deepcopy(network), space, budget, inputs, batches, epochs=1)
+    assert strategy.decide(task).widths
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_networks_of_double_precision() -> None:
+    given = task_of(tiny("plain"), train_loader=[(x.double(), y) for x, y in data()])
+    given.network.double()
+    given.example_inputs = example().double()
+    assert FunctionalityStrategy(QUICK).decide(given).widths
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:

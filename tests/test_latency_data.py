@@ -65,6 +65,14 @@ def test_partial_profiles_are_counted_and_left_out(
     assert "2 of 9 layer profiles account for less than 50 %" in caplog.text
 
 
+def test_a_profile_or_two_are_none(space: ChannelSpace) -> None:
+    profiles: list[Any] = [None] * COUNT
+    profiles[3] = whole(space)[3]
+    assert not data(space, profiles).profiled.any()
+    profiles[:5] = whole(space)[:5]
+    assert int(data(space, profiles).profiled.sum()) == 5
+
+
 def test_a_layer_of_no_time_of_its_own_is_no_gap(space: ChannelSpace) -> None:
     first, *rest = weighted_names(space)
     profiles = [{n: (1 + 0.1 * i) / len(rest) for n in rest} for i in range(COUNT)]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from networks import CLASSES, TINY, Head, conv_bn, example, tiny
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from wgates_plugin import ChannelSpace, PruningPlan, trace
 from wgates_plugin.catalogue.tensor_loader import TensorLoader
@@ -469,6 +469,30 @@ def test_a_loader_that_cannot_be_split_by_image_is_said(caplog: Any) -> None:
         split(batches(1), 0.04, seed=0)
     with pytest.raises(TrainingError, match="1 training images"):
         split(TensorLoader(*numbered(1), batch_size=1), 0.04, seed=0)
+
+
+def test_batches_that_were_given_are_not_made_anew() -> None:
+    """Their sampler leaves images out; split by image, these would come back."""
+    images, targets = numbered(24)
+    chosen = SequentialSampler(range(16))
+    given = DataLoader(
+        TensorDataset(images.float() / 255, targets),
+        batch_sampler=BatchSampler(chosen, 4, drop_last=False),
+    )
+    parts = split(given, 0.25, seed=0)
+    assert sorted(seen_by(parts.train) + seen_by(parts.held_out)) == list(range(16))
+
+
+@pytest.mark.parametrize("count", [101, 103, 17])
+def test_no_last_batch_of_one_is_made(count: int) -> None:
+    for loader in (
+        TensorLoader(*numbered(count), batch_size=16),
+        DataLoader(TensorDataset(*numbered(count)), batch_size=16),
+    ):
+        parts = split(loader, 0.04, seed=0)
+        left = len(seen_by(parts.train))
+        assert left % 16 != 1 or count % 16 == 1
+        assert left + len(seen_by(parts.held_out)) == count
 
 
 def test_fitness_is_the_error_of_the_gated_network_with_its_own_statistics() -> None:

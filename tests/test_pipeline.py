@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_bench import REFERENCE_MS, measured, steady_studies
+from lock_helpers import Other, needs_locks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,12 +40,14 @@ from wgates_plugin.pipeline import (
     PruningResult,
     delivery,
     learning,
+    make_job,
     preparation,
     prune_to_target,
     record,
 )
+from wgates_plugin.pipeline.identity import settings_as_json
 from wgates_plugin.pipeline.job import Job
-from wgates_plugin.run_folder import RunFolder, first_batch_digest
+from wgates_plugin.run_folder import LOCK, RunFolder, first_batch_digest
 from wgates_plugin.strategies.wgates import WGatesSettings, WGatesStrategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
 from wgates_plugin.training import Trainer, TrainingSettings, evaluate
@@ -222,6 +227,24 @@ def test_gates_learn_with_frozen_weights(tmp_path: Path) -> None:
     assert torch.equal(result.network.stem.weight, network.stem.weight[kept])
 
 
+def test_frozen_weights_leave_the_whole_schedule_to_the_fine_tuning(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, gate_epochs=3, fine_tune_epochs=2)
+    for train_weights, first, total in ((True, 3, 5), (False, 0, 2)):
+        job = Job(
+            make_network(),
+            EXAMPLE,
+            make_data(),
+            make_data(),
+            [MacsTarget(fraction=0.5)],
+            dataclasses.replace(settings, train_weights=train_weights),
+            tmp_path,
+            None,
+            "",
+            False,
+        )
+        assert (job.first_fine_tune_epoch, job.total_epochs) == (first, total)
+
+
 def test_a_target_below_the_least_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleTargetError, match="least allowed widths") as error:
         run(tmp_path / "run", target=LatencyTarget(milliseconds=1e-4, runtime="eager"))
@@ -253,6 +276,8 @@ def test_targets_that_contradict() -> None:
         ({"train_weights": "no"}, "train_weights is 'no', needs true or false"),
         ({"ignored_layers": "fc"}, "ignored_layers is 'fc', needs a list"),
         ({"samples_file": 3}, "samples_file is 3, needs a path"),
+        ({"floors": {"stem": "8"}}, "floors.stem is '8', needs a whole number"),
+        ({"caps": {"stem": 2.5}}, r"caps.stem is 2\.5, needs a whole number"),
     ],
 )
 def test_settings_of_the_wrong_form_are_named(given: dict[str, Any], words: str) -> None:
@@ -324,6 +349,55 @@ def test_data_without_accuracy_or_length_are_refused_before_anything_is_measured
 def test_a_label_found_later_is_named_too() -> None:
     with pytest.raises(TrainingError, match="classes go from 1 to 7, the network has 3 outputs"):
         evaluate(make_network(), [(torch.zeros(2, 1, 12, 12), torch.tensor([1, 7]))])
+
+
+def test_numbers_of_numpy_and_paths_are_plain_in_the_record() -> None:
+    settings = PruningSettings(samples_file=Path("a") / "b.jsonl", floors={"stem": np.int64(8)})
+    assert settings_as_json(settings)["samples_file"] == str(Path("a") / "b.jsonl")
+    assert settings.floors == {"stem": 8}
+    assert LatencyTarget(milliseconds=np.float32(0.5)) == LatencyTarget(milliseconds=0.5)
+    targets = [MacsTarget(macs=np.int64(10**6)), LatencyTarget(fraction=np.float32(0.5))]
+    assert json.loads(json.dumps([vars(target) for target in targets]))[0]["macs"] == 1e6
+    with pytest.raises(ConfigError, match=r"learning_rate is '0\.1'.*\n.*momentum is None"):
+        TrainingSettings(learning_rate="0.1", momentum=None)
+
+
+def test_fresh_weights_that_nothing_would_train_are_refused(tmp_path: Path) -> None:
+    settings = dataclasses.replace(
+        SETTINGS, strategy="metapruning", options={"weights": "scratch"}, fine_tune_epochs=0
+    )
+    with pytest.raises(ConfigError, match="fine_tune_epochs is 0, and `metapruning` hands over"):
+        run(tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_renewed_statistics_do_not_depend_on_what_came_before(tmp_path: Path) -> None:
+    images, targets = (torch.cat(parts) for parts in zip(*make_data(), strict=True))
+    loader = DataLoader(
+        TensorDataset(images, targets),
+        batch_size=16,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(7),
+    )
+    settings = dataclasses.replace(SETTINGS, recalibration_images=32)
+    job = make_job(
+        make_network(),
+        EXAMPLE,
+        loader,
+        make_data(),
+        target=MacsTarget(fraction=0.5),
+        settings=settings,
+        run_folder=tmp_path,
+    )
+    found = []
+    for _ in range(2):
+        network = copy.deepcopy(job.dense)
+        job.recalibrate(network)
+        found.append(network.state_dict())
+        next(iter(loader))
+        np.random.rand()
+    for first, second in zip(found[0].values(), found[1].values(), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_two_targets_of_a_kind(tmp_path: Path) -> None:
@@ -416,6 +490,19 @@ def test_a_folder_of_another_run(uninterrupted: PruningResult) -> None:
         run(uninterrupted.run_folder, resume=True, loss=nn.functional.cross_entropy)
     with pytest.raises(ConfigError, match=r"(?s)loss.*is 3, needs a callable"):
         run(uninterrupted.run_folder, resume=True, loss=3)
+
+
+@needs_locks
+def test_two_processes_do_not_work_in_one_folder(
+    tmp_path: Path, uninterrupted: PruningResult
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.run_folder, folder)
+    with Other(folder / LOCK) as other:
+        assert other.holds
+        with pytest.raises(RunFolderError, match="another process is at work in it; wait"):
+            run(folder, resume=True)
+    assert run(folder, resume=True).report == uninterrupted.report
 
 
 def test_a_folder_with_other_files(tmp_path: Path) -> None:

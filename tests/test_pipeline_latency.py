@@ -361,5 +361,10 @@ def test_samples_of_an_earlier_run_are_taken_over_in_todays_clock(tmp_path: Path
     _, latencies, _ = study._seen()
     stored = [sample.latency_ms for sample in found.usable]
     torch.testing.assert_close(torch.tensor(latencies), 2.0 * torch.tensor(stored))
+    samples.unlink()  # the copy in the folder is what counts
+    assert (
+        run(tmp_path / "second", target=target, settings=settings, resume=True).held == second.held
+    )
     with pytest.raises(ConfigError, match="no such file"):
-        dataclasses.replace(SETTINGS, samples_file=str(tmp_path / "none.jsonl"))
+        run(tmp_path / "third", target=target, settings=settings)
+    assert not (tmp_path / "third").exists()

@@ -110,6 +110,15 @@ def test_trimming_only_closes(space: ChannelSpace) -> None:
     assert [g.cap for g in capped(space, plan.widths).groups] == list(plan.widths)
 
 
+def test_trimming_goes_by_merit_whatever_the_size_of_the_scores(space: ChannelSpace) -> None:
+    model = MacsModel(space)
+    plan = random_plan(space, 3)
+    scores = torch.rand(space.total_units, generator=torch.Generator().manual_seed(0))
+    budget = Budget.of(Limit(model, 0.7 * float(model(torch.tensor(plan.widths)))))
+    small = trimmed(plan, 1e-4 * scores, budget, grid=1)
+    assert trimmed(plan, scores, budget, grid=1).kept == small.kept
+
+
 def test_plans_survive_their_file(space: ChannelSpace, tmp_path: Path) -> None:
     plan = random_plan(space, 4)
     plan.save(tmp_path / "plan.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from wgates_plugin.errors import (
     FileFormatError,
     MissingExtraError,
     RunFolderError,
+    TraceError,
 )
 from wgates_plugin.files import write_json
 from wgates_plugin.pipeline.identity import identity_of_request
-from wgates_plugin.recipe import Recipe, dense, load_recipe, prepare, run_recipe
+from wgates_plugin.recipe import Recipe, dense, job, load_recipe, prepare, run_recipe
+from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
+from wgates_plugin.training import TrainingSettings, default_fabric
 
 DEMO = Path(dense.__file__).parent / "demo.yaml"
 
@@ -427,15 +431,94 @@ def test_a_run_begun_otherwise_is_told_before_the_dense_network(tmp_path: Path) 
     assert "delete" not in str(caught.value)
 
 
-def test_labels_that_the_dense_network_has_no_output_for(tmp_path: Path) -> None:
-    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("pruning.floors={nothing: 4}", TraceError, "`nothing` is no prunable group"),
+        ("pruning.training.accelerator=gpuu", ConfigError, "accelerator 'gpuu'"),
+        ("pruning.samples_file=none.jsonl", ConfigError, "`none.jsonl`, no such file"),
+        ("run_folder=/proc/nothing/here", RunFolderError, "cannot be written to"),
+    ],
+    ids=["floors", "accelerator", "samples", "folder"],
+)
+def test_what_the_pruning_would_refuse_is_told_before_the_dense_training(
+    override: str,
+    error: type[Exception],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job, "trained", unwanted)
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}", override)
+    with pytest.raises(error, match=re.escape(words)):
+        run_recipe(recipe, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def unwanted(*_: object, **__: object) -> None:
+    raise AssertionError("trained before the recipe was looked at")
+
+
+def test_labels_that_the_network_has_no_output_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = Tiny()
-    loader.batches = [(images, targets + 1) for images, targets in loader.batches]
+    loader.batches = [(images, targets + 7) for images, targets in loader.batches]
+    data = Data(loader, loader, 10, loader.batches[0][0][:1], "tiny")
+    monkeypatch.setattr(job, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(job, "trained", unwanted)
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
     with pytest.raises(
-        ConfigError, match=r"train_loader: holds class 4, the network has 4 outputs"
+        ConfigError, match=r"train_loader: holds class 10, the network has 10 outputs"
     ):
-        train(recipe, loader)
-    assert not recipe.folder.exists()
+        run_recipe(recipe, progress=False)
+
+
+def test_all_wrong_names_are_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "trained", unwanted)
+    changes = ("pruning.ignored_layers=[nobody]", "pruning.caps={nothing: 4}")
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}", *changes)
+    with pytest.raises(TraceError, match=r"'nobody' not in the network.*`nothing` is no prunable"):
+        run_recipe(recipe, progress=False)
+
+
+def test_a_stop_between_weights_and_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+    recipe = loaded(sound(), tmp_path, f"run_folder={tmp_path / 'run'}")
+    train(recipe, Tiny())
+    (recipe.folder / dense.CHECKPOINT).write_bytes(b"left behind")
+    train(recipe, Tiny(stop_after=0), resume=True)
+    assert [path.name for path in recipe.folder.iterdir()] == [dense.WEIGHTS]
+
+
+def test_paths_of_a_recipe_may_begin_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "weights.safetensors").touch()
+    raw = sound(run_folder="~/runs/a", model={"name": "digits_resnet"})
+    raw["model"]["weights"] = "~/weights.safetensors"
+    recipe = loaded(raw, tmp_path)
+    assert recipe.folder == tmp_path / "runs" / "a"
+    assert recipe.model.weights == tmp_path / "weights.safetensors"
+    assert (
+        RunFolder("~/b", default_fabric(TrainingSettings(accelerator="cpu"))).path == tmp_path / "b"
+    )
+
+
+def test_what_a_dense_training_cannot_do_is_refused(tmp_path: Path) -> None:
+    raw = sound()
+    raw["dense_training"]["distillation_weight"] = 0.5
+    found = problems(raw, tmp_path)["dense_training.distillation_weight"]
+    assert "has no teacher yet" in found
+
+
+def test_a_network_of_timm_without_weights_is_refused_too(tmp_path: Path) -> None:
+    raw = sound(model={"name": "timm:resnet18"})
+    del raw["dense_training"]
+    assert "pruned untrained" in problems(raw, tmp_path)["model.weights"]
+    raw["model"]["options"] = {"pretrained": True}
+    assert not loaded(raw, tmp_path).trains_first
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:

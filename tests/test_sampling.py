@@ -610,3 +610,16 @@ def test_the_grid_of_widths(space: ChannelSpace) -> None:
     assert mixed_grids(space, [(4, full[1])] * 3, 4) == []
     (words,) = mixed_grids(space, [(4, 8)] * 3, 1)
     assert "the 3 kept samples are on multiples of 4 channels, new ones on multiples of 1" in words
+
+
+def test_the_newest_clock_goes_on_though_nothing_was_measured_by_it(
+    space: ChannelSpace, tmp_path: Path
+) -> None:
+    path = tmp_path / "samples.jsonl"
+    file = SampleFile.open(path, space, IDENTITY)
+    assert file.last_clock() is None
+    file.add(space.least_widths(1), measured(1.5))
+    assert file.last_clock() == REFERENCE_MS
+    file.source(2.5)
+    again = SampleFile.open(path, space, IDENTITY)
+    assert again.last_clock() == 2.5

@@ -129,9 +129,11 @@ def trimmed(
 
     Where no step is left, it is `plan` itself.
     """
-    space = capped(plan.space, plan.widths)
+    space, here = capped(plan.space, plan.widths), plan.mask.to(scores.device)
+    # The cap keeps out what is gone; merits are counted from the lowest score there is.
+    present = torch.where(here, scores, scores[here].min())
     try:
-        widths = fit_to_budget(space, _present_first(plan, scores), plan.widths, budget, grid)
+        widths = fit_to_budget(space, present, plan.widths, budget, grid)
     except InfeasibleTargetError:
         # A prediction only; measured again, one step narrower everywhere may well do.
         widths = tuple(

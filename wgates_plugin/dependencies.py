@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,7 @@ class DependencyTrace:
         caps: Mapping[str, int] | None = None,
     ) -> ChannelSpace:
         """The records of this graph, unchecked; see `trace` for the arguments."""
-        ignored = self._resolve_ignored(ignored_layers)
+        ignored, problems = self._resolve_ignored(ignored_layers)
         order = {name: index for index, name in enumerate(self.names.values())}
         found: list[ChannelGroup] = []
         excluded: dict[str, str] = {}
@@ -239,6 +240,9 @@ class DependencyTrace:
             if isinstance(module, nn.MultiheadAttention):
                 excluded.setdefault(name, _ATTENTION.format(name))
         found.sort(key=lambda group: order[group.name])
+        problems += _limit_problems(found, floors or {}, caps or {})
+        if problems:
+            raise TraceError("; ".join(problems))
         found = _with_limits(found, min_channels, min_fraction, floors or {}, caps or {})
         if not found:
             why = "; ".join(f"`{name}`: {reason}" for name, reason in excluded.items())
@@ -255,22 +259,26 @@ class DependencyTrace:
                 "as a recurrent one"
             ) from error
 
-    def _resolve_ignored(self, ignored_layers: Sequence[nn.Module | str]) -> set[nn.Module]:
+    def _resolve_ignored(
+        self, ignored_layers: Sequence[nn.Module | str]
+    ) -> tuple[set[nn.Module], list[str]]:
+        """The modules, children included, and what is wrong with the rest."""
         by_name = {name: module for module, name in self.names.items()}
         resolved: set[nn.Module] = set()
-        problems = []
+        unknown = []
         for layer in ignored_layers:
             module = by_name.get(layer) if isinstance(layer, str) else layer
             if not isinstance(module, nn.Module) or module not in self.names:
-                problems.append(repr(layer) if isinstance(layer, str) else type(layer).__name__)
+                unknown.append(repr(layer) if isinstance(layer, str) else type(layer).__name__)
                 continue
             resolved.update(module.modules())
-        if problems:
-            raise TraceError(
-                f"ignored_layers: {', '.join(problems)} not in the network; give modules of it or "
-                "their `named_modules()` names"
-            )
-        return resolved
+        if not unknown:
+            return resolved, []
+        words = (
+            f"ignored_layers: {', '.join(unknown)} not in the network; give modules of it or their "
+            "`named_modules()` names"
+        )
+        return resolved, [words]
 
     def _root_of(self, raw: Any, order: Mapping[str, int]) -> tuple[str, np.ndarray]:
         """The group's first producer (in module order) that covers all its channels, and its numbers.
@@ -424,6 +432,20 @@ def _describe(name: str, module: nn.Module, positions: int) -> Layer:
     return Layer(name, kind, channels, channels, 1, 0, positions, False, parameters)
 
 
+def _limit_problems(
+    groups: Sequence[ChannelGroup], floors: Mapping[str, int], caps: Mapping[str, int]
+) -> list[str]:
+    """Names that are no group, and widths that are no number of channels."""
+    known = [group.name for group in groups]
+    wrong = [f"`{name}` is no prunable group" for name in (*floors, *caps) if name not in known]
+    wrong += [
+        f"`{name}` has {width!r}, needs a whole number of channels"
+        for name, width in (*floors.items(), *caps.items())
+        if not isinstance(width, Integral)
+    ]
+    return [f"floors and caps: {'; '.join(wrong)}; groups: {', '.join(known)}"] if wrong else []
+
+
 def _with_limits(
     groups: Sequence[ChannelGroup],
     min_channels: int,
@@ -431,9 +453,7 @@ def _with_limits(
     floors: Mapping[str, int],
     caps: Mapping[str, int],
 ) -> list[ChannelGroup]:
-    known = {group.name for group in groups}
-    problems = [f"`{name}` is no prunable group" for name in (*floors, *caps) if name not in known]
-    limited = []
+    problems, limited = [], []
     for group in groups:
         wanted = max(min_channels, math.ceil(min_fraction * group.channels))
         wanted = floors.get(group.name, min(wanted, group.channels))
@@ -449,5 +469,5 @@ def _with_limits(
             dataclasses.replace(group, floor=floor, cap=cap, floor_is_own=group.name in floors)
         )
     if problems:
-        raise TraceError(f"floors and caps: {'; '.join(problems)}; groups: {', '.join(known)}")
+        raise TraceError(f"floors and caps: {'; '.join(problems)}")
     return limited

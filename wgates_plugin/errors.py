@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class WGatesError(Exception):
@@ -67,15 +68,22 @@ class ConfigError(WGatesError, ValueError):
         count = len(self.problems)
         super().__init__(f"{subject}: {count} problem{'s' if count != 1 else ''}\n{lines}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.subject, self.problems)
+
 
 class MissingExtraError(WGatesError, ImportError):
     """An optional library is needed and not installed."""
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
+        self._arguments = library, extra, purpose
         super().__init__(
             f"{purpose} needs `{library}`, which is not installed; "
             f'install it with: pip install "wgates-plugin[{extra}]"'
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
 
 
 class LibraryVersionError(WGatesError, ImportError):

@@ -151,8 +151,8 @@ class LatencyStudy:
         Where no baseline was taken yet, that of the file's samples goes on.
         """
         self.samples = SampleFile.open(path, self.space, self.identity)
-        if self.reference_ms is None and self.samples.usable:
-            self.reference_ms = self.samples.sources[self.samples.usable[-1].source].dense_ms
+        if self.reference_ms is None and (last := self.samples.last_clock()) is not None:
+            self.reference_ms = last
         self.samples.clock_ms = self.reference_ms
         return self.samples
 
@@ -321,6 +321,9 @@ class LatencyStudy:
                 "the machine had another speed; timed again, %.4g ms instead of %.4g ms",
                 100 * (drift - 1.0), found.latency_ms, before,
             )  # fmt: skip
+            self.samples.source(
+                found.latency_ms
+            )  # the clock from here on, whatever is measured yet
         rest = self.sample(count=count, seconds_per_sample=seconds_per_sample, **how)
         return SamplingCost(
             cost.seconds + rest.seconds, cost.inference_seconds + rest.inference_seconds

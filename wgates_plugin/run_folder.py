@@ -14,11 +14,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from wgates_plugin.errors import FileFormatError, RunFolderError
+from wgates_plugin.errors import FileFormatError, FileInUseError, RunFolderError
+from wgates_plugin.file_claim import Claim, claim
 from wgates_plugin.files import atomic_path, raw_bytes, read_json, write_json
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 
 T = TypeVar("T")
+
+LOCK = ".lock"
+"""File by whose claim two processes keep out of each other's way."""
 
 BEFORE_THE_RUN = {"dense.safetensors"}
 """What may lie in a folder that no run has claimed yet: the trained network to be pruned."""
@@ -31,8 +35,9 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, fabric: Fabric) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.fabric = fabric
+        self._claim: Claim | None = None
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -58,11 +63,38 @@ class RunFolder:
         problem = None
         if self.is_writer:
             problem = self._claim_problem(identity, path, resume, ", ".join(untold))
+            problem = problem or self._held_by_others()
             if problem is None and not path.exists():
                 write_json(path, identity)
         problem = self.fabric.broadcast(problem)
         if problem:
             raise RunFolderError(problem)
+
+    def hold(self) -> None:
+        """Make the folder, and keep other processes out of it as long as this object lives.
+
+        Raises:
+            RunFolderError: it cannot be written to, or another process is at work in it.
+        """
+        problem = self.fabric.broadcast(self._held_by_others() if self.is_writer else None)
+        if problem:
+            raise RunFolderError(problem)
+
+    def _held_by_others(self) -> str | None:
+        """Why this process cannot work here; None once it has the folder for itself."""
+        lock = self.file(LOCK)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+            self._claim = claim(lock)
+        except FileInUseError:
+            return (
+                f"run folder `{self.path}`: another process is at work in it; wait until that one has "
+                "ended, or choose another folder"
+            )
+        except OSError as error:
+            return f"run folder `{self.path}`: cannot be written to ({error}); choose another path"
+        return None
 
     def _claim_problem(
         self, identity: dict[str, Any], path: Path, resume: bool, untold: str
@@ -203,9 +235,10 @@ def another_run(folder: Path, changed: list[str]) -> str:
     """The refusal of a run folder because of `differences`."""
     return (
         f"run folder `{folder}`: belongs to another run (different: {'; '.join(changed)}); choose "
-        "another folder (`samples_file` takes its `samples.jsonl`, which spares LPNet's measurements), "
-        "or resume (`resume=True`, `--resume`) with the network, data, target, settings, loss, processor "
-        "and library versions it was begun with"
+        "another folder (`samples_file` takes its `samples.jsonl`, which spares LPNet's measurements, "
+        "and `model.weights` of a recipe its `dense.safetensors`), or resume (`resume=True`, "
+        "`--resume`) with the network, data, target, settings, loss, processor and library versions it "
+        "was begun with"
     )
 
 

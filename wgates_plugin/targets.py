@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class _Target:
                 f"{type(self).__name__}: give either an amount in {self.unit} or `fraction` of "
                 "the untouched network, not both"
             )
+        for field_ in dataclasses.fields(self):
+            given = getattr(self, field_.name)
+            if isinstance(given, Real) and type(given) not in (int, float, bool):
+                object.__setattr__(self, field_.name, float(given))  # numpy's scalars are no JSON
         check_target(self.amount if self.amount is not None else self.fraction, self.unit)
         if self.fraction is not None and self.fraction > 1:
             raise TargetError(
@@ -183,7 +188,7 @@ class PruningSettings:
     efficiency: str = "latency"
     training: TrainingSettings = field(default_factory=TrainingSettings)
     samples: int = 100
-    samples_file: str | None = None
+    samples_file: str | Path | None = None
     seconds_per_sample: float = 0.4
     lpnet: str = "layers"
     active: bool = True
@@ -243,10 +248,6 @@ class PruningSettings:
             )
         if self.lpnet not in STRUCTURES:
             problems.append(f"lpnet is {self.lpnet!r}, choose from {', '.join(STRUCTURES)}")
-        if self.samples_file is not None and not isinstance(self.samples_file, (str, Path)):
-            problems.append(f"samples_file is {self.samples_file!r}, needs a path")
-        elif self.samples_file is not None and not Path(self.samples_file).is_file():
-            problems.append(f"samples_file is `{self.samples_file}`, no such file; check the path")
         if problems:
             raise ConfigError("pruning settings", problems)
 
@@ -273,6 +274,18 @@ class PruningSettings:
             given = getattr(self, name)
             if not isinstance(given, Mapping):
                 problems.append(f"{name} is {given!r}, needs a dict of names and values")
+            elif name != "options":
+                problems += [
+                    f"{name}.{group} is {width!r}, needs a whole number of channels"
+                    for group, width in given.items()
+                    if not isinstance(width, Integral) or isinstance(width, bool)
+                ]
+                whole = {k: int(v) if isinstance(v, Integral) else v for k, v in given.items()}
+                object.__setattr__(self, name, whole)
+        if isinstance(self.samples_file, Path):
+            object.__setattr__(self, "samples_file", str(self.samples_file))
+        elif self.samples_file is not None and not isinstance(self.samples_file, str):
+            problems.append(f"samples_file is {self.samples_file!r}, needs a path")
         for name in ("active", "train_weights"):
             given = getattr(self, name)
             if not isinstance(given, bool):

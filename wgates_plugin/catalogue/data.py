@@ -56,7 +56,9 @@ def load_data(
     ]
     if problems:
         raise ConfigError(f"data `{name_or_path}`", problems)
-    place = Path(root) if root is not None else Path.home() / ".cache" / "wgates_plugin"
+    place = (
+        Path(root).expanduser() if root is not None else Path.home() / ".cache" / "wgates_plugin"
+    )
     given = root is not None
     request = DataRequest(name_or_path, batch_size, image_size, limit, seed, place, given)
     if name_or_path in DATA:

@@ -95,7 +95,7 @@ def load_model(
     else:
         network = _torchvision(name, classes, in_channels, given)
     if weights is not None:
-        _load_weights(network, Path(weights))
+        _load_weights(network, Path(weights).expanduser())
     return network
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
@@ -50,6 +51,9 @@ def guarded(*, debug: bool, again: list[str]) -> Iterator[None]:
     """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
+    for stream in (sys.stdout, sys.stderr):  # no locale's encoding ends a finished run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):

@@ -25,7 +25,7 @@ from wgates_plugin.cli.options import (
 from wgates_plugin.cli.paths import check_out_files
 from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
 from wgates_plugin.cli.subject import Subject
-from wgates_plugin.errors import WGatesError
+from wgates_plugin.errors import MeasurementError, WGatesError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,10 +210,10 @@ def measure(
                 try:
                     runtime = get_runtime(row.runtime, settings, **options[row.runtime])
                     _measure(board, row, subject, runtime, seconds=seconds, grid=grid)
-                except WGatesError as error:
+                except Exception as error:
                     if len(rows) == 1:
                         raise
-                    row.error = error
+                    row.error = _told(error, row.runtime)
                     board.says(row, "failed")
         _say(model, subject, rows, f"threads: {threads}, {precision}", device)
         if out is not None:
@@ -251,11 +251,19 @@ def _measure(
         board.says(row, f"measuring {seconds:g} s")
         found = time_it(session, seconds=seconds, identity=runtime.identity(subject.example))
         row.reported_library = getattr(session, "reported_library", None)
+    row.found = found
     if grid:
         board.says(row, "probing the grid")
         row.grid = probe_grid(runtime)
-    row.found = found
     board.says(row, f"{found.latency_ms:.4g} ms")
+
+
+def _told(error: Exception, runtime: str) -> WGatesError:
+    """What a runtime's own library raises, in words of this package."""
+    if isinstance(error, WGatesError):
+        return error
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return MeasurementError(f"runtime `{runtime}`: failed ({type(error).__name__}: {reason})")
 
 
 def _say(model: str, subject: Subject, rows: list[Row], how: str, device: str) -> None:

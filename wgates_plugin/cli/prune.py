@@ -34,6 +34,6 @@ def prune(
         check_out_folders(out=out)
         job = load_recipe(recipe, overrides=overrides or [])
         if out is not None:
-            job = job.model_copy(update={"run_folder": out})
+            job = job.model_copy(update={"run_folder": out.expanduser()})
         held = carry_out(job, resume=resume)
     raise typer.Exit(0 if held else MISSED)

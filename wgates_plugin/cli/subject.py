@@ -53,22 +53,35 @@ class Subject:
                 raise FileFormatError(f"`{self.model}`: no such file; check the path")
             return False
         check_no_weights(path)
+        if self.weights is not None:
+            raise ConfigError("--weights", [f"`{self.model}` has weights of its own; leave it out"])
         return True
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Input name -> shape; a single input of no name is `input_0`."""
-        if self.input_shape is None and self.is_file:
-            from wgates_plugin.latency.artefacts import input_shapes
+        given = parsed_shape(self.input_shape or DEFAULT_SHAPE)
+        if not self.is_file:
+            return {"input_0": given}
+        from wgates_plugin.latency.artefacts import input_sides
 
-            found = input_shapes(Path(self.model))
-            if found is None:
+        found = input_sides(Path(self.model))
+        if self.input_shape is None:
+            if not found or any(side < 1 for shape in found.values() for side in shape):
                 raise ConfigError(
                     "--input-shape",
                     [f"`{self.model}` does not say the whole shape of its inputs; give it"],
                 )
             return found
-        return {"input_0": parsed_shape(self.input_shape or DEFAULT_SHAPE)}
+        if len(found) > 1:
+            raise ConfigError(
+                "--input-shape",
+                [
+                    f"`{self.model}` has {len(found)} inputs ({', '.join(found)}), and it gives one "
+                    "shape; export the file with the shapes to measure"
+                ],
+            )
+        return dict.fromkeys(found or ["input_0"], given)
 
     @cached_property
     def example(self) -> ExampleInputs:
@@ -155,6 +168,14 @@ class Subject:
 
     def _wrong_shape(self, where: str, error: Exception) -> ConfigError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if self.is_file and self.input_shape is None:
+            return ConfigError(
+                where,
+                [
+                    f"does not run on inputs of its own shape, {self.shape_words} ({reason}); give "
+                    "the --precision and --device that it was exported for"
+                ],
+            )
         return ConfigError(
             "--input-shape",
             [

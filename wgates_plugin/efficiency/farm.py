@@ -191,8 +191,9 @@ def collect_on_farm(
                 "object_store_memory": _STORE_BYTES,
             }
         ray.init(include_dashboard=False, log_to_driver=False, **here)
-    crew = _Crew(ray, make_bench, farm, file, (seconds_per_sample, trust, profile))
+    crew = None
     try:
+        crew = _Crew(ray, make_bench, farm, file, (seconds_per_sample, trust, profile))
         for widths, taken, source in crew.work(
             lambda: Proposals(file, space, count, grid, seed, active)
         ):
@@ -201,7 +202,8 @@ def collect_on_farm(
             if on_sample is not None:
                 on_sample(file.distinct, taken.found)
     finally:
-        crew.dismiss()
+        if crew is not None:
+            crew.dismiss()
         if ours:
             ray.shutdown()
     check_enough(file, count, grid)

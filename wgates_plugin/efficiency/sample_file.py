@@ -278,6 +278,12 @@ class SampleFile:
         ids = self._usable_ids()
         return [sample for sample in self.samples if sample.source in ids]
 
+    def last_clock(self) -> float | None:
+        """Latency of the untouched network, ms, as the newest usable source has it."""
+        ids = self._usable_ids()
+        known = [source.dense_ms for number, source in self.sources.items() if number in ids]
+        return known[-1] if known else None
+
     def set_aside(self) -> dict[int, int]:
         """Source id -> number of its samples that are kept but not used."""
         ids = self._usable_ids()

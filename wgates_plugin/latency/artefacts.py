@@ -86,8 +86,9 @@ def _takers(suffix: str) -> list[str]:
     return [*fixed, f"command (artefact={suffix[1:]})"]
 
 
-def input_shapes(path: Path) -> Shapes | None:
-    """Input name -> shape as the exported file carries them; None where it tells none, or not all.
+def input_sides(path: Path) -> Shapes:
+    """Input name -> shape as the exported file carries them, 0 for a side that is left open; empty
+    where it tells none.
 
     Raises:
         FileFormatError: the file is damaged, or reading it could execute code.
@@ -95,10 +96,10 @@ def input_shapes(path: Path) -> Shapes | None:
     """
     readers = {".onnx": _of_onnx, ".pt2": _of_pt2, ".pte": _of_pte}
     reader = readers.get(path.suffix.lower())
-    return None if reader is None else reader(path)
+    return {} if reader is None else reader(path)
 
 
-def _of_onnx(path: Path) -> Shapes | None:
+def _of_onnx(path: Path) -> Shapes:
     onnx = require("onnx", extra="onnx", purpose=f"reading `{path}`")
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
@@ -114,10 +115,10 @@ def _of_onnx(path: Path) -> Shapes | None:
             shapes[value.name] = tuple(
                 int(side.dim_value) for side in value.type.tensor_type.shape.dim
             )
-    return _known(shapes)
+    return shapes
 
 
-def _of_pt2(path: Path) -> Shapes | None:
+def _of_pt2(path: Path) -> Shapes:
     check_program_file(path)
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith("data/sample_inputs/model.pt"))
@@ -125,11 +126,11 @@ def _of_pt2(path: Path) -> Shapes | None:
     args, kwargs = sample if isinstance(sample, tuple) and len(sample) == 2 else ((), {})
     named = {f"input_{index}": value for index, value in enumerate(args)} | dict(kwargs)
     if not all(isinstance(value, Tensor) for value in named.values()):
-        return None
-    return _known({key: tuple(value.shape) for key, value in named.items()})
+        return {}
+    return {key: tuple(value.shape) for key, value in named.items()}
 
 
-def _of_pte(path: Path) -> Shapes | None:
+def _of_pte(path: Path) -> Shapes:
     runtime = require(
         "executorch.runtime", extra="executorch", purpose=f"reading `{path}`"
     ).Runtime.get()
@@ -141,11 +142,4 @@ def _of_pte(path: Path) -> Shapes | None:
             f"`{path}`: not readable as an ExecuTorch program ({error}); it is corrupt, was cut off "
             "or is of another version, export it again"
         ) from error
-    return _known({f"input_{index}": size for index, size in enumerate(sizes)})
-
-
-def _known(shapes: Shapes) -> Shapes | None:
-    """None where a side is free, which a file says as 0."""
-    if not shapes or any(side < 1 for shape in shapes.values() for side in shape):
-        return None
-    return shapes
+    return {f"input_{index}": size for index, size in enumerate(sizes)}

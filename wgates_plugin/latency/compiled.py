@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -84,6 +85,7 @@ class CompiledRuntime(EagerRuntime):
 
     def _session(self, network: Callable[..., Any], example_inputs: ExampleInputs) -> EagerSession:
         from torch._inductor import config
+        from torch._inductor.codecache import PyCodeCache
 
         # An exported program's module has code of its own, so every session has its own entry in
         # dynamo's cache: hundreds of widths meet no recompile limit and do not disturb each other.
@@ -95,6 +97,7 @@ class CompiledRuntime(EagerRuntime):
             identity=self.identity(example_inputs),
         )
         started = time.perf_counter()
+        before = len(PyCodeCache.modules)
         try:
             threads = self.settings.threads
             with config.patch({"cpp.threads": threads, "freezing": self.freezing}):
@@ -102,6 +105,7 @@ class CompiledRuntime(EagerRuntime):
         except Exception as error:
             raise _explained(error) from error
         session.compile_seconds = time.perf_counter() - started
+        session.generated = PyCodeCache.modules[before:]
         return session
 
 
@@ -135,6 +139,17 @@ class CompiledSession(EagerSession):
 
     compile_seconds = 0.0
     """Time from the first call to its end, which compiling fills."""
+
+    generated: Sequence[ModuleType] = ()
+    """Modules of inductor's making. Torch keeps them as long as the process lives."""
+
+    def close(self) -> None:
+        super().close()
+        for module in self.generated:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, torch.Tensor):  # frozen weights
+                    delattr(module, name)
+        self.generated = ()
 
     def _call(self) -> Any:
         if self._is_active():

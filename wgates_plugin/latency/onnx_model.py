@@ -99,7 +99,7 @@ class OnnxModelRuntime(BaseRuntime):
     def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> BaseSession:
         path = check_file(path, self.name)
         try:
-            return self.session_of(_whole_model(path), example_inputs)
+            return self.session_of(_whole_model(path, example_inputs), example_inputs)
         except (ExportError, RuntimeUnavailableError):
             raise
         except Exception as error:
@@ -155,16 +155,26 @@ def feeds_of(
     return feeds
 
 
-def _whole_model(path: Path) -> bytes:
-    """The model with all its weights, those that lie in files beside it included."""
+def _whole_model(path: Path, example_inputs: ExampleInputs) -> bytes:
+    """The model with all its weights, those that lie in files beside it included, and with the
+    example's sides where its inputs leave them open."""
     onnx = require("onnx", extra="onnx", purpose="reading ONNX files")
     serialised = path.read_bytes()
     model = onnx.load_from_string(serialised)
-    if not any(
+    outside = any(
         tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer
-    ):
-        return serialised
-    whole: bytes = onnx.load(path).SerializeToString()
+    )
+    if outside:
+        model = onnx.load(path)
+    tensors, closed = cpu_tensors(example_inputs), False
+    for value in model.graph.input:
+        sides = value.type.tensor_type.shape.dim
+        if value.name not in tensors or len(sides) != tensors[value.name].ndim:
+            continue  # told when the session is made
+        for side, given in zip(sides, tensors[value.name].shape, strict=True):
+            if side.dim_value < 1:
+                side.dim_value, closed = given, True
+    whole: bytes = model.SerializeToString() if outside or closed else serialised
     return whole
 
 

@@ -90,7 +90,13 @@ class OpenVinoRuntime(OnnxModelRuntime):
         return charge(merged(profiles[1:]))
 
     def _feeds(self, compiled: Any, example_inputs: ExampleInputs) -> dict[str, np.ndarray]:
-        wanted = [(item.names, item.shape) for item in compiled.inputs]
+        wanted = [
+            (
+                item.names,
+                [side.get_length() if side.is_static else -1 for side in item.partial_shape],
+            )
+            for item in compiled.inputs
+        ]
         return feeds_of(wanted, example_inputs, self.name)
 
     def at_float32(self) -> OpenVinoRuntime:

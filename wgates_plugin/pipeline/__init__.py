@@ -18,6 +18,7 @@ from wgates_plugin.pipeline.labels import check_labels, check_scored
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.targets import PruningSettings, Target
 from wgates_plugin.training.engine import LossFunction
+from wgates_plugin.training.launch import batches_of
 
 __all__ = ["PruningResult", "prune_to_target"]
 
@@ -61,6 +62,41 @@ def prune_to_target(
         RunFolderError: the folder belongs to another run.
         TrainingError: the loss is no longer finite; the last good state is in the folder.
     """
+    job = make_job(
+        network,
+        example_inputs,
+        train_loader,
+        val_loader,
+        target=target,
+        settings=settings,
+        run_folder=run_folder,
+        loss=loss,
+        name=name,
+        progress=progress,
+    )
+    finished = job.folder.file("report.json").exists()
+    if not finished:
+        check(job)
+    job.folder.claim(job.identity(), resume=resume, untold=untold(job.settings.options))
+    if not finished:
+        _run(job)
+    return _result(job)
+
+
+def make_job(
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    target: Target | Sequence[Target],
+    settings: PruningSettings | None = None,
+    run_folder: str | Path,
+    loss: LossFunction | None = None,
+    name: str | None = None,
+    progress: bool | None = None,
+) -> Job:
+    """What `prune_to_target` works on; nothing is measured or written yet. Arguments as there."""
     targets = _checked_targets(target)
     if settings is not None and not isinstance(settings, PruningSettings):
         raise ConfigError(
@@ -69,7 +105,7 @@ def prune_to_target(
         )
     if loss is not None and not callable(loss):
         raise ConfigError("loss", [f"is {loss!r}, needs a callable: loss(logits, targets)"])
-    job = Job(
+    return Job(
         network,
         example_inputs,
         train_loader,
@@ -81,10 +117,39 @@ def prune_to_target(
         name or type(network).__name__,
         progress,
     )
-    job.folder.claim(job.identity(), resume=resume, untold=untold(job.settings.options))
-    if not job.folder.file("report.json").exists():
-        _run(job)
-    return _result(job)
+
+
+def check(job: Job) -> None:
+    """Refuse, before anything is measured or trained, what would fail later.
+
+    Raises:
+        ConfigError, TrainingError, MissingExtraError: labels that the network has no outputs for, data
+            of which no accuracy can be told, samples that are not there, a library that is missing.
+    """
+    for loader in (job.train_loader, job.val_loader):
+        batches_of(loader)
+    given, taken = job.settings.samples_file, job.folder.file(preparation.SAMPLES).exists()
+    if given is not None and not taken and not Path(given).expanduser().is_file():
+        raise ConfigError(
+            "pruning settings", [f"samples_file is `{given}`, no such file; check the path"]
+        )
+    if job.strategy.hands_over_untrained and not job.total_epochs:
+        raise ConfigError(
+            "pruning settings",
+            [
+                f"fine_tune_epochs is 0, and `{job.settings.strategy}` hands over freshly initialised "
+                "weights, which nothing would train; give epochs, or let it inherit the weights"
+            ],
+        )
+    unifying.check(job)
+    if job.loss is None:
+        check_labels(
+            job.dense,
+            job.example_inputs,
+            train_loader=job.train_loader,
+            val_loader=job.val_loader,
+        )
+    check_scored(job.dense, job.val_loader)
 
 
 def _checked_targets(target: object) -> list[Target]:
@@ -104,15 +169,6 @@ def _checked_targets(target: object) -> list[Target]:
 
 def _run(job: Job) -> None:
     """The stages in order; each is skipped when an earlier sitting finished it."""
-    unifying.check(job)
-    if job.loss is None:
-        check_labels(
-            job.dense,
-            job.example_inputs,
-            train_loader=job.train_loader,
-            val_loader=job.val_loader,
-        )
-    check_scored(job.dense, job.val_loader)
     preparation.measure_baseline(job)
     if job.within_limits(job.baseline):
         logger.info("%s: within the target as it is; nothing to prune", job.name)

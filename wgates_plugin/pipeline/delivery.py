@@ -180,7 +180,9 @@ def deliver(
     attempts = settings.attempts if settings.trim_epochs or not job.total_epochs else 1
     for attempt in range(attempts):
         found = export(job, network, attempt)
-        job.done(f"exporting and measuring the file: {found['latency_ms']:.4g} ms", "export")
+        job.done(
+            f"exporting and measuring the file: {found['latency_ms']:.4g} ms", f"delivery-{attempt}"
+        )
         last = attempt + 1 == attempts
         if target is None or found["latency_ms"] <= target or last:
             break

@@ -45,7 +45,7 @@ from wgates_plugin.training import (
     evaluate,
     recalibrate_batchnorm,
 )
-from wgates_plugin.training.as_found import rng_kept
+from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.progress import Bar
 from wgates_plugin.transforms import apply_steps
@@ -140,9 +140,13 @@ class Job:
         return self.settings.gate_epochs if self.strategy.has_phase else 0
 
     @property
+    def phase_trains_weights(self) -> bool:
+        return self.strategy.trains_weights and self.settings.train_weights
+
+    @property
     def first_fine_tune_epoch(self) -> int:
         """Where fine-tuning starts on the one schedule of all epochs that train weights."""
-        return self.phase_epochs if self.strategy.trains_weights else 0
+        return self.phase_epochs if self.phase_trains_weights else 0
 
     @property
     def total_epochs(self) -> int:
@@ -234,7 +238,7 @@ class Job:
             self.train_loader,
             grid=self.grid,
             epochs=self.phase_epochs,
-            total_epochs=self.total_epochs,
+            total_epochs=self.total_epochs if self.phase_trains_weights else self.phase_epochs,
             training=settings.training,
             train_weights=settings.train_weights,
             loss=self.loss,
@@ -306,8 +310,8 @@ class Job:
     def recalibrate(self, network: nn.Module) -> None:
         """BatchNorm statistics for the smaller network; the same images whatever came before."""
         network.to(self.fabric.device)
-        with rng_kept(self.fabric.device):
-            torch.default_generator.manual_seed(self.settings.seed)
+        with random_state_kept(self.fabric.device, self.train_loader):
+            seed_epoch(self.settings.seed, 0, self.fabric.device, self.train_loader)
             recalibrate_batchnorm(
                 network, self.train_loader, images=self.settings.recalibration_images
             )

@@ -23,6 +23,8 @@ from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget, un
 
 logger = logging.getLogger("wgates_plugin")
 
+SAMPLES = "samples.jsonl"
+
 _DESTINATIONS = 3
 _MOST_OFF = 0.05
 """Relative. Beyond it, samples of another sitting are worth a warning."""
@@ -67,9 +69,11 @@ def fit_lpnet(job: Job) -> None:
         return
     path = job.folder.file("lpnet.safetensors")
     if job.folder.is_writer:
-        samples = job.folder.file("samples.jsonl")
+        samples = job.folder.file(SAMPLES)
         if job.settings.samples_file is not None and not samples.exists():
-            write_text(samples, Path(job.settings.samples_file).read_text(encoding="utf-8"))
+            write_text(
+                samples, Path(job.settings.samples_file).expanduser().read_text(encoding="utf-8")
+            )
         fitted = job.folder.stage("lpnet") or {}
         job.study.open_files(
             samples, job.folder.stage_file("visited.jsonl"), known=fitted.get("sources", ())
@@ -113,7 +117,7 @@ def fit_lpnet(job: Job) -> None:
             "set_aside": sum(job.study.samples.set_aside().values()),
             "measured_again": len(job.study.samples.rejected),
             "active": learner is not None,
-            "share_in_inference": cost.share_in_inference,
+            "share_in_inference": cost.share_in_inference if cost.seconds else None,
         }
 
     facts = job.folder.once("lpnet", compute)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.targets import (
@@ -18,6 +18,17 @@ from wgates_plugin.targets import (
 from wgates_plugin.training.settings import TrainingSettings
 
 
+def _from_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error}; write the path out") from error
+
+
+HomePath = Annotated[Path, AfterValidator(_from_home)]
+"""A path that may begin with `~`."""
+
+
 class _Block(BaseModel):
     """A part of a recipe: unknown keys are errors, in the settings' dataclasses below it too."""
 
@@ -28,7 +39,7 @@ class ModelBlock(_Block):
     """Which network: arguments of `catalogue.load_model`."""
 
     name: str
-    weights: Path | None = None
+    weights: HomePath | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -39,7 +50,7 @@ class DataBlock(_Block):
     batch_size: int = Field(default=128, ge=1)
     image_size: int | None = Field(default=None, ge=1)
     limit: int | None = Field(default=None, ge=1)
-    root: Path | None = None
+    root: HomePath | None = None
 
 
 _LATENCY_KEYS = ("runtime", "threads", "device", "precision", "options", "bound")
@@ -131,7 +142,7 @@ class Recipe(_Block):
     targets: list[TargetBlock] = Field(default_factory=list)
     dense_training: TrainingSettings | None = None
     pruning: PruningSettings = Field(default_factory=PruningSettings)
-    run_folder: Path | None = None
+    run_folder: HomePath | None = None
     seed: int = Field(default=0, ge=0)
 
     @property

@@ -20,11 +20,15 @@ from wgates_plugin.targets import LatencyTarget
 if TYPE_CHECKING:
     from wgates_plugin.latency.base import BaseRuntime
 
+_NO_TEACHER = "the untouched network has no teacher yet; give it under `pruning.training`"
+
 NO_EFFECT: dict[Place, str] = {
     ("pruning", "seed"): "give `seed` at the top level instead; it seeds everything",
     ("pruning", "training", "epochs"): (
         "give `pruning.gate_epochs` and `pruning.fine_tune_epochs` instead"
     ),
+    ("dense_training", "distillation_weight"): _NO_TEACHER,
+    ("dense_training", "distillation_temperature"): _NO_TEACHER,
 }
 
 
@@ -242,11 +246,14 @@ def _model_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
     from wgates_plugin.catalogue.models import without_torchvision
 
     name, weights = _lookup(raw, ("model", "name")), _lookup(raw, ("model", "weights"))
-    if isinstance(weights, str) and not Path(weights).is_file():
+    if isinstance(weights, str) and not Path(weights).expanduser().is_file():
         yield ("model", "weights"), f"no such file `{weights}`; check the path"
-    if not isinstance(name, str) or is_factory_name(name):
+    if not isinstance(name, str):
         return
-    if name not in MODELS:
+    of_timm = name.startswith("timm:")
+    if is_factory_name(name) and not of_timm:
+        return
+    if name not in MODELS and not of_timm:
         known = list(MODELS)
         try:
             models = import_torchvision().models
@@ -262,7 +269,7 @@ def _model_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
                 "torchvision classification model, timm:NAME, package.module:factory",
             )
     options = _lookup(raw, ("model", "options"))
-    pretrained = isinstance(options, dict) and options.get("weights")
+    pretrained = isinstance(options, dict) and (options.get("weights") or options.get("pretrained"))
     if weights is None and raw.get("dense_training") is None and not pretrained:
         yield (
             ("model", "weights"),

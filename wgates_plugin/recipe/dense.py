@@ -14,7 +14,6 @@ from torch import nn
 from wgates_plugin.errors import FileFormatError, RunFolderError
 from wgates_plugin.files import atomic_path, load_tensors, read_json, save_tensors
 from wgates_plugin.pipeline.identity import identity_of_request
-from wgates_plugin.pipeline.labels import check_labels
 from wgates_plugin.run_folder import another_run, differences
 from wgates_plugin.training import Trainer, default_fabric
 
@@ -111,8 +110,8 @@ def trained(
     if weights.exists():
         _check_origin(_origin(weights), made_by, weights)
         network.load_state_dict(load_tensors(weights, kind="dense network"))
+        checkpoint.unlink(missing_ok=True)
         return network
-    check_labels(network, data.example_input, train_loader=data.train_loader)
     trainer = Trainer(
         network,
         data.train_loader,

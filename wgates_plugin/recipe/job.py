@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from wgates_plugin.catalogue import Data, load_data, load_model
-from wgates_plugin.pipeline import PruningResult, prune_to_target
+from wgates_plugin.pipeline import PruningResult, check, make_job, prune_to_target
 from wgates_plugin.recipe.blocks import Recipe
 from wgates_plugin.recipe.checks import checked, read
 from wgates_plugin.recipe.dense import check_folder, check_same_run, trained
 from wgates_plugin.targets import PruningSettings, Target
+
+logger = logging.getLogger("wgates_plugin")
 
 
 def load_recipe(path: str | Path, *, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -56,7 +59,8 @@ def run_recipe(
     """Do the whole job: train the dense network if asked to, then prune it to the target.
 
     Raises:
-        RunFolderError: the run folder is taken by another run, or by this one without `resume`.
+        RunFolderError: the run folder is taken by another run, by this one without `resume`, or by a
+            process that is at work in it.
         Everything that `prune_to_target` raises.
     """
     check_folder(recipe.folder, resume=resume)
@@ -64,7 +68,23 @@ def run_recipe(
     if resume:
         check_same_run(recipe, data, targets, settings)
     if recipe.trains_first:
+        # What the pruning would refuse is told before hours of training; the folder is ours from here.
+        ahead = make_job(
+            network,
+            data.example_input,
+            data.train_loader,
+            data.val_loader,
+            target=targets,
+            settings=settings,
+            run_folder=recipe.folder,
+            name=recipe.title,
+            progress=progress,
+        )
+        check(ahead)
+        ahead.folder.hold()
         network = trained(network, data, recipe, resume=resume, progress=progress)
+    elif recipe.dense_training is not None:
+        logger.warning("%s: has `model.weights`, so `dense_training` is left out", recipe.title)
     return prune_to_target(
         network,
         data.example_input,

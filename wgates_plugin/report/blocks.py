@@ -19,15 +19,17 @@ from wgates_plugin.report.tables import (
 PHASES = {
     "baseline": "measuring the untouched network",
     "grid": "probing the channel grid",
-    "lpnet": "LPNet: sampling and fit",
-    "sampling": "of this, measuring sub-networks",
+    "sampling": "measuring sub-networks",
+    "lpnet": "fitting LPNet",
     "feasibility": "checking that the target can be reached",
     "gates": "learning the gates",
     "start": "settling the widths to learn at",
     "plan": "settling the widths",
     "removal": "removing channels",
     "fine_tune": "fine-tuning",
-    "export": "export and final measurement",
+    "delivery": "exporting and measuring the file",
+    "export": "of this, exporting",
+    "unification": "unifying weights",
     "total": "total",
 }
 
@@ -149,7 +151,7 @@ def attempts(report: dict[str, Any]) -> str:
 
 
 def seconds(report: dict[str, Any]) -> str:
-    spent = report["seconds"]
+    spent = _deliveries_as_one(report["seconds"])
     order = [*PHASES, *sorted(set(spent) - set(PHASES))]
     rows = [
         (
@@ -161,6 +163,16 @@ def seconds(report: dict[str, Any]) -> str:
     ]
     total = [row for row in rows if row[0] == "total"]
     return facts([row for row in rows if row[0] != "total"] + total)
+
+
+def _deliveries_as_one(seconds: dict[str, Any]) -> dict[str, Any]:
+    """
+    >>> _deliveries_as_one({"gates": 2.0, "delivery-0": 3.0, "delivery-1": 4.0})
+    {'gates': 2.0, 'delivery': 7.0}
+    """
+    parts = {key: value for key, value in seconds.items() if key.startswith("delivery-")}
+    rest = {key: value for key, value in seconds.items() if key not in parts}
+    return {**rest, "delivery": sum(parts.values())} if parts else rest
 
 
 def environment(report: dict[str, Any]) -> str:

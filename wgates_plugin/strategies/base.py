@@ -179,6 +179,7 @@ class Strategy(ABC):
         settings_type: frozen dataclass of options, its defaults the recommended ones.
         has_phase: it learns for `Task.epochs`. Otherwise these epochs go to fine-tuning.
         trains_weights: the phase trains the network's weights, along the fine-tuning's schedule.
+        hands_over_untrained: its network has weights that no training has seen.
         summary: one line of what it does, with its paper.
     """
 
@@ -189,6 +190,10 @@ class Strategy(ABC):
 
     def __init__(self, settings: Any = None) -> None:
         self.settings = self.settings_type() if settings is None else settings
+
+    @property
+    def hands_over_untrained(self) -> bool:
+        return False
 
     @abstractmethod
     def decide(self, task: Task) -> Decision: ...

@@ -12,19 +12,35 @@ from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from wgates_plugin.errors import TrainingError
+from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.training.settings import TrainingSettings
 
 
 def default_fabric(settings: TrainingSettings) -> Fabric:
-    """A launched Fabric: all processes of torchrun if it started us, else a single device."""
+    """A launched Fabric: all processes of torchrun if it started us, else a single device.
+
+    Raises:
+        ConfigError: an accelerator that Fabric does not know, or that is not here.
+    """
     options: dict[str, Any] = {"accelerator": settings.accelerator, "precision": settings.precision}
     if TorchElasticEnvironment.detect():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // local
-        fabric = Fabric(**options, strategy="ddp", devices=local, num_nodes=nodes)
+        options |= {"strategy": "ddp", "devices": local, "num_nodes": nodes}
     else:
-        fabric = Fabric(**options, devices=1)
+        options["devices"] = 1
+    try:
+        fabric = Fabric(**options)
+    except (ValueError, RuntimeError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(
+            "training settings",
+            [
+                f"accelerator {settings.accelerator!r} with precision {settings.precision!r} cannot "
+                f"be had here ({what}); give what this machine has, such as accelerator 'cpu' or "
+                "'auto'"
+            ],
+        ) from error
     fabric.launch()
     if fabric.world_size > 1:
         # Fabric does this for nccl only; a gloo group that is still up when the interpreter ends

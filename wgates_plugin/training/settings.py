@@ -54,37 +54,44 @@ class TrainingSettings:
                 whole and self.epochs >= 0
             ),
             f"learning_rate is {self.learning_rate!r}, needs a positive finite number": (
-                math.isfinite(self.learning_rate) and self.learning_rate > 0
+                _finite(self.learning_rate) and self.learning_rate > 0
             ),
-            f"momentum is {self.momentum!r}, needs 0 <= momentum < 1": 0 <= self.momentum < 1,
+            f"momentum is {self.momentum!r}, needs 0 <= momentum < 1": (
+                _finite(self.momentum) and 0 <= self.momentum < 1
+            ),
             f"weight_decay is {self.weight_decay!r}, needs 0 or more": (
-                math.isfinite(self.weight_decay) and self.weight_decay >= 0
+                _finite(self.weight_decay) and self.weight_decay >= 0
             ),
             f"optimizer is {self.optimizer!r}, choose from {', '.join(OPTIMIZERS)}": (
                 self.optimizer in OPTIMIZERS
             ),
             f"warmup_epochs is {self.warmup_epochs!r}, needs 0 or more": (
-                math.isfinite(self.warmup_epochs) and self.warmup_epochs >= 0
+                _finite(self.warmup_epochs) and self.warmup_epochs >= 0
             ),
             f"label_smoothing is {self.label_smoothing!r}, needs 0 <= label_smoothing < 1": (
-                0 <= self.label_smoothing < 1
+                _finite(self.label_smoothing) and 0 <= self.label_smoothing < 1
             ),
             f"gradient_clip is {self.gradient_clip!r}, needs a positive number or None": (
-                self.gradient_clip is None or self.gradient_clip > 0
+                self.gradient_clip is None
+                or (_finite(self.gradient_clip) and self.gradient_clip > 0)
             ),
             f"precision is {self.precision!r}, choose from {', '.join(PRECISIONS)}": (
                 self.precision in PRECISIONS
             ),
             f"distillation_weight is {self.distillation_weight!r}, needs 0 to 1": (
-                0 <= self.distillation_weight <= 1
+                _finite(self.distillation_weight) and 0 <= self.distillation_weight <= 1
             ),
             f"distillation_temperature is {self.distillation_temperature!r}, needs more than 0": (
-                math.isfinite(self.distillation_temperature) and self.distillation_temperature > 0
+                _finite(self.distillation_temperature) and self.distillation_temperature > 0
             ),
         }
         problems = [problem for problem, passed in checks.items() if not passed]
         if problems:
             raise ConfigError("training settings", problems)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def learning_rate_at(

@@ -22,7 +22,7 @@ from wgates_plugin import modules as kinds
 from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import PlanError
-from wgates_plugin.training.evaluation import map_tensors, to_device
+from wgates_plugin.training.evaluation import images_in, map_tensors, to_device
 from wgates_plugin.verification import TOLERANCE, relative_error
 
 Step = Mapping[str, Any]
@@ -334,9 +334,11 @@ def _hollow_of(name: str, module: nn.Module) -> nn.Module:
 def _noise(network: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
     """Two images of noise per image of the example inputs, on the network's device."""
     generator = torch.Generator().manual_seed(0)
+    count = images_in(example_inputs)
 
     def change(value: Tensor) -> Tensor:
-        twice = torch.cat([value, value]) if value.dim() else value
+        by_image = value.dim() and len(value) == count
+        twice = torch.cat([value, value]) if by_image else value
         if not value.is_floating_point():
             return twice
         return torch.randn(twice.shape, generator=generator).to(twice)

@@ -22,6 +22,8 @@ _LEAST_COVERED = 0.5
 """Share of the latency that a profile's layers must add up to. Complete ones do to about all of it,
 at the least two thirds; and to more where profiling slows the runtime down, which LPNet scales."""
 
+_LEAST_PROFILED = 5
+
 
 @dataclass(frozen=True)
 class LatencyData:
@@ -72,7 +74,7 @@ class LatencyData:
         rows = [[seen.get(n, 0.0) for n in names] if seen else unknown for seen in profiles]
         _check(space, inputs, targets)
         layers = torch.tensor(rows, dtype=torch.float64)
-        return cls(inputs, targets, _without_partial(layers, targets))
+        return cls(inputs, targets, _without_few(_without_partial(layers, targets)))
 
     def __len__(self) -> int:
         return len(self.latency_ms)
@@ -114,6 +116,14 @@ def folds(widths: Tensor, *, parts: int, seed: int) -> list[Tensor]:
     count = int(network.max()) + 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return [torch.isin(network, part).nonzero()[:, 0] for part in order.chunk(min(parts, count))]
+
+
+def _without_few(layers_ms: Tensor) -> Tensor:
+    """`layers_ms` (N, L), of which so few rows are profiles that they say nothing, without any."""
+    profiled = layers_ms.isfinite().all(1)
+    if int(profiled.sum()) >= min(_LEAST_PROFILED, len(profiled)):
+        return layers_ms
+    return torch.full_like(layers_ms, torch.nan)
 
 
 def _without_partial(layers: Tensor, targets: Tensor) -> Tensor:

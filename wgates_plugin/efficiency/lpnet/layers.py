@@ -191,7 +191,7 @@ class LayersStructure:
         every = torch.arange(len(data))
         for part in parts:
             rest = every[~torch.isin(every, part)]
-            partial = self._unaware_of(data.widths[part])._from(data[rest])
+            partial = self._unaware_of(data.widths[part])._from(data, rest)
             mean[part] = partial.predict(data.widths[part])
             deviation[part] = partial.deviation(data.widths[part])
         return mean, deviation
@@ -208,9 +208,12 @@ class LayersStructure:
         twin.prior = self.prior.conditioned(known[fresh]) if fresh.any() else None
         return twin
 
-    def _from(self, data: LatencyData) -> LayersStructure:
-        """What a fit of `data` alone would be; with many rows, the parameters of this one do."""
-        if len(data) > _RELEARNED_ROWS:
+    def _from(self, every: LatencyData, rows: Tensor) -> LayersStructure:
+        """What a fit of these rows alone would be; with many, the parameters of this one do, which was
+        fitted to all, where both know profiles or neither does."""
+        data = every[rows]
+        alike = bool(data.profiled.any()) == bool(every.profiled.any())
+        if alike and len(data) > _RELEARNED_ROWS:
             return self.conditioned(data)
         return self.fit(self.space, data, seed=self.seed, prior=self.prior)
 

@@ -24,7 +24,7 @@ from wgates_plugin.efficiency.lpnet.data import LatencyData, folds, grid_of
 from wgates_plugin.efficiency.lpnet.held_out import COVERAGE, HeldOut, cross_validated
 from wgates_plugin.efficiency.lpnet.layers import LayersStructure
 from wgates_plugin.efficiency.lpnet.mlp import MlpStructure
-from wgates_plugin.errors import ConfigError, FileFormatError
+from wgates_plugin.errors import ConfigError, FileFormatError, MeasurementError
 from wgates_plugin.files import atomic_path
 
 logger = logging.getLogger("wgates_plugin")
@@ -229,6 +229,11 @@ class LPNet:
         held_out = cross_validated(learned, data, seed=seed)
         model = cls(space, learned, held_out)
         errors = held_out.errors
+        if not errors.isfinite().all():
+            raise MeasurementError(
+                f"LPNet: its predictions of {int((~errors.isfinite()).sum())} of {len(data)} samples are "
+                "no numbers; measure the samples anew, or give more of them"
+            )
         half = None
         if held_out.most_coverage >= COVERAGE:
             half = held_out.quantile(COVERAGE) * held_out.deviation_ms / held_out.predicted_ms

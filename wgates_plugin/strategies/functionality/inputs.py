@@ -106,8 +106,9 @@ class Grey:
         """From training images (N, C, ...): they may be normalised in any way."""
         every = torch.cat([batch.float().transpose(0, 1).flatten(1) for batch in images], dim=1)
         mean = every.mean(1)  # (C, N * pixels) -> (C,)
+        like_images = mean.to(images[0].dtype)
         deviation = float((every - mean[:, None]).square().mean().sqrt())
-        return cls(mean.view(1, -1, *[1] * (images[0].ndim - 2)), deviation or 1.0)
+        return cls(like_images.view(1, -1, *[1] * (images[0].ndim - 2)), deviation or 1.0)
 
     def start(self, shape: Sequence[int], noise: float, seed: int) -> Tensor:
         """The one start (1, C, ...) of all filters: grey and a little noise, by the seed alone."""

@@ -17,6 +17,7 @@ from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.budgeting import threshold_widths
+from wgates_plugin.strategies.dependence import check_all_see
 from wgates_plugin.strategies.functionality.clustering import (
     SILENT,
     cluster,
@@ -60,6 +61,9 @@ class FunctionalityStrategy(Strategy):
         load_sklearn()
         space, budget, grid = task.space, task.budget, task.grid
         budgeting.check_feasible(space, budget, grid)
+        inputs = to_device(task.example_inputs, task.device)
+        looked_at = value_at(inputs, find_image(inputs))
+        check_all_see(task.network, space, inputs, looked_at, "functionality")
         state = self._judged(task)
         groups: list[dict[str, Any]] = [state["groups"][name] for name in space.names]
         scores = torch.cat([group["scores"] for group in groups])

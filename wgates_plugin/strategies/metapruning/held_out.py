@@ -49,11 +49,12 @@ def split(loader: Iterable[Any], share: float, seed: int) -> Split:
         TrainingError: there is no second batch, or image, to hold out.
     """
     if isinstance(loader, TensorLoader):
-        kept, held = _indices(len(loader.images), share, seed)
+        kept, held = _indices(len(loader.images), share, seed, loader.batch_size)
         judged = replace(_chosen(loader, held), shuffle=False, drop_last=False, flip=False, shift=0)
         return Split(_chosen(loader, kept), judged)
     if _is_plain(loader):
-        kept, held = _indices(len(loader.dataset), share, seed)  # type: ignore[attr-defined]
+        count, batch_size = len(loader.dataset), loader.batch_size  # type: ignore[attr-defined]
+        kept, held = _indices(count, share, seed, batch_size)
         return Split(
             _data_loader(loader, kept, drop_last=loader.drop_last),  # type: ignore[attr-defined]
             _data_loader(loader, held, drop_last=False, shuffle=False),
@@ -61,13 +62,15 @@ def split(loader: Iterable[Any], share: float, seed: int) -> Split:
     return _by_batches(loader, share, seed)
 
 
-def _indices(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(kept, held out), both ascending."""
+def _indices(count: int, share: float, seed: int, batch_size: int) -> tuple[list[int], list[int]]:
+    """(kept, held out), both ascending. No last batch of one is left that was none before."""
     if count < 2:
         raise TrainingError(
             f"metapruning: {count} training images leave none to judge candidates on; give more"
         )
     held = min(max(round(share * count), min(ENOUGH, count // 5), 1), count - 1)
+    if (count - held) % batch_size == 1 != count % batch_size and count - held > 1:
+        held += 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[held:]), sorted(order[:held])
 
@@ -83,6 +86,8 @@ def _is_plain(loader: Any) -> bool:
         and not isinstance(loader.dataset, IterableDataset)
         and hasattr(loader.dataset, "__len__")
         and type(loader.batch_sampler) is BatchSampler
+        and loader.batch_size
+        is not None  # else the batches were given, and draw in a way of their own
         and type(loader.sampler) in (RandomSampler, SequentialSampler)
         and not getattr(loader.sampler, "replacement", False)
         and getattr(loader.sampler, "_num_samples", None) is None

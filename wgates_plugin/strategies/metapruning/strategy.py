@@ -48,6 +48,10 @@ class MetaPruningStrategy(Strategy):
     )
     settings: MetaPruningSettings
 
+    @property
+    def hands_over_untrained(self) -> bool:
+        return self.settings.weights == "scratch"
+
     def decide(self, task: Task) -> Decision:
         settings = self.settings
         genes = Genes.of(task.space, task.grid, settings.least_share, settings.share_step)

@@ -72,6 +72,10 @@ def branch_ends(traced: DependencyTrace) -> dict[str, int]:
     for module, name in traced.names.items():
         if name not in coupled or module not in traced.graph.module2node:
             continue
+        if isinstance(
+            module, nn.Linear
+        ):  # its channels may lie in another dimension than the first
+            continue
         end = _end_of_branch(traced.graph.module2node[module])
         if end is not None:
             found[traced.names[end]] = kinds.out_channels_of(module)

@@ -21,6 +21,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.budgeting import threshold_widths
+from wgates_plugin.strategies.dependence import check_all_see
 from wgates_plugin.strategies.phase import run_phase
 from wgates_plugin.strategies.scop.branches import coupled_by_sums, scatter_steps
 from wgates_plugin.strategies.scop.gaussian import GaussianKnockoffs
@@ -29,6 +30,7 @@ from wgates_plugin.strategies.scop.knockoffs import (
     KnockoffSource,
     collect_images,
     is_source_name,
+    main_images,
     make_source,
 )
 from wgates_plugin.strategies.scop.two_stream import Betas, TwoStream, norms_behind
@@ -138,6 +140,7 @@ class ScopStrategy(Strategy):
         settings, network = self.settings, task.network
         betas = Betas(network, task.space)
         inputs: ExampleInputs = to_device(task.example_inputs, task.device)
+        check_all_see(network, task.space, inputs, main_images(inputs), "scop")
         norms = norms_behind(network, betas.names, inputs)
         monitor, history = self._learn(task, betas)
         scores = unit_scores(task.space, betas, norms)

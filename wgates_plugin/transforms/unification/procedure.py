@@ -15,7 +15,7 @@ from torch import nn
 
 from wgates_plugin.strategies.base import Checkpoints, InMemory
 from wgates_plugin.training import StepContext, Trainer, TrainingSettings, recalibrate_batchnorm
-from wgates_plugin.training.as_found import rng_kept
+from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.transforms.unification.admm import Admm
 from wgates_plugin.transforms.unification.blocks import BlockGrid, layer_grids
@@ -208,8 +208,8 @@ class _Run:
 
     def _recalibrate(self, images: int) -> None:
         device = self.trainer.fabric.device
-        with rng_kept(device):
-            torch.default_generator.manual_seed(self.options["seed"])
+        with random_state_kept(device, self.loader):
+            seed_epoch(self.options["seed"], 0, device, self.loader)
             recalibrate_batchnorm(self.network, self.loader, images=images)
 
     def share_buffers(self) -> None:
