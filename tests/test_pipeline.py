@@ -498,11 +498,16 @@ def test_two_processes_do_not_work_in_one_folder(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted.run_folder, folder)
+    (folder / LOCK).touch()
+    with Other(folder / LOCK):  # who is done with it is in nobody's way
+        assert run(folder, resume=True).report == uninterrupted.report
+    (folder / "report.json").unlink()
+    (folder / "stages" / "finished.json").unlink()
     with Other(folder / LOCK) as other:
         assert other.holds
         with pytest.raises(RunFolderError, match="another process is at work in it; wait"):
             run(folder, resume=True)
-    assert run(folder, resume=True).report == uninterrupted.report
+    assert run(folder, resume=True).report["final"] == uninterrupted.report["final"]
 
 
 def test_a_folder_with_other_files(tmp_path: Path) -> None:

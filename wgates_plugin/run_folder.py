@@ -63,7 +63,10 @@ class RunFolder:
         problem = None
         if self.is_writer:
             problem = self._claim_problem(identity, path, resume, ", ".join(untold))
-            problem = problem or self._held_by_others()
+            finished = self.file(
+                "report.json"
+            ).exists()  # read only, may be from a disk that is too
+            problem = problem or (None if finished else self._held_by_others())
             if problem is None and not path.exists():
                 write_json(path, identity)
         problem = self.fabric.broadcast(problem)

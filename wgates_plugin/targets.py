@@ -38,10 +38,9 @@ class _Target:
                 f"{type(self).__name__}: give either an amount in {self.unit} or `fraction` of "
                 "the untouched network, not both"
             )
-        for field_ in dataclasses.fields(self):
-            given = getattr(self, field_.name)
+        for name, given in list(vars(self).items()):
             if isinstance(given, Real) and type(given) not in (int, float, bool):
-                object.__setattr__(self, field_.name, float(given))  # numpy's scalars are no JSON
+                object.__setattr__(self, name, float(given))  # numpy's scalars are no JSON
         check_target(self.amount if self.amount is not None else self.fraction, self.unit)
         if self.fraction is not None and self.fraction > 1:
             raise TargetError(
