@@ -141,7 +141,8 @@ def test_an_input_that_is_not_by_image_stays_as_it_is() -> None:
     space = trace(network, inputs)
     last = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)][-1]
     silence(network, last)
-    constant_branches.find(network, space, inputs)
+    (step,) = constant_branches.find(network, space, inputs)
+    assert step["chain"] == [last, "net.1.main.2"]
 
 
 def test_two_branches_and_none() -> None:

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class WGatesError(Exception):
     """Base of every error raised on purpose by this package."""
 

@@ -321,9 +321,8 @@ class LatencyStudy:
                 "the machine had another speed; timed again, %.4g ms instead of %.4g ms",
                 100 * (drift - 1.0), found.latency_ms, before,
             )  # fmt: skip
-            self.samples.source(
-                found.latency_ms
-            )  # the clock from here on, whatever is measured yet
+            # Written now: it is the clock from here on, whatever else is measured.
+            self.samples.source(found.latency_ms)
         rest = self.sample(count=count, seconds_per_sample=seconds_per_sample, **how)
         return SamplingCost(
             cost.seconds + rest.seconds, cost.inference_seconds + rest.inference_seconds

@@ -63,10 +63,7 @@ class RunFolder:
         problem = None
         if self.is_writer:
             problem = self._claim_problem(identity, path, resume, ", ".join(untold))
-            finished = self.file(
-                "report.json"
-            ).exists()  # read only, may be from a disk that is too
-            problem = problem or (None if finished else self._held_by_others())
+            problem = problem or self._held_by_others()
             if problem is None and not path.exists():
                 write_json(path, identity)
         problem = self.fabric.broadcast(problem)
@@ -84,7 +81,10 @@ class RunFolder:
             raise RunFolderError(problem)
 
     def _held_by_others(self) -> str | None:
-        """Why this process cannot work here; None once it has the folder for itself."""
+        """Why this process cannot work here; None once it has the folder for itself, or where all work
+        is done: that is only read, if need be from a disk that cannot be written to."""
+        if self.file("report.json").exists():
+            return None
         lock = self.file(LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

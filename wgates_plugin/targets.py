@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -281,9 +282,9 @@ class PruningSettings:
                 ]
                 whole = {k: int(v) if isinstance(v, Integral) else v for k, v in given.items()}
                 object.__setattr__(self, name, whole)
-        if isinstance(self.samples_file, Path):
-            object.__setattr__(self, "samples_file", str(self.samples_file))
-        elif self.samples_file is not None and not isinstance(self.samples_file, str):
+        if isinstance(self.samples_file, (str, Path)):
+            object.__setattr__(self, "samples_file", os.path.expanduser(self.samples_file))
+        elif self.samples_file is not None:
             problems.append(f"samples_file is {self.samples_file!r}, needs a path")
         for name in ("active", "train_weights"):
             given = getattr(self, name)

@@ -45,11 +45,14 @@ def found_by_cell(
 ) -> dict[tuple[str, float], dict[Run, Found]]:
     """(runtime, target) -> the runs that delivered a network there; cells after a last sitting."""
     cells: dict[tuple[str, float], dict[Run, Found]] = {}
+    sittings: dict[str, dict[str, Any]] = {}
     for run in chosen:
         path, stored = places.finals(run.runtime), _stored(places, run)
         if "final" not in stored or not path.exists():
             continue
-        timed = read_json(path, kind="final latencies")
+        if run.runtime not in sittings:
+            sittings[run.runtime] = read_json(path, kind="final latencies")
+        timed = sittings[run.runtime]
         cells.setdefault((run.runtime, run.target), {})[run] = Found(
             stored["final"]["accuracy"],
             own=stored["final"]["latency_ms"] / stored["baseline"]["latency_ms"],

@@ -25,7 +25,7 @@ from wgates_plugin.cli.options import (
 from wgates_plugin.cli.paths import check_out_files
 from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
 from wgates_plugin.cli.subject import Subject
-from wgates_plugin.errors import MeasurementError, WGatesError
+from wgates_plugin.errors import MeasurementError, WGatesError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -262,8 +262,9 @@ def _told(error: Exception, runtime: str) -> WGatesError:
     """What a runtime's own library raises, in words of this package."""
     if isinstance(error, WGatesError):
         return error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return MeasurementError(f"runtime `{runtime}`: failed ({type(error).__name__}: {reason})")
+    return MeasurementError(
+        f"runtime `{runtime}`: failed ({type(error).__name__}: {first_line(error)})"
+    )
 
 
 def _say(model: str, subject: Subject, rows: list[Row], how: str, device: str) -> None:

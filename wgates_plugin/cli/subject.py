@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wgates_plugin.errors import ConfigError, FileFormatError, WGatesError
+from wgates_plugin.errors import ConfigError, FileFormatError, WGatesError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,7 +167,7 @@ class Subject:
                 handle.remove()
 
     def _wrong_shape(self, where: str, error: Exception) -> ConfigError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if self.is_file and self.input_shape is None:
             return ConfigError(
                 where,

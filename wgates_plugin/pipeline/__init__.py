@@ -129,7 +129,7 @@ def check(job: Job) -> None:
     for loader in (job.train_loader, job.val_loader):
         batches_of(loader)
     given, taken = job.settings.samples_file, job.folder.file(preparation.SAMPLES).exists()
-    if given is not None and not taken and not Path(given).expanduser().is_file():
+    if given is not None and not taken and not Path(given).is_file():
         raise ConfigError(
             "pruning settings", [f"samples_file is `{given}`, no such file; check the path"]
         )

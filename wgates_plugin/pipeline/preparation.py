@@ -71,9 +71,7 @@ def fit_lpnet(job: Job) -> None:
     if job.folder.is_writer:
         samples = job.folder.file(SAMPLES)
         if job.settings.samples_file is not None and not samples.exists():
-            write_text(
-                samples, Path(job.settings.samples_file).expanduser().read_text(encoding="utf-8")
-            )
+            write_text(samples, Path(job.settings.samples_file).read_text(encoding="utf-8"))
         fitted = job.folder.stage("lpnet") or {}
         job.study.open_files(
             samples, job.folder.stage_file("visited.jsonl"), known=fitted.get("sources", ())

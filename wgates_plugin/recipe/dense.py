@@ -110,7 +110,8 @@ def trained(
     if weights.exists():
         _check_origin(_origin(weights), made_by, weights)
         network.load_state_dict(load_tensors(weights, kind="dense network"))
-        checkpoint.unlink(missing_ok=True)
+        if checkpoint.exists():  # a stop came between the two
+            checkpoint.unlink(missing_ok=True)
         return network
     trainer = Trainer(
         network,

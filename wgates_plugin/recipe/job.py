@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,33 +68,20 @@ def run_recipe(
     network, data, targets, settings = prepare(recipe)
     if resume:
         check_same_run(recipe, data, targets, settings)
+    inputs = data.example_input, data.train_loader, data.val_loader
+    asked: dict[str, Any] = {
+        "target": targets,
+        "settings": settings,
+        "run_folder": recipe.folder,
+        "name": recipe.title,
+        "progress": progress,
+    }
     if recipe.trains_first:
         # What the pruning would refuse is told before hours of training; the folder is ours from here.
-        ahead = make_job(
-            network,
-            data.example_input,
-            data.train_loader,
-            data.val_loader,
-            target=targets,
-            settings=settings,
-            run_folder=recipe.folder,
-            name=recipe.title,
-            progress=progress,
-        )
+        ahead = make_job(network, *inputs, **asked)
         check(ahead)
         ahead.folder.hold()
         network = trained(network, data, recipe, resume=resume, progress=progress)
     elif recipe.dense_training is not None:
         logger.warning("%s: has `model.weights`, so `dense_training` is left out", recipe.title)
-    return prune_to_target(
-        network,
-        data.example_input,
-        data.train_loader,
-        data.val_loader,
-        target=targets,
-        settings=settings,
-        run_folder=recipe.folder,
-        resume=resume,
-        name=recipe.title,
-        progress=progress,
-    )
+    return prune_to_target(network, *inputs, resume=resume, **asked)

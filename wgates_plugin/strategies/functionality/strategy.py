@@ -61,9 +61,6 @@ class FunctionalityStrategy(Strategy):
         load_sklearn()
         space, budget, grid = task.space, task.budget, task.grid
         budgeting.check_feasible(space, budget, grid)
-        inputs = to_device(task.example_inputs, task.device)
-        looked_at = value_at(inputs, find_image(inputs))
-        check_all_see(task.network, space, inputs, looked_at, "functionality")
         state = self._judged(task)
         groups: list[dict[str, Any]] = [state["groups"][name] for name in space.names]
         scores = torch.cat([group["scores"] for group in groups])
@@ -97,6 +94,7 @@ class FunctionalityStrategy(Strategy):
         with left_as_found(network):
             network.eval().requires_grad_(False)
             image = ImageInput.of(to_device(task.example_inputs, task.device))
+            check_all_see(network, task.space, image.example, image.image, "functionality")
             data = self._data(task)
             grey = Grey.of([value_at(inputs, find_image(inputs)) for inputs, _ in data])
             points = find_points(

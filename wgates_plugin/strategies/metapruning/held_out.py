@@ -80,14 +80,16 @@ def _chosen(loader: TensorLoader, indices: list[int]) -> TensorLoader:
 
 
 def _is_plain(loader: Any) -> bool:
-    """A DataLoader whose parts are known well enough to build another one like it."""
+    """A DataLoader whose parts are known well enough to build another one like it.
+
+    One without a batch size was given its batches, which draw in a way of their own.
+    """
     return (
         type(loader) is DataLoader
         and not isinstance(loader.dataset, IterableDataset)
         and hasattr(loader.dataset, "__len__")
         and type(loader.batch_sampler) is BatchSampler
-        and loader.batch_size
-        is not None  # else the batches were given, and draw in a way of their own
+        and loader.batch_size is not None
         and type(loader.sampler) in (RandomSampler, SequentialSampler)
         and not getattr(loader.sampler, "replacement", False)
         and getattr(loader.sampler, "_num_samples", None) is None

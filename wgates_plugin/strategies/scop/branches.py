@@ -72,9 +72,8 @@ def branch_ends(traced: DependencyTrace) -> dict[str, int]:
     for module, name in traced.names.items():
         if name not in coupled or module not in traced.graph.module2node:
             continue
-        if isinstance(
-            module, nn.Linear
-        ):  # its channels may lie in another dimension than the first
+        # The channels of a linear layer may lie in another dimension than the first.
+        if isinstance(module, nn.Linear):
             continue
         end = _end_of_branch(traced.graph.module2node[module])
         if end is not None:
