@@ -19,13 +19,15 @@ BENCHMARKS = {
     "comparison": "all methods at equal measured latency, by experiment (hours)",
     "demo": "`wgates demo` from start to end",
     "nni_experiment": "pruners by name in an NNI experiment: accuracy and latency of every trial",
-    "nni_masked_equals_removed": "the same through the NNI door, where nni is installed",
+    "nni_masked_equals_removed": "masked equals removed through the NNI door, where nni is installed",
     "strategy_cost": "every strategy on ResNet-50 and MobileNetV2: its step over a plain step",
     "gdp_promise": "GDP: absorption is exact, no fine-tuning owed",
     "scop_promise": "SCOP: its arithmetic, and planted noise filters ranked last",
     "functionality_promise": "functionality: one of each planted duplicate is kept",
     "metapruning_promise": "MetaPruning: its fitness ranks widths like training from scratch",
     "unification_promise": "unification: bytes at equal accuracy against plain pruning",
+}
+REPORTS = {
     "scoreboard": "scoreboard.json from the stored results",
     "tables": "the tables of benchmarks/README.md from the stored results",
     "pictures": "the pictures from the stored results",
@@ -33,8 +35,9 @@ BENCHMARKS = {
 
 
 def usage() -> str:
-    width = max(map(len, BENCHMARKS))
-    rows = [f"  {name.ljust(width)}  {about}" for name, about in BENCHMARKS.items()]
+    known = BENCHMARKS | REPORTS
+    width = max(map(len, known))
+    rows = [f"  {name.ljust(width)}  {about}" for name, about in known.items()]
     return "\n".join(["usage: python -m benchmarks NAME [options]", "", *rows])
 
 
@@ -43,10 +46,11 @@ def main(argv: Sequence[str]) -> int:
         print(usage())
         return 0 if argv else 2
     name, *options = argv
-    if name not in BENCHMARKS:
-        print(f"benchmark `{name}`: unknown; choose one of: {', '.join(BENCHMARKS)}")
+    if name not in BENCHMARKS | REPORTS:
+        print(f"benchmark `{name}`: unknown; choose one of: {', '.join(BENCHMARKS | REPORTS)}")
         return 2
-    importlib.import_module(f"benchmarks.{name}").main(options)
+    place = "benchmarks" if name in BENCHMARKS else "benchmarks.report"
+    importlib.import_module(f"{place}.{name}").main(options)
     return 0
 
 

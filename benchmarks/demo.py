@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.records import HOME, parser, write_record
+from benchmarks.tools.records import HOME, parser, write_record
 from wgates_plugin.cli import MISSED
 from wgates_plugin.latency.environment import usable_cores
 from wgates_plugin.report.contents import load_report

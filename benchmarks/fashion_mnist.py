@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.records import HOME, parser
+from benchmarks.tools.records import HOME, parser
 from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.recipe import Recipe, load_recipe, prepare, run_recipe
 from wgates_plugin.training import Trainer, evaluate

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.records import parser, write_record
+from benchmarks.tools.records import parser, write_record
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.catalogue.base import Data
 from wgates_plugin.catalogue.data import load_data

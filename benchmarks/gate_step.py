@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.activation_masking import ActivationMasking
-from benchmarks.interleave import at_once, compare, interleave
-from benchmarks.records import parser, write_record
-from benchmarks.subjects import SIDE, images, torchvision_network
+from benchmarks.tools.activation_masking import ActivationMasking
+from benchmarks.tools.interleave import at_once, compare, interleave
+from benchmarks.tools.records import parser, write_record
+from benchmarks.tools.subjects import SIDE, images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.counts import MacsModel

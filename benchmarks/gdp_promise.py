@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.activation_masking import ActivationMasking
-from benchmarks.records import parser, write_record
-from benchmarks.subjects import settle_batchnorm
+from benchmarks.tools.activation_masking import ActivationMasking
+from benchmarks.tools.records import parser, write_record
+from benchmarks.tools.subjects import settle_batchnorm
 from tests import networks
 from wgates_plugin.calling import device_of, left_as_found
 from wgates_plugin.catalogue.base import Data

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.records import RESULTS, parser
-from benchmarks.subjects import images, torchvision_network
+from benchmarks.tools.records import RESULTS, parser
+from benchmarks.tools.subjects import images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.bench import Bench, light_bench

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.latency_rivals import ABLATIONS, RIVALS
 from benchmarks.latency_samples import FITTED, GRIDS, NETWORKS, read_samples, stored, subject
-from benchmarks.records import RESULTS, parser, read_record, write_record
+from benchmarks.tools.latency_rivals import ABLATIONS, RIVALS
+from benchmarks.tools.records import RESULTS, parser, read_record, write_record
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.lpnet.data import LatencyData, folds

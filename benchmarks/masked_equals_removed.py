@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.doors import DOORS, NETWORKS, rows
-from benchmarks.records import parser, write_record
+from benchmarks.tools.doors import DOORS, NETWORKS, rows
+from benchmarks.tools.records import parser, write_record
 from tests import networks
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.plan import PruningPlan

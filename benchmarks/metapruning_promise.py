@@ -25,7 +25,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks.records import parser, write_record
+from benchmarks.tools.records import parser, write_record
 from wgates_plugin import trace
 from wgates_plugin.catalogue.base import Data
 from wgates_plugin.catalogue.data import load_data

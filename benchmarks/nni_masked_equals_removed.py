@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.records import parser, write_record
+from benchmarks.tools.records import parser, write_record
 from tests import networks
 from wgates_plugin.latency.environment import library_version
 from wgates_plugin.verification import TOLERANCE, relative_error

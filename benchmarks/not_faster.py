@@ -29,10 +29,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.interleave import compare
 from benchmarks.latency_samples import GRIDS, MIN_FRACTION, read_samples, stored
-from benchmarks.records import RESULTS, parser, write_record
-from benchmarks.subjects import SIDE, images, torchvision_network
+from benchmarks.tools.interleave import compare
+from benchmarks.tools.records import RESULTS, parser, write_record
+from benchmarks.tools.subjects import SIDE, images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.counts import MacsModel

@@ -27,9 +27,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.interleave import Contender, Job, compare, interleave
-from benchmarks.records import parser, write_record
-from benchmarks.subjects import SIDE, images, torchvision_network
+from benchmarks.tools.interleave import Contender, Job, compare, interleave
+from benchmarks.tools.records import parser, write_record
+from benchmarks.tools.subjects import SIDE, images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.plan import PruningPlan

@@ -3,10 +3,9 @@
 Measured: random sub-networks of MobileNetV2, ResNet-34 and ResNet-50 at 224x224 on ONNX Runtime,
 OpenVINO and in eager mode, one thread; share of all wall time, setting up included, spent inside timed
 inferences. A timed inference is one of the candidate, of the reference it is interleaved with, or of
-the layer profile; the candidate's share of the first two is recorded too. Rival beside it, on the
-first samples in alternating order and with the same timing: what is done without this package, namely
-a deep copy, a traced dependency graph, torch-pruning's removal, an export and a session for every
-sample, and no profile.
+the layer profile. Rival beside it, on the first samples in alternating order and with the same timing:
+what is done without this package, namely a deep copy, a traced dependency graph, torch-pruning's
+removal, an export and a session for every sample, and no profile.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks.latency_samples import GRIDS, NETWORKS
-from benchmarks.records import parser, write_record
-from benchmarks.subjects import SIDE, images, torchvision_network
+from benchmarks.tools.records import parser, write_record
+from benchmarks.tools.subjects import SIDE, images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.sampling import draw_widths
 from wgates_plugin.latency.base import BaseRuntime, Session
-from wgates_plugin.latency.measurement import Measurement
 from wgates_plugin.latency.onnx_export import export_torchscript
 from wgates_plugin.latency.onnx_runtime import OnnxRuntime
 from wgates_plugin.latency.openvino import OpenVinoRuntime
@@ -64,34 +62,6 @@ def naive_session(
     return runtime.load(smaller, example)
 
 
-def noting_runs(session: Session, seconds: list[float]) -> Session:
-    """The same session; every run of it appends how long it took (s)."""
-    run = session.run
-
-    def timed() -> None:
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-
-    session.run = timed  # type: ignore[method-assign]
-    return session
-
-
-def sample_row(
-    seconds: float, inference: float, found: Measurement, runs: Sequence[float]
-) -> dict[str, float]:
-    """One sample's wall time, timed inference, and the candidate's part in it, all in s.
-
-    Args:
-        runs: every run of the candidate in this measurement, its warm-up first.
-    """
-    return {
-        "seconds": seconds,
-        "inference": inference,
-        "candidate_inference": sum(runs[found.warmup :]),
-    }
-
-
 def measure_pair(
     name: str, runtime: str, arguments: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,36 +73,27 @@ def measure_pair(
     started = time.perf_counter()
     calibrated = study.baseline(1.0).inference_seconds
     study.open_files(scratch / "samples.jsonl", scratch / "visited.jsonl")
-    family = study.family
+    _ = study.family
     setup = time.perf_counter() - started
     samples: dict[str, list[dict[str, float]]] = {"ours": [], "naive": []}
-    runs: list[float] = []
-    measured: list[Measurement] = []
     before_sampling: list[float] = []
-    make = family.session
-    family.session = lambda widths: noting_runs(make(widths), runs)  # type: ignore[method-assign]
 
     def ours(number: int) -> None:
-        runs.clear()
         began = time.perf_counter()
         cost = study.sample(
             count=number + 1,
             grid=GRIDS[runtime],
             seed=arguments.seed,
             seconds_per_sample=arguments.seconds,
-            on_sample=lambda _, found: measured.append(found),
         )
-        row = sample_row(cost.seconds, cost.inference_seconds, measured[-1], runs)
-        samples["ours"].append(row)
+        samples["ours"].append({"seconds": cost.seconds, "inference": cost.inference_seconds})
         # The first call also makes the reference and calibrates it.
         before_sampling.append(time.perf_counter() - began - cost.seconds)
 
     def naive(number: int) -> None:
         widths = draw_widths(space, GRIDS[runtime], np.random.default_rng([arguments.seed, number]))
         start = time.perf_counter()
-        runs.clear()
         session = naive_session(network, space, widths, example, study.runtime)
-        session = noting_runs(session, runs)
         found = measure(
             session,
             reference=study.reference,
@@ -141,7 +102,7 @@ def measure_pair(
         )
         session.close()
         seconds = time.perf_counter() - start
-        samples["naive"].append(sample_row(seconds, found.inference_seconds, found, runs))
+        samples["naive"].append({"seconds": seconds, "inference": found.inference_seconds})
 
     for number in range(arguments.samples):
         pair = [ours, naive] if number < arguments.naive_samples else [ours]
@@ -166,22 +127,17 @@ def share(
     """Sums over samples and setting up (s), of which `calibrated` is timed inference.
 
     Example:
-        >>> row = {"seconds": 3.0, "inference": 2.0, "candidate_inference": 1.0}
-        >>> found = share([row], setup=1.0)
-        >>> found["share_in_inference"], found["share_in_candidate_inference"]
-        (0.5, 0.25)
+        >>> share([{"seconds": 3.0, "inference": 2.0}], setup=1.0)["share_in_inference"]
+        0.5
     """
     seconds = sum(row["seconds"] for row in rows) + setup
     inference = sum(row["inference"] for row in rows) + calibrated
-    candidate = sum(row["candidate_inference"] for row in rows)
     return {
         "samples": len(rows),
         "seconds": seconds,
         "setup_seconds": setup,
         "inference_seconds": inference,
-        "candidate_inference_seconds": candidate,
         "share_in_inference": inference / seconds,
-        "share_in_candidate_inference": candidate / seconds,
         "overhead_seconds_per_sample": (seconds - setup - inference + calibrated) / len(rows),
     }
 

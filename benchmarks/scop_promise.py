@@ -24,9 +24,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from benchmarks.planted_noise import train_planted
-from benchmarks.records import parser, write_record
-from benchmarks.subjects import images, torchvision_network
+from benchmarks.tools.planted_noise import train_planted
+from benchmarks.tools.records import parser, write_record
+from benchmarks.tools.subjects import images, torchvision_network
 from wgates_plugin.catalogue import Data, load_data
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, Limit

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.records import parser, read_record, write_record
-from benchmarks.subjects import torchvision_network
+from benchmarks.tools.records import parser, read_record, write_record
+from benchmarks.tools.subjects import torchvision_network
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.strategies import STRATEGIES, Decision, Task, make_strategy, plan_for_budget
 from wgates_plugin.strategies.base import InMemory

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.records import parser, write_record
-from benchmarks.subjects import SIDE, images, torchvision_network
+from benchmarks.tools.records import parser, write_record
+from benchmarks.tools.subjects import SIDE, images, torchvision_network
 from wgates_plugin import LatencyTarget, PruningSettings, prune_to_target
 
 CLAIM = "the exported file takes at most half of the untouched network's measured latency"

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from benchmarks.records import parser, write_record
+from benchmarks.tools.records import parser, write_record
 from wgates_plugin.catalogue import Data, load_data, load_model
 from wgates_plugin.errors import RunFolderError
 from wgates_plugin.files import load_tensors, read_json, save_tensors, write_json

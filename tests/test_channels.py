@@ -6,7 +6,7 @@ import copy
 import json
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from wgates_plugin import ChannelGroup, ChannelSpace, PruningPlan, trace
 from wgates_plugin.channels import _from_runs, _to_runs
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import FileFormatError, PlanError, TraceError
 from wgates_plugin.gating import Gating
 from wgates_plugin.surgery import remove, resize
-from wgates_plugin.verification import carried_out, removal_error
+from wgates_plugin.verification import TOLERANCE, _irregular, carried_out, removal_error
 
 
 class Wired(nn.Module):
@@ -218,7 +219,113 @@ def test_a_bare_parameter_that_shares_channels_excludes_them() -> None:
     assert "bare parameter" in space.excluded["m.0.0"]
 
 
+# A layer that runs without its output being used reads channels like any other.
+
+
+def _with_a_side_head(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    m[2](y)
+    return m[1](y)
+
+
+def test_a_head_whose_output_is_dropped_follows_what_it_reads() -> None:
+    side = nn.Sequential(conv_bn(8, 6, 1), Head(6))
+    network = randomised(Wired(_with_a_side_head, conv_bn(3, 8), Head(8), side), 0)
+    traced = DependencyTrace(network, example())
+    space = traced.space()
+    assert traced.keeps_channel_order
+    assert space.names == ("m.0.0",)
+    assert {slot.module for slot in space.group("m.0.0").slots_as("consumer")} == {
+        "m.1.fc",
+        "m.2.0.0",
+    }
+    assert "does not depend" in space.excluded["m.2.0.0"]
+    plan = random_plan(space, 0)
+    smaller = remove(copy.deepcopy(network), plan, example())
+    assert removal_error(network, smaller, plan, example()) <= TOLERANCE
+
+
+def test_a_last_layer_that_also_serves_earlier_keeps_its_outputs() -> None:
+    network = Wired(
+        lambda m, x: m[2](torch.relu(m[2](m[1](m[0](x))))),
+        *(conv_bn(3, 6), conv_bn(6, 8), conv(8, 8)),
+    )
+    space = trace(randomised(network, 0), example())
+    assert space.names == ("m.0.0",)
+    assert "outputs of the network" in space.excluded["m.1.0"]
+
+
+def _without_gradient(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = m[0](x)
+    return m[2](m[1](y))
+
+
+def test_a_stem_that_runs_without_gradients_stays_whole() -> None:
+    stem = nn.Sequential(conv_bn(3, 6), conv_bn(6, 8))
+    network = randomised(Wired(_without_gradient, stem, conv_bn(8, 6), Head(6)), 0)
+    assert trace(network, example()).names == ("m.1.0",)
+
+
+def test_frames_that_are_folded_into_the_batch_count_for_their_image() -> None:
+    """(N, T, C, H, W) -> (N * T, C, H, W)."""
+    network = Wired(
+        lambda m, x: m[2](m[1](m[0](x.flatten(0, 1)))).unflatten(0, (-1, 3)).mean(1),
+        *(conv_bn(3, 8), conv_bn(8, 4), Head(4)),
+    )
+    space = trace(network, torch.randn(2, 3, 3, 8, 8))
+    assert {layer.name: layer.positions for layer in space.layers}["m.0.0"] == 3 * 8 * 8
+
+
+def test_a_parameter_of_whole_numbers_is_left_alone() -> None:
+    network = tiny("plain")
+    network[0].table = nn.Parameter(torch.arange(3), requires_grad=False)
+    assert trace(network, example()).names == ("0.0", "1.0")
+
+
+def test_the_graph_holds_no_activations() -> None:
+    """One that outlives tracing, as in a pruner, would otherwise hold those of a whole batch."""
+    network = tiny("plain")
+    node = DependencyTrace(network, example()).graph.module2node[network[1][0]]
+    assert node.grad_fn._saved_input.numel() == 0
+
+
+class Pair(NamedTuple):
+    images: Tensor
+    scale: Tensor
+
+
+def test_inputs_that_are_named_tuples_are_verified() -> None:
+    network = Wired(
+        lambda m, pair: m[1](m[0](pair.images * pair.scale).transpose(2, 3)),
+        *(conv_bn(3, 8), Head(8)),
+    )
+    assert trace(network, (Pair(example(), torch.ones(1)),)).names == ("m.0.0",)
+    wrong = Wired(lambda m, pair: _read_backwards(m, pair.images), *network.m[:1], conv_bn(8, 4))
+    wrong.m.append(Head(4))
+    with pytest.raises(TraceError, match="disagree"):
+        trace(wrong, (Pair(example(), torch.ones(1)),))
+
+
+def test_verification_cuts_every_group() -> None:
+    layers = [conv_bn(2, 2) for _ in range(7)]
+    space = trace(nn.Sequential(conv_bn(3, 2), *layers, Head(2)), example())
+    assert all(len(kept) == 1 for kept in _irregular(space, None).kept)
+
+
 # What cannot be followed at all is refused before anything is changed.
+
+
+def _asserted(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x).transpose(2, 3)
+    assert y.shape[1] == 8, "eight channels"
+    return m[1](y)
+
+
+def _probed(m: Any, x: Tensor) -> Tensor:
+    y = m[0](x)
+    m[2](y.detach())
+    return m[1](y)
 
 
 def _shuffled(m: Any, x: Tensor) -> Tensor:
@@ -286,6 +393,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             lambda m, x: m[2](m[0](x) + m[1](x).detach()), conv_bn(3, 8), conv_bn(3, 8), Head(8)
         ),
         "disagree",
+    ),
+    "a head on what is cut off from the gradient": (
+        lambda: Wired(_probed, conv_bn(3, 8), Head(8), Head(8)),
+        r"disagree for `m.0.0` \(RuntimeError: ",
+    ),
+    "an assertion about widths": (
+        lambda: Wired(_asserted, conv_bn(3, 8), Head(8)),
+        r"disagree for `m.0.0` \(AssertionError: eight channels",
     ),
     "a fixed view": (
         lambda: Wired(

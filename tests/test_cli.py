@@ -192,7 +192,7 @@ def test_measure_takes_several_runtimes_and_writes_json(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "eager: loading" in result.stderr
     found = json.loads(out.read_text())
-    assert found["input_shape"] == [1, 1, 8, 8]
+    assert found["inputs"] == {"input_0": [1, 1, 8, 8]}
     assert [row["runtime"] for row in found["results"]] == ["eager", "onnxruntime"]
     for row in found["results"]:
         ms = row["measurement"]["latency_ms"]

@@ -15,6 +15,7 @@ import torch
 from fake_bench import IDENTITY, REFERENCE_MS, SteadySession, steady_bench
 from networks import example, tiny
 from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner, Result
 
 from wgates_plugin import ChannelSpace, trace
@@ -145,7 +146,7 @@ def test_files_of_another_kind_are_named(command: str, exported: Path, tmp_path:
     [("onnxruntime", "model.onnx"), ("eager", "model.pt2"), ("executorch", "model.pte")],
 )
 def test_a_file_brings_its_input_shape(runtime: str, name: str, exported: Path) -> None:
-    assert input_sides(exported / name) == {"input_0": (1, 1, 8, 8)}
+    assert input_sides(exported / name) == {"input_0": ((1, 1, 8, 8), torch.float32)}
     result = run("measure", exported / name, "--runtime", runtime, "--seconds", 0.1)
     assert result.exit_code == 0, result.output
     assert "one inference of 1,1,8,8 on cpu" in result.stdout
@@ -157,8 +158,19 @@ def test_a_foreign_onnx_file_brings_its_input_name(tmp_path: Path) -> None:
     torch.onnx.export(
         network, (torch.zeros(1, 1, 8, 8),), path, input_names=["image"], dynamo=False
     )
-    assert input_sides(path) == {"image": (1, 1, 8, 8)}
+    assert input_sides(path) == {"image": ((1, 1, 8, 8), torch.float32)}
     assert run("measure", path, "--seconds", 0.1).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name"), [("onnxruntime", "words.onnx"), ("eager", "words.pt2")]
+)
+def test_a_file_may_take_whole_numbers(runtime: str, name: str, tmp_path: Path) -> None:
+    words = torch.zeros(1, 5, dtype=torch.int64)
+    get_runtime(runtime).save(nn.Embedding(7, 4), words, tmp_path / name)
+    assert input_sides(tmp_path / name) == {"input_0": ((1, 5), torch.int64)}
+    result = run("measure", tmp_path / name, "--runtime", runtime, "--seconds", 0.1)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

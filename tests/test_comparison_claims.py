@@ -11,13 +11,13 @@ from xml.etree import ElementTree
 import pytest
 from comparison_helpers import filled, made_up
 
-from benchmarks import pictures, scoreboard, tables
 from benchmarks.comparison import claims as subject
 from benchmarks.comparison.claims import compared, comparison_claims
 from benchmarks.comparison.experiment import Experiment, load_experiment
 from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
 from benchmarks.comparison.summary import Difference, Verdict, read_cells
 from benchmarks.comparison.tables import ablations_table, matrix_text, verdicts_table
+from benchmarks.report import pictures, scoreboard, tables
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.report.theme import LIGHT
 

@@ -16,6 +16,7 @@ from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import farm as farm_module
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
 from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.sampling import Active
 from wgates_plugin.errors import ConfigError, MeasurementError
 from wgates_plugin.latency import RuntimeSettings, get_runtime
 
@@ -68,6 +69,8 @@ def test_workers_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
         Farm.of(3, RuntimeSettings(device="cuda"))
     with pytest.raises(ConfigError, match="write `cuda`"):
         Farm.of(2, RuntimeSettings(device="cuda:1"))
+    with pytest.raises(ConfigError, match="got 2, this machine has 1 device to measure on"):
+        Farm.of(2, RuntimeSettings(threads=16), runs_here=False)
     monkeypatch.setattr(farm_module, "_on_cluster", lambda: True)
     assert Farm.of(40, RuntimeSettings()).workers == 40
 
@@ -105,6 +108,22 @@ def test_two_workers_measure_the_same_widths(
     assert cost.inference_seconds > 0
     assert {source.worker for source in file.sources.values()} <= {"worker-0", "worker-1"}
     assert ray.is_initialized()  # a Ray that was there stays
+
+
+def test_nothing_is_timed_beside_a_fit(ray: Any, space: ChannelSpace, file: SampleFile) -> None:
+    known: list[int] = []
+    active = Active(
+        fit=lambda found: known.append(found.distinct),
+        uncertainty=lambda rows: torch.arange(len(rows), dtype=torch.float64),
+        covering=8,
+        refit_every=4,
+        apart=0.0,
+    )
+    collect_on_farm(
+        file, space, FarmBench(space), Farm(workers=2), count=16, active=active, **OPTIONS
+    )
+    assert known == [8, 12]
+    assert file.distinct == 16
 
 
 def test_a_killed_workers_sample_goes_to_another(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning as tp
-from helpers import ActivationGates, recount
+from helpers import ActivationGates, recount, same_tensors
 from networks import TINY, Add, Head, conv, conv_bn, example, randomised, tiny
 from torch import Tensor, nn
 
@@ -215,6 +215,63 @@ def test_needless_training_state_is_refused() -> None:
         gates.regularize()
     with pytest.raises(InfeasibleTargetError, match="out of reach"):
         make(tiny("plain"), share=0.01)
+
+
+def backward(gates: PolarisedGates, seed: int, factor: float = 1.0) -> None:
+    """One batch and its gradient; weights and running statistics stay."""
+    buffers = copy.deepcopy(dict(gates.network.named_buffers()))
+    (gates.network(example(8, seed=seed)).square().mean() * factor).backward()
+    gates.network.zero_grad()
+    with torch.no_grad():
+        for name, buffer in gates.network.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+@pytest.mark.parametrize("remedy", ["skipped", "discarded"])
+def test_a_bad_batch_leaves_no_trace_in_the_gates(remedy: str) -> None:
+    clean, hit = make(tiny("residual")), make(tiny("residual"))
+    for seed in range(6):
+        for gates in (clean, hit):
+            if seed in (0, 3) and gates is hit:
+                backward(gates, 99, float("inf"))
+                if remedy == "discarded":
+                    gates.discard()
+                else:
+                    gates.regularize()
+            backward(gates, seed)
+            record = gates.regularize()
+    assert (hit.step, record["skipped"]) == (clean.step, 2.0 if remedy == "skipped" else 0.0)
+    assert torch.equal(hit.x, clean.x)
+    assert same_tensors(hit.constraint.state_dict(), clean.constraint.state_dict())
+
+
+def test_gates_that_never_get_a_finite_gradient_are_told() -> None:
+    gates = make(tiny("plain"))
+    for _ in range(99):
+        backward(gates, 0, float("nan"))
+        gates.regularize()
+    backward(gates, 0, float("nan"))
+    with pytest.raises(TrainingError, match="100 calls in a row"):
+        gates.regularize()
+    assert (gates.step, gates.skipped) == (0, 100)
+
+
+def test_gates_do_not_depend_on_the_scale_of_the_loss() -> None:
+    plain, told = make(tiny("residual"), steps=6), make(tiny("residual"), steps=6)
+    for seed in range(6):
+        scale = 2.0 ** (16 - seed)  # a scaler that comes down
+        backward(plain, seed)
+        plain.regularize()
+        backward(told, seed, scale)
+        told.regularize(scale=scale)
+    assert torch.equal(told.x, plain.x)  # powers of two are exact
+
+
+def test_gates_are_absorbed_once() -> None:
+    gates = make(tiny("residual"))
+    learn(gates, 20)
+    once = copy.deepcopy(gates.absorb().state_dict())
+    assert same_tensors(gates.absorb().state_dict(), once)
 
 
 def test_frozen_readers_keep_their_weights_for_the_channels_that_stay() -> None:

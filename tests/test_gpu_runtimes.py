@@ -43,6 +43,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a TensorRT runtime on a machine that only claims to have a GPU and the provider."""
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "a GPU")
     claimed = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: claimed)

@@ -36,7 +36,7 @@ from wgates_plugin.errors import InfeasibleTargetError, PlanError, TraceError
 from wgates_plugin.files import save_tensors
 from wgates_plugin.gating import Gating
 from wgates_plugin.strategies import WGates, WGatesSettings, plan_for_budget
-from wgates_plugin.surgery import rebuild, remove, resize
+from wgates_plugin.surgery import rebuild, removals, remove, resize
 from wgates_plugin.verification import TOLERANCE, masked_output, relative_error, removal_error
 
 SLOW_TO_TRACE = ("densenet121", "vgg16_bn")
@@ -230,12 +230,44 @@ class Noise(nn.Module):
         return x + 0.0 * torch.rand_like(x)
 
 
-def test_tracing_leaves_the_random_state_of_a_noisy_network() -> None:
-    network = nn.Sequential(Noise(), tiny("plain"))
-    state = torch.get_rng_state()
-    space = trace(network, example())
-    masked_output(network, random_plan(space, 0), example())
-    assert torch.equal(torch.get_rng_state(), state)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+)
+def test_tracing_leaves_the_random_state_of_a_noisy_network(device: str) -> None:
+    network, inputs = nn.Sequential(Noise(), tiny("plain")).to(device), example().to(device)
+    state_of = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
+    state = state_of()
+    space = trace(network, inputs)
+    masked_output(network, random_plan(space, 0), inputs)
+    assert torch.equal(state_of(), state)
+
+
+class Remembering(nn.Module):
+    """Keeps what it has seen, as for a map of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = None
+        self.register_buffer("last", None)
+        self.net = tiny("plain")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = self.net[0](x)
+        self.last = self.maps = self.seen.mean(1)
+        out: torch.Tensor = self.net(x)
+        return out
+
+
+def test_tracing_leaves_no_activation_on_the_network() -> None:
+    """A tensor with a gradient's history cannot be copied, nor can a module that holds one."""
+    network = Remembering()
+    before = snapshot(network)
+    trace(network, example())
+    assert snapshot(network) == before
+    copy.deepcopy(network)
 
 
 def test_tracing_leaves_the_network_as_found_when_it_fails() -> None:
@@ -280,6 +312,15 @@ def test_surgery_keeps_frozen_what_was_frozen() -> None:
     remove(network, plan, example())
     assert {name: p.requires_grad for name, p in network.named_parameters()} == flags
     assert not all(flags.values())
+
+
+def test_surgery_that_is_broken_off_keeps_frozen_what_was_frozen() -> None:
+    network = _half_frozen("residual")
+    flags = {name: p.requires_grad for name, p in network.named_parameters()}
+    for group in removals(network, random_plan(trace(network, example()), 0), example()):
+        group.prune()
+        break
+    assert {name: p.requires_grad for name, p in network.named_parameters()} == flags
 
 
 def _learned_plan(seed: int) -> PruningPlan:

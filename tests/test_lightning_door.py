@@ -13,10 +13,11 @@ import pytest
 import torch
 from helpers import same_tensors, snapshot
 from networks import example, tiny
+from test_distributed import launch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from wgates_plugin import rebuild
+from wgates_plugin import rebuild, trace
 from wgates_plugin.efficiency import MacsModel
 from wgates_plugin.errors import (
     ConfigError,
@@ -24,9 +25,11 @@ from wgates_plugin.errors import (
     MissingExtraError,
     TrainingError,
 )
+from wgates_plugin.files import load_tensors
 from wgates_plugin.integrations.lightning import WGatesCallback
 from wgates_plugin.integrations.torch_pruning import WGatesPruner
 from wgates_plugin.strategies import WGatesSettings
+from wgates_plugin.strategies.criteria_repaired import TaylorImportance
 from wgates_plugin.verification import TOLERANCE, removal_error
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -75,13 +78,12 @@ def loader(batch: int = 8) -> DataLoader[Any]:
 def trainer(folder: Path, epochs: int, *callbacks: Any, **options: Any) -> Any:
     return lightning.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=list(callbacks),
-        **{"enable_checkpointing": False, **options},
+        **{"accelerator": "cpu", "enable_checkpointing": False, **options},
     )
 
 
@@ -149,6 +151,70 @@ def watch(gates: WGatesCallback, seen: list[Tensor]) -> Any:
             seen.append(gates.pruner.gates.unit_scores())
 
     return Watch()
+
+
+class SyncedNorms(lightning.strategies.SingleDeviceStrategy):
+    """What DDP makes of a network's norms under `sync_batchnorm=True`, which needs GPUs there."""
+
+    sync = lightning.plugins.TorchSyncBatchNorm()
+
+    def setup(self, trainer: Any) -> None:
+        self.model = self.sync.apply(self.model)
+        super().setup(trainer)
+
+    def teardown(self) -> None:
+        self.model = self.sync.revert(self.model)
+        super().teardown()
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["trained", "nothing-left-to-train"])
+def test_norms_that_were_synchronised_are_pruned_along(tmp_path: Path, resumed: bool) -> None:
+    plain, first = Module(), callback()
+    checkpoints = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    trainer(tmp_path, 2, first, checkpoints, enable_checkpointing=True).fit(plain, loader())
+    module, gates = Module(), callback()
+    trainer(tmp_path, 2, gates, strategy=SyncedNorms()).fit(
+        module, loader(), ckpt_path=tmp_path / "last.ckpt" if resumed else None
+    )
+    assert gates.plan is not None
+    assert first.plan is not None
+    assert gates.plan.kept == first.plan.kept
+    assert same_tensors(module.net.state_dict(), plain.net.state_dict())
+    assert torch.equal(module.net.eval()(example()), plain.net.eval()(example()))
+    # The norms that were put in their place are followed by the next step's trace.
+    assert trace(module.net, example()).names == first.plan.space.names
+
+
+def test_two_ranks_learn_the_same_gates(tmp_path: Path) -> None:
+    launch(RANKS, tmp_path)
+    first, second = (
+        load_tensors(tmp_path / f"rank-{rank}.safetensors", kind="weights") for rank in (0, 1)
+    )
+    # Running statistics are each rank's own.
+    names = [name for name in first if "running" not in name]
+    assert all(torch.equal(first[name], second[name]) for name in names)
+    assert first["0.0.weight"].shape == (4, 3, 3, 3)
+
+
+RANKS = """
+import os
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import test_lightning_door as t
+from wgates_plugin.files import save_tensors
+module, gates, seen = t.Module(), t.callback(), []
+ranks = t.trainer(Path({out!r}), 2, gates, t.watch(gates, seen), devices=2, strategy="ddp")
+ranks.fit(module, t.loader(batch=4))
+assert gates.monitor["step"] == len(seen) == 6.0  # 24 images on two ranks, twice
+save_tensors(Path({out!r}) / f"rank-{{os.environ['RANK']}}.safetensors",
+             {{"scores": seen[-1], **module.net.state_dict()}})
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -227,13 +293,35 @@ def test_a_checkpoint_written_on_an_exception_has_the_gates(tmp_path: Path) -> N
     assert first.monitor["step"] == 3.0
 
 
-def test_a_checkpoint_of_the_finished_gate_phase_is_pruned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_a_checkpoint_of_the_finished_gate_phase_is_pruned(
+    tmp_path: Path, accelerator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after a kill between the last epoch and the removal: there is nothing left to train."""
+    options = {"accelerator": accelerator, "devices": 1}
     checkpoints = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path, save_last=True)
     module, gates = Module(), callback()
-    trainer(tmp_path, 2, gates, checkpoints, enable_checkpointing=True).fit(module, loader())
+    trainer(tmp_path, 2, gates, checkpoints, enable_checkpointing=True, **options).fit(
+        module, loader()
+    )
     killed, again = Module(), callback()
-    trainer(tmp_path, 2, again).fit(killed, loader(), ckpt_path=tmp_path / "last.ckpt")
+    # The Trainer has moved the network to the CPU by then; the gates are where they learned.
+    done: list[str] = []
+    to, step = nn.Module.to, WGatesPruner.step
+
+    def told_to(self: nn.Module, *args: Any, **others: Any) -> Any:
+        if self is killed.net:
+            done.append(str(args[0]))
+        return to(self, *args, **others)
+
+    def told_step(self: WGatesPruner, **others: Any) -> Any:
+        done.append("step")
+        return step(self, **others)
+
+    monkeypatch.setattr(nn.Module, "to", told_to)
+    monkeypatch.setattr(WGatesPruner, "step", told_step)
+    trainer(tmp_path, 2, again, **options).fit(killed, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert done == ["cpu" if accelerator == "cpu" else "cuda:0", "step", "cpu"]
     assert killed.losses == []
     assert again.plan is not None
     assert gates.plan is not None
@@ -298,6 +386,55 @@ def test_a_checkpoint_of_the_pruned_network_restores_it(tmp_path: Path) -> None:
     assert gates.plan is not None
     rebuilt = rebuild(tiny("residual"), gates.plan, state)
     assert torch.equal(rebuilt(example()), module.net.eval()(example()))
+
+
+@pytest.mark.parametrize("stage", ["setup", "configure_model"])
+def test_a_network_may_be_built_by_a_hook(tmp_path: Path, stage: str) -> None:
+    def build(module: Any, **_: Any) -> None:
+        if not hasattr(module, "net"):
+            module.net = tiny("residual").train()
+
+    late = type("Late", (Module,), {stage: build})
+
+    def made() -> Any:
+        module = late()
+        del module.net
+        return module
+
+    module, again = made(), callback()
+    runner = trainer(tmp_path, 1, callback())
+    runner.fit(module, loader())
+    runner.save_checkpoint(tmp_path / "pruned.ckpt")
+    restored = made()
+    other = trainer(tmp_path, 1, again)
+    other.test(restored, loader(), ckpt_path=tmp_path / "pruned.ckpt", verbose=False)
+    assert restored.net[0][0].out_channels == 4
+    assert same_tensors(restored.net.state_dict(), module.net.state_dict())
+
+
+@pytest.mark.parametrize("way", ["open", "taylor"])
+def test_what_only_learning_needs_is_not_asked_for_to_restore(tmp_path: Path, way: str) -> None:
+    words = {
+        "open": {"settings": WGatesSettings(learning_rate=0.05, start="open")},
+        "taylor": {"importance": TaylorImportance()},
+    }
+    module = Module()
+    module.net(example()).sum().backward()
+    runner = trainer(tmp_path, 2, callback(**words[way]))
+    runner.fit(module, loader())
+    runner.save_checkpoint(tmp_path / "pruned.ckpt")
+    fresh, again = Module(), callback(**words[way])
+    trainer(tmp_path, 3, again).fit(fresh, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in module.parameters()]
+    assert len(fresh.losses) == 3
+
+
+def test_a_callback_does_not_take_another_network_for_the_one_it_pruned(tmp_path: Path) -> None:
+    gates, other = callback(), Module()
+    trainer(tmp_path, 1, gates).fit(Module(), loader())
+    with pytest.raises(ConfigError, match="make a new callback"):
+        trainer(tmp_path, 1, gates).fit(other, loader())
+    assert other.losses == []
 
 
 def test_checkpoints_while_fine_tuning_keep_the_optimizer(tmp_path: Path) -> None:

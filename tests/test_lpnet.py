@@ -467,6 +467,36 @@ def test_held_out_widths_are_held_out_of_the_prior_too(wide: ChannelSpace) -> No
     torch.testing.assert_close(first[:3], second[:3])
 
 
+def test_held_out_widths_are_held_out_of_the_prior_s_prior_too(wide: ChannelSpace) -> None:
+    widths, latencies, layers = Staircase(wide, noise=0.3).data(40, 0)
+    first = LPNet.fit(wide, widths, latencies, layers_ms=layers)
+    second = LPNet.fit(wide, widths, latencies, prior=first)._structure
+    assert isinstance(second, LayersStructure)
+    third = LayersStructure.fit(
+        wide, LatencyData.of(wide, widths[:12], latencies[:12]), seed=0, prior=second
+    )
+    asked = third.data.widths[:3]
+    prior = third._unaware_of(asked).prior
+    assert prior is not None
+    assert prior.prior is not None
+    hidden = {tuple(map(int, row)) for row in asked.tolist()}
+    for structure in (prior, prior.prior):
+        assert not hidden & {tuple(map(int, row)) for row in structure.data.widths.tolist()}
+    unknown = third._unaware_of(torch.tensor(widths, dtype=torch.float64))
+    assert unknown.prior is None
+
+
+def test_what_was_learned_from_profiles_asks_for_them_again(
+    wide: ChannelSpace, lpnet: LPNet
+) -> None:
+    widths, latencies, layers = Staircase(wide).data(20, 4)
+    with pytest.raises(MeasurementError, match="give `layers_ms` with the measurements"):
+        lpnet.refit(widths, latencies)
+    known = [*layers[:5], *([None] * (len(layers) - 5))]
+    again = lpnet.refit(widths, latencies, layers_ms=known)
+    assert torch.isfinite(again(torch.tensor(widths))).all()
+
+
 def test_an_interval_of_ninety_per_cent_needs_nine_measurements(wide: ChannelSpace) -> None:
     runtime = Staircase(wide, noise=0.03)
     for count, promised in ((8, False), (9, True)):
@@ -505,6 +535,12 @@ def test_a_budget_knows_the_shape_it_was_measured_on(wide: ChannelSpace) -> None
         check_inputs(budget, torch.zeros(8, 3, 8, 8))
     with pytest.raises(ConfigError, match="fit one for this shape"):
         check_inputs(budget, torch.zeros(1, 3, 16, 16))
+    two = {"runtime": "staircase", "inputs": {"image": [1, 3, 8, 8], "mask": [1, 1, 8, 8]}}
+    budget = Budget.of(Limit(LPNet.fit(wide, widths, latencies, identity=two), 5.0))
+    swapped = {"mask": torch.zeros(1, 1, 8, 8), "image": torch.zeros(1, 3, 8, 8)}
+    check_inputs(budget, swapped)
+    with pytest.raises(ConfigError, match="fit one for this shape"):
+        check_inputs(budget, tuple(swapped.values()))
 
 
 def test_a_budget_of_another_network_is_refused_before_it_predicts(

@@ -12,9 +12,9 @@ from networks import Head, conv_bn, example
 from torch import nn
 
 from benchmarks import latency_samples, lpnet_accuracy
-from benchmarks.latency_rivals import ABLATIONS, RIVALS
 from benchmarks.latency_samples import compress, read_samples, stored
-from benchmarks.records import read_record
+from benchmarks.tools.latency_rivals import ABLATIONS, RIVALS
+from benchmarks.tools.records import read_record
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency.lpnet import weighted_names
 from wgates_plugin.efficiency.lpnet.kernel import LayerView

@@ -63,6 +63,15 @@ def test_bounds_of_the_config_hold_under_a_target() -> None:
     assert "4.0" not in masks
 
 
+def test_coupled_layers_may_share_an_id_under_a_target() -> None:
+    network = tiny("residual")
+    config = [{"op_names": ["0.0", "1.main.1"], "dependency_group_id": "a"}]
+    pruner = pruner_of(network, config, steps=1, target=MacsTarget(fraction=0.8))
+    _, masks = pruner.compress()
+    closed = [masks[name]["weight"][:, 0, 0, 0] for name in ("0.0", "1.main.1")]
+    assert torch.equal(*closed)
+
+
 def test_a_global_ratio_is_shared_out_by_the_gates() -> None:
     network = tiny("plain")
     config = [{"op_types": ["Conv2d"], "global_group_id": "all", "sparse_ratio": 0.6}]
@@ -184,6 +193,16 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
         ],
         {},
         "dependency_group_id 'a': contradictory",
+    ),
+    (
+        [{"op_names": ["0.0", "1.main.0.0", "1.main.1"], "dependency_group_id": "a"}],
+        {"target": 1e4},
+        "dependency_group_id 'a': `0.0`, `1.main.0.0` share no channels",
+    ),
+    (
+        [{**HALF[0], "dependency_group_id": "a", "global_group_id": "b"}],
+        {},
+        "dependency_group_id 'a': .* share no channels",
     ),
     (
         [{"op_names": ["0.0"], "sparse_ratio": 0.5}, {"op_names": ["0.0"], "sparse_ratio": 0.2}],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plugin[nni]"')
 pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI import Lightning
 
+import numpy as np
 import torch
 from helpers import same_tensors
 from networks import TINY, example, tiny, torchvision_network
@@ -320,14 +322,16 @@ def test_the_order_of_sets_decides_nothing() -> None:
 
 
 def test_training_goes_on_behind_the_masks() -> None:
-    network = tiny("residual")
-    pruner = pruner_of(network)
+    network, twin = tiny("residual"), tiny("residual")
+    pruner, shorter = pruner_of(network), pruner_of(twin)
     network_, masks = pruner.compress(max_steps=6)
     assert network_ is network
     assert pruner.gates.step == 3
-    closed = masks["0.0"]["weight"] == 0
-    assert closed.any()
-    check_exact(pruner, masks, network)
+    _, decided = shorter.compress()
+    assert (masks["0.0"]["weight"] == 0).any()
+    assert torch.equal(masks["0.0"]["weight"], decided["0.0"]["weight"])
+    longer, smaller = check_exact(pruner, masks, network), check_exact(shorter, decided, twin)
+    assert not torch.equal(longer[0][0].weight, smaller[0][0].weight)
 
 
 def test_epochs_can_set_the_duration_and_too_few_are_told() -> None:
@@ -434,6 +438,22 @@ def test_no_optimizer_step_means_no_masks() -> None:
     traced.training_func = lambda *_: None
     with pytest.raises(TrainingError, match="never learned"):
         WGatesPruner(network, HALF, traced, 3).compress()
+
+
+def test_finding_an_example_moves_no_random_state() -> None:
+    network = tiny("plain")
+
+    def augmenting(model: Any, optimizer: Any, step: Any, *_: Any) -> None:
+        random.random(), np.random.rand(), torch.rand(1)
+        training_func()(model, optimizer, step, None, 1)
+
+    traced = evaluator(network)
+    traced.training_func = augmenting
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    WGatesPruner(network, HALF, traced, 3)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == states[2]).all()
 
 
 def test_a_second_compress_is_refused() -> None:

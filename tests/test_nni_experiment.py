@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import nni_experiment
 from benchmarks.nni_experiment import subject, trial
-from benchmarks.records import read_record
+from benchmarks.tools.records import read_record
 from wgates_plugin import trace
 from wgates_plugin.efficiency import MacsModel, ParametersModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError

@@ -82,6 +82,33 @@ def test_gates_learn_inside_the_trainer(duration: dict[str, int]) -> None:
     assert module.net[0][0].out_channels == 4
 
 
+class Broken(Exception):
+    pass
+
+
+class BreaksOff(Module):
+    """Its third training step fails, once."""
+
+    steps = 0
+
+    def training_step(self, given: Any, _: int) -> Tensor:
+        self.steps += 1
+        if self.steps == 3:
+            raise Broken
+        return super().training_step(given, _)
+
+
+@pytest.mark.parametrize("duration", [{"max_epochs": 1}, {"max_steps": 4}])
+def test_a_call_that_broke_off_shortens_no_later_one(duration: dict[str, int]) -> None:
+    module = BreaksOff()
+    half = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    pruner = WGatesPruner(module, half, evaluator(), settings=SETTINGS)
+    with pytest.raises(Broken):
+        pruner.compress(max_steps=3)
+    pruner.compress(**duration)
+    assert pruner.gates.step == 4
+
+
 def test_an_untraced_optimizer_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"nni.trace\(torch.optim.SGD\)"):
         WGatesPruner(

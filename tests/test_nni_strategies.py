@@ -10,14 +10,14 @@ pytest.importorskip("nni", reason='nni is not installed; pip install "wgates-plu
 pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI import Lightning
 
 import torch
-from helpers import MeasuredMacs
+from helpers import MeasuredMacs, options_named, snapshot
 from networks import example, tiny
 from nni_helpers import evaluator
 from test_strategies import SMALL, TRAINING, batches
-from torch import nn
+from torch import Tensor, nn
 
 from wgates_plugin import trace
-from wgates_plugin.efficiency import MacsModel
+from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni import (
     PRUNERS,
@@ -69,14 +69,18 @@ def test_masks_carry_the_decision_out(strategy: str) -> None:
     )
 
 
+@pytest.mark.parametrize("form", ["model", "function", "budget"])
 @pytest.mark.parametrize(("word", "multiple"), [({}, 2), ({"grid": 1}, 1), ({"grid": 4}, 4)])
 def test_widths_are_those_that_the_latency_model_has_seen(
-    word: dict[str, int], multiple: int
+    word: dict[str, int], multiple: int, form: str
 ) -> None:
     space = trace(tiny("residual"), example())
     model = MeasuredMacs(space, grid=2)
     full = float(model(torch.tensor(space.full_widths)))
-    limit: dict[str, Any] = {"efficiency": model, "target": 0.6 * full}
+    efficiency: Any = model if form == "model" else lambda _: model
+    limit: dict[str, Any] = {"efficiency": efficiency, "target": 0.6 * full}
+    if form == "budget":
+        limit = {"efficiency": Budget.of(Limit(model, 0.6 * full))}
     pruner = pruner_of("l1", **limit, **word)
     pruner.compress()
     assert pruner.plan is not None
@@ -90,10 +94,20 @@ def test_widths_are_those_that_the_latency_model_has_seen(
         model=network,
         evaluator=evaluator(network),
         example_inputs=example(),
-        efficiency=model,
+        efficiency=efficiency,
     )
     assert isinstance(named, WGatesPruner)
     assert named._settings.grid == multiple
+    network, settings = tiny("residual"), WGatesSettings(rounds=2, **word)
+    own = WGatesPruner(
+        network,
+        [{"op_types": ["Conv2d"]}],
+        training_steps=0,
+        example_inputs=example(),
+        settings=settings,
+        **limit,
+    )
+    assert (own._settings.grid, own._settings.rounds) == (multiple, 2)
 
 
 def test_a_ratio_says_how_many() -> None:
@@ -239,6 +253,45 @@ def test_a_ratio_over_several_layers_leaves_room_for_a_grid() -> None:
     assert pruner.plan is not None
     groups = zip(pruner.space.groups, pruner.plan.widths, strict=True)
     assert all(width % 4 == 0 or width == group.channels for group, width in groups)
+
+
+@pytest.mark.parametrize("data", [None, [], iter([])])
+def test_data_are_asked_for_before_anything_is_wrapped(data: Any) -> None:
+    for strategy, example_inputs in (("taylor", example()), ("l1", None)):
+        network = tiny("residual")
+        before = snapshot(network)
+        with pytest.raises(ConfigError, match=r"data: got .* batches"):
+            StrategyPruner(
+                network,
+                CONVOLUTIONS,
+                strategy,
+                data,
+                target=MacsTarget(fraction=0.5),
+                example_inputs=example_inputs,
+            )
+        assert snapshot(network) == before
+
+
+def test_problems_come_at_once() -> None:
+    wrong: dict[str, Any] = {"epochs": -2, "seed": 1.5, "training": {"epochs": 1}, "loss": "mean"}
+    with pytest.raises(ConfigError) as caught:
+        pruner_of("l1", **wrong)
+    assert options_named(caught.value) == sorted(wrong)
+
+
+def test_it_is_traced_on_a_few_images_and_leaves_the_loader_as_found() -> None:
+    images, labels = zip(*batches(), strict=True)
+    data = torch.utils.data.TensorDataset(torch.cat(images), torch.cat(labels))
+    loader: Any = torch.utils.data.DataLoader(
+        data, 8, shuffle=True, generator=torch.Generator().manual_seed(3)
+    )
+    network = tiny("residual")
+    state, own = torch.get_rng_state(), loader.generator.get_state()
+    pruner = StrategyPruner(network, CONVOLUTIONS, "l1", loader, target=MacsTarget(fraction=0.5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loader.generator.get_state(), own)
+    assert isinstance(pruner._example, Tensor)
+    assert len(pruner._example) == 2
 
 
 def test_what_is_wrong_is_said() -> None:

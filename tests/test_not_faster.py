@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import not_faster, pictures, scoreboard, tables
-from benchmarks.interleave import compare
+from benchmarks import not_faster
 from benchmarks.not_faster import DENSE, ON_GRID, OURS, RIVAL, ROUNDED, WAYS, Contestant
-from benchmarks.records import read_record, write_record
+from benchmarks.report import pictures, scoreboard, tables
+from benchmarks.tools.interleave import compare
+from benchmarks.tools.records import read_record, write_record
 from tests import networks
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.counts import MacsModel

@@ -194,6 +194,13 @@ def test_nothing_to_do_is_a_success(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "stages" / "phase.pt").exists()
 
 
+def test_a_cap_is_kept_where_the_target_holds_already(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, caps={"conv3": 20}, fine_tune_epochs=1)
+    result = run(tmp_path / "run", target=MacsTarget(fraction=1.0), settings=settings)
+    assert result.held
+    assert result.network.conv3.out_channels <= 20
+
+
 def test_before_and_after_are_timed_alike_without_a_latency_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +211,8 @@ def test_before_and_after_are_timed_alike_without_a_latency_target(
         return measure(session, **options)
 
     monkeypatch.setattr("wgates_plugin.latency_study.measure", noted)
-    monkeypatch.setattr("wgates_plugin.latency_study.QUIET", math.inf)  # nothing is timed twice
+    monkeypatch.setattr("wgates_plugin.latency_study.QUIET", math.inf)
+    monkeypatch.setattr("wgates_plugin.efficiency.bench.QUIET", math.inf)  # nothing is timed twice
     run(tmp_path / "run")
     assert timed == [Tiny, Tiny]
 
@@ -358,6 +366,8 @@ def test_numbers_of_numpy_and_paths_are_plain_in_the_record() -> None:
     assert LatencyTarget(milliseconds=np.float32(0.5)) == LatencyTarget(milliseconds=0.5)
     targets = [MacsTarget(macs=np.int64(10**6)), LatencyTarget(fraction=np.float32(0.5))]
     assert json.loads(json.dumps([vars(target) for target in targets]))[0]["macs"] == 1e6
+    threads = LatencyTarget(fraction=0.5, threads=np.int64(4)).threads
+    assert (type(threads), threads) == (int, 4)
     with pytest.raises(ConfigError, match=r"learning_rate is '0\.1'.*\n.*momentum is None"):
         TrainingSettings(learning_rate="0.1", momentum=None)
 

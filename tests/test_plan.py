@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_plan
@@ -72,6 +73,29 @@ def test_all_problems_are_told_at_once(space: ChannelSpace) -> None:
     assert str(caught.value).count("group `") == 3
     with pytest.raises(PlanError, match="1 entries for 4 groups"):
         PruningPlan(space, ((0,),))
+
+
+def test_a_plan_keeps_to_caps(tmp_path: Path) -> None:
+    six: Any = np.int64(6)
+    space = trace(tiny("plain"), example(), caps={"0.0": six})
+    with pytest.raises(PlanError, match=r"`0\.0`: keeps 7 of 8 channels, its cap is 6"):
+        PruningPlan.top(space, torch.rand(20), (7, 12))
+    PruningPlan.top(space, torch.rand(20), (6, 12)).save(tmp_path / "plan.json")
+    assert PruningPlan.leading(space, space.full_widths).widths == (8, 12)
+
+
+def test_steps_of_both_plans_are_told_in_their_order(space: ChannelSpace) -> None:
+    def noted(**note: Any) -> PruningPlan:
+        return PruningPlan(space, tuple(tuple(range(g.units)) for g in space.groups), note)
+
+    outer = noted(strategy="gdp", before=[{"transform": "a"}], after=[{"transform": "b"}])
+    assert outer.compose(noted(after=[{"transform": "c"}])).note == {
+        "strategy": "gdp",
+        "before": [{"transform": "a"}],
+        "after": [{"transform": "b"}, {"transform": "c"}],
+    }
+    with pytest.raises(PlanError, match="changes layers before its cut"):
+        noted().compose(outer)
 
 
 def test_removed_channels_repeat_over_conv_groups(space: ChannelSpace) -> None:

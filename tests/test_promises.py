@@ -11,8 +11,8 @@ import torch
 from networks import CLASSES, example, tiny
 
 from benchmarks import gdp_promise
-from benchmarks.records import write_record
-from benchmarks.strategy_claims import STRATEGY_CLAIMS
+from benchmarks.report.strategy_claims import STRATEGY_CLAIMS
+from benchmarks.tools.records import write_record
 from wgates_plugin import trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.strategies.base import Task

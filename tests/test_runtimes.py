@@ -220,6 +220,16 @@ def test_a_missing_device_is_named(name: str) -> None:
         get_runtime(name, RuntimeSettings(device="cuda:1"))
 
 
+def test_a_device_needs_a_number_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RuntimeUnavailableError, match=r"`cuda:3` asked for.*only 2 of them"):
+        get_runtime("eager", RuntimeSettings(device="cuda:3"))
+    for device in ("cpu:0", "cuda:first", "cuda:"):
+        with pytest.raises(ConfigError, match=f"device: got '{device}'"):
+            get_runtime("eager", RuntimeSettings(device=device))
+
+
 @pytest.mark.parametrize("library", ["onnx", "onnxruntime"])
 def test_a_missing_library_has_an_install_hint(
     library: str, monkeypatch: pytest.MonkeyPatch

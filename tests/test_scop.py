@@ -19,8 +19,8 @@ from sklearn.covariance import ledoit_wolf as sklearn_ledoit_wolf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.planted_noise import train_planted
 from benchmarks.scop_promise import SCHEME, layer_aucs, scheme_falls
+from benchmarks.tools.planted_noise import train_planted
 from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_target, trace
 from wgates_plugin.catalogue import Data
 from wgates_plugin.efficiency import Budget, Limit, MacsModel

@@ -51,13 +51,15 @@ def test_every_strategy_prunes_to_a_target(strategy: str) -> None:
 @pytest.mark.parametrize(
     ("word", "multiple"), [({}, 4), ({"round_to": 1}, 1), ({"round_to": 2}, 2)]
 )
+@pytest.mark.parametrize("given", ["model", "function of the space"])
 def test_widths_are_those_that_the_latency_model_has_seen(
-    word: dict[str, int], multiple: int
+    word: dict[str, int], multiple: int, given: str
 ) -> None:
     space = pruner_of().space
     model = MeasuredMacs(space, grid=4)
     full = float(model(torch.tensor(space.full_widths)))
-    limit: dict[str, Any] = {"efficiency": model, "target": 0.5 * full, **word}
+    efficiency = model if given == "model" else lambda _: model
+    limit: dict[str, Any] = {"efficiency": efficiency, "target": 0.5 * full, **word}
     pruner = pruner_of("l1", **limit)
     pruner.step()
     assert pruner.plan is not None
@@ -69,7 +71,7 @@ def test_widths_are_those_that_the_latency_model_has_seen(
     assert (pruner.round_to or 1, in_loop.round_to or 1) == (multiple, multiple)
     in_loop.detach()
     gates = PolarisedGates(tiny("residual"), space, Budget.of(Limit(model, full)), steps=2)
-    assert gates.settings.grid == 4
+    assert gates.grid == 4
 
 
 @pytest.mark.parametrize("strategy", ["l1", "taylor", "wgates"])

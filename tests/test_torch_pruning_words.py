@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch_pruning as tp
 from helpers import options_named, snapshot
-from networks import example, tiny
-from torch import nn
+from networks import Head, conv_bn, example, tiny
+from torch import Tensor, nn
 from torch_pruning_helpers import AT_ONCE, SETTINGS, law_1, learn, macs
 
-from wgates_plugin import PruningPlan, trace
+from wgates_plugin import LPNet, PruningPlan, trace
 from wgates_plugin.efficiency import MacsModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError
-from wgates_plugin.integrations.torch_pruning import WGatesPruner
+from wgates_plugin.integrations.torch_pruning import StrategyPruner, WGatesPruner
 from wgates_plugin.strategies import WGatesSettings
 from wgates_plugin.verification import TOLERANCE
 
@@ -319,6 +321,131 @@ def test_two_ratios_for_coupled_layers_are_refused() -> None:
         WGatesPruner(
             network, example(), pruning_ratio_dict={network[0][0]: 0.5, network[1].main[1]: 0.2}
         )
+
+
+def widths_both(name: str, by_layer: dict[str, float], **words: Any) -> tuple[list[int], list[int]]:
+    """Channels of every convolution after the same ratios: torch-pruning's pruner, and ours."""
+    found = []
+    for kind in (tp.pruner.BasePruner, WGatesPruner):
+        network = tiny(name)
+        ratios = {network.get_submodule(layer): ratio for layer, ratio in by_layer.items()}
+        imp = tp.importance.GroupMagnitudeImportance()
+        ignored = [m for m in network.modules() if isinstance(m, nn.Linear)]
+        given = {"pruning_ratio_dict": ratios, "ignored_layers": ignored, **words}
+        if kind is WGatesPruner:
+            pruner = kind(network, example(), imp, **given)
+            learn(pruner, network, steps=1)
+        else:
+            pruner = kind(network, (example(),), imp, **given)
+        pruner.step()
+        found.append([m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)])
+    return found[0], found[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize(
+    ("name", "by_layer"),
+    [
+        ("projection", {"1": 0.25, "1.main.0.0": 0.5}),  # the later entry of nested ones
+        ("projection", {"1.main.0.0": 0.5, "1": 0.25}),
+        ("projection", {"1": 0.25, "1.main.0.1": 0.5}),  # the layer before its norm
+        ("residual", {"0.1": 0.75}),  # a norm by itself
+        ("depthwise", {"1.main.1.0": 0.75}),
+        ("concat", {"1.layers.1": 0.5}),
+        ("residual", {"2.fc": 0.5, "0.2": 0.5, "1.main": 0.75}),  # two without effect
+    ],
+)
+def test_ratios_by_module_are_torch_prunings(name: str, by_layer: dict[str, float]) -> None:
+    theirs, ours = widths_both(name, by_layer, pruning_ratio=0.0)
+    assert ours == theirs
+    assert ours != widths_both(name, {}, pruning_ratio=0.0)[1]
+
+
+def test_a_ratio_for_what_stays_is_warned_of_unless_it_is_zero() -> None:
+    network = tiny("residual")
+    words = (
+        r"WGatesPruner: pruning_ratio_dict: 0.3 for `2.fc` has no effect, .* \(its channels are out"
+    )
+    with pytest.warns(UserWarning, match=words) as found:
+        WGatesPruner(network, example(), pruning_ratio_dict={network[2].fc: 0.3}).detach()
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WGatesPruner(network, example(), pruning_ratio_dict={network[2].fc: 0.0}).detach()
+
+
+@pytest.mark.parametrize(
+    ("words", "channels", "kept"),
+    [
+        ({"pruning_ratio": 0.7, "max_pruning_ratio": 0.7}, 40, 12),
+        ({"pruning_ratio": 1.0, "min_fraction": 0.07}, 100, 7),
+    ],
+)
+def test_shares_round_as_they_are_written(
+    words: dict[str, float], channels: int, kept: int
+) -> None:
+    """1 - 0.7, and 0.07 * 100, are a little too large in floating point."""
+    network = nn.Sequential(conv_bn(3, channels), Head(channels))
+    pruner = WGatesPruner(network, example(), settings=AT_ONCE, **words)  # type: ignore[arg-type]
+    learn(pruner, network, steps=1)
+    pruner.step()
+    assert network[0][0].out_channels == kept
+
+
+class LayerScale(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.1, 1.0, channels).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_channels_of_a_bare_parameter_stay_where_torch_pruning_cuts_it(named: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(conv_bn(3, 8), LayerScale(8), conv_bn(8, 6), Head(6))
+    other = copy.deepcopy(network)
+    tp.pruner.BasePruner(
+        other,
+        (example(),),
+        tp.importance.GroupMagnitudeImportance(),
+        ignored_layers=[other[3]],
+        unwrapped_parameters=[(other[1].gamma, 0)],
+    ).step()
+    assert (other[0][0].out_channels, len(other[1].gamma), other[2][0].out_channels) == (4, 4, 3)
+    words = {"unwrapped_parameters": [(network[1].gamma, 0)]} if named else {}
+    pruner = WGatesPruner(network, example(), pruning_ratio=0.5, settings=AT_ONCE, **words)
+    assert "a bare parameter" in pruner.space.excluded["0.0"]
+    learn(pruner, network, steps=1)
+    pruner.step()
+    assert (network[0][0].out_channels, len(network[1].gamma)) == (8, 8)
+    assert network[2][0].out_channels == 3
+    network.eval()(example())
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "words"),
+    [
+        ("lpnet.safetensors", r"is a path; give `LPNet.load\('lpnet.safetensors'\)`"),
+        (Path("lpnet.safetensors"), r"is a path; give `LPNet.load\('lpnet.safetensors'\)`"),
+        (LPNet, r"is the class `LPNet`; give a fitted one, `LPNet.load"),
+        (8.0, r"efficiency 8.0: needs an `LPNet`"),
+    ],
+)
+@pytest.mark.parametrize("kind", [WGatesPruner, StrategyPruner])
+def test_what_is_no_efficiency_is_named_among_other_problems(
+    kind: Any, efficiency: Any, words: str
+) -> None:
+    strategy = ["l1"] if kind is StrategyPruner else []
+    with pytest.raises(ConfigError, match=words) as caught:
+        kind(tiny("plain"), example(), *strategy, efficiency=efficiency, round_to=0)
+    assert options_named(caught.value) == ["efficiency", "efficiency", "round_to"]  # no target
+
+
+def test_a_function_that_returns_no_model_is_named() -> None:
+    with pytest.raises(ConfigError, match="returned float for the channel space; it must return"):
+        WGatesPruner(tiny("plain"), example(), efficiency=lambda space: 8.0, target=8.0)
 
 
 def test_global_ranking_keeps_the_share_over_all_groups() -> None:

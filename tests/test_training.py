@@ -17,13 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import example
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    TensorDataset,
+)
 
 from wgates_plugin.catalogue.tensor_loader import TensorLoader
 from wgates_plugin.errors import ConfigError, TrainingError
+from wgates_plugin.strategies.metapruning.fitness import mean_loss
 from wgates_plugin.training import (
     StepContext,
     Trainer,
@@ -34,6 +42,7 @@ from wgates_plugin.training import (
     progress,
     recalibrate_batchnorm,
 )
+from wgates_plugin.training.as_found import seed_epoch
 from wgates_plugin.training.progress import Bar
 
 CPU: dict[str, Any] = {"accelerator": "cpu"}
@@ -212,7 +221,23 @@ def torch_loader() -> DataLoader[Any]:
     )
 
 
-@pytest.mark.parametrize("make", [loader, torch_loader], ids=["TensorLoader", "DataLoader"])
+def batch_sampled_loader() -> DataLoader[Any]:
+    images, targets = quadrants()
+    order = RandomSampler(range(96), generator=torch.Generator().manual_seed(1))
+    return DataLoader(
+        TensorDataset(images / 255, targets), batch_sampler=BatchSampler(order, 16, drop_last=False)
+    )
+
+
+def test_the_epoch_reaches_the_sampler_within_a_batch_sampler() -> None:
+    dataset: Any = TensorDataset(torch.arange(8))
+    order: Any = DistributedSampler(dataset, num_replicas=1, rank=0)
+    batches = DataLoader(dataset, batch_sampler=BatchSampler(order, 4, drop_last=False))
+    seed_epoch(0, 3, torch.device("cpu"), batches)
+    assert order.epoch == 3
+
+
+@pytest.mark.parametrize("make", [loader, torch_loader, batch_sampled_loader])
 def test_resuming_at_an_epoch_ends_in_the_same_place(make: Any) -> None:
     settings = TrainingSettings(epochs=3, **CPU)
     whole = small_network()
@@ -540,6 +565,71 @@ def test_recalibration_keeps_dropout_off_and_statistics_on_failure() -> None:
         recalibrate_batchnorm(network, [(torch.zeros(1, 1, 8, 8), 0)])
     assert same(weights(network), before)
     assert recalibrate_batchnorm(nn.Linear(2, 2), data) == 0
+
+
+class Levels(nn.Module):
+    """One norm over two levels, and one that runs in the network's train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.training_only = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.shared(images) + self.shared(input=10 * images)
+        return self.training_only(found) if self.training else found
+
+
+def test_recalibration_averages_over_all_calls_of_a_norm_and_only_of_those_that_run() -> None:
+    network: Any = Levels()
+    network.training_only.running_mean.fill_(7.0)
+    data = [(example(4, seed=seed)[:, :1] + seed, None) for seed in range(3)]
+    assert recalibrate_batchnorm(network, data) == 12
+    calls = [level for images, _ in data for level in (images, 10 * images)]
+    mean, var = (
+        torch.stack([statistic(call) for call in calls]).mean()
+        for statistic in (torch.mean, torch.var)
+    )
+    torch.testing.assert_close(network.shared.running_mean, mean[None])
+    torch.testing.assert_close(network.shared.running_var, var[None])
+    assert network.training_only.running_mean == 7.0
+    assert network.shared.momentum == 0.1
+
+
+def test_recalibration_waits_for_no_other_process() -> None:
+    """`SyncBatchNorm` would: on a GPU it meets the other processes, on the CPU it refuses to."""
+    network: Any = nn.Sequential(nn.SyncBatchNorm(3))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        recalibrate_batchnorm(network, [(example(8), None)])
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(network[0].running_mean, example(8).mean((0, 2, 3)))
+    assert "forward" not in vars(network[0])
+
+
+class Lazy(nn.Module):
+    """Makes its table when it first sees the inputs' shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.table = nn.Linear(4, 2), torch.empty(0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not len(self.table):
+            self.table = torch.linspace(0, 1, inputs.shape[1])
+        logits: Tensor = self.fc(inputs * self.table)
+        return logits
+
+
+@pytest.mark.parametrize(
+    "judge", [evaluate, lambda *told: mean_loss(told[0], told[1], functional.cross_entropy)]
+)
+def test_what_a_network_keeps_of_its_evaluation_does_for_training(judge: Any) -> None:
+    network = Lazy()
+    judge(network, [(torch.randn(3, 4), torch.tensor([0, 1, 1]))])
+    inputs = torch.randn(3, 4, requires_grad=True)
+    network(inputs).sum().backward()
+    assert inputs.grad is not None
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import MeasuredMacs
 from networks import conv_bn, example, randomised, tiny
 from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, TrainingError
+from wgates_plugin.integrations.torch_pruning import WGatesPruner
 from wgates_plugin.strategies import WGates, WGatesSettings, fit_to_budget, uniform_widths
+from wgates_plugin.strategies.gdp import GDPSettings, PolarisedGates
 from wgates_plugin.strategies.wgates import WeightScores, filter_scores, starting_offsets
 from wgates_plugin.strategies.wgates.functions import binary_step, squash, surrogate, widths_of
 
@@ -357,6 +360,26 @@ def test_the_monitor_counts_gates_out_of_reach() -> None:
     monitor = train_step(gates, 1)
     assert monitor["dead_share"] == pytest.approx(7 / 20)
     assert monitor["step"] == 2.0
+
+
+@pytest.mark.parametrize(("asked", "multiple"), [(None, 4), (1, 1), (8, 8)])
+def test_settings_of_ones_own_keep_to_the_widths_that_were_measured(
+    asked: int | None, multiple: int
+) -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    model = MeasuredMacs(space, grid=4)
+    budget = Budget.of(Limit(model, 0.9 * full_cost(space)))
+    gates = WGates(network, space, budget, WGatesSettings(rounds=2, grid=asked))
+    polarised = PolarisedGates(network, space, budget, GDPSettings(travel=2.0, grid=asked), steps=4)
+    pruner = WGatesPruner(
+        tiny("plain"),
+        example(),
+        efficiency=model,
+        target=0.9 * full_cost(space),
+        settings=WGatesSettings(rounds=2, grid=asked),
+    )
+    assert [gates.grid, polarised.grid, pruner.round_to or 1] == [multiple] * 3
 
 
 def test_floors_and_grid_bind_while_learning() -> None:

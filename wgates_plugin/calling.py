@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,20 +17,43 @@ ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 @contextmanager
 def left_as_found(network: nn.Module) -> Iterator[None]:
-    """Restore train/eval modes, `requires_grad` and the random state on leaving."""
+    """Restore train/eval modes, `requires_grad`, attributes and the random state on leaving.
+
+    Attributes, because a forward pass may keep an activation (`self.features = x`), which cannot be
+    copied while it has a gradient's history.
+    """
     modes = {module: module.training for module in network.modules()}
     grads = {parameter: parameter.requires_grad for parameter in network.parameters()}
-    state = torch.get_rng_state()
+    attributes = [
+        (held, dict(held))
+        for module in network.modules()
+        for held in (vars(module), module._buffers)
+        if isinstance(held, dict)  # a scripted module keeps its buffers elsewhere
+    ]
     try:
-        yield
+        with rng_kept(device_of(network)):
+            yield
     finally:
-        torch.set_rng_state(state)
+        for held, before in attributes:
+            for name in held.keys() - before.keys():
+                del held[name]
+            held.update(before)
         for module, training in modes.items():
             if module.training is not training:
                 module.training = training
         for parameter, flag in grads.items():
             if parameter.requires_grad is not flag:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def rng_kept(device: torch.device) -> Iterator[None]:
+    """Give torch's random state back, that of the CPU and that of `device`."""
+    forkable = device.type in ("cuda", "xpu")
+    with torch.random.fork_rng(
+        devices=[device] if forkable else [], device_type=device.type if forkable else "cuda"
+    ):
+        yield
 
 
 def call_with(network: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -49,17 +72,31 @@ def device_of(network: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _tensors(inputs: ExampleInputs) -> list[Any]:
-    if isinstance(inputs, dict):
-        return list(inputs.values())
-    return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+def _values(inputs: Any) -> Iterable[Any]:
+    if isinstance(inputs, Mapping):
+        return inputs.values()
+    return inputs if isinstance(inputs, (tuple, list)) else [inputs]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in _values(value):
+            yield from _tensors(item)
+
+
+def batch_length(inputs: ExampleInputs) -> int | None:
+    """Length of the first tensor among the inputs; None where no tensor has a dimension."""
+    return next((len(tensor) for tensor in _tensors(inputs) if tensor.dim()), None)
 
 
 def shapes_of(inputs: ExampleInputs) -> str:
     """Shapes of the inputs, for messages."""
     return ", ".join(
         str(tuple(value.shape)) if isinstance(value, Tensor) else str(value)
-        for value in _tensors(inputs)
+        for value in _values(inputs)
     )
 
 
@@ -71,17 +108,26 @@ def refuse_other_device(network: nn.Module, example_inputs: ExampleInputs) -> No
     """
     device = device_of(network)
     for tensor in _tensors(example_inputs):
-        if isinstance(tensor, Tensor) and tensor.device != device:
+        if tensor.device != device:
             raise TraceError(
                 f"example inputs: on {tensor.device}, the network is on {device}; "
                 f"move them with `.to('{device}')`"
             )
 
 
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `change` done to its tensors: one, or nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(change, item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [map_tensors(change, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
 def to_cpu(inputs: ExampleInputs) -> ExampleInputs:
     """The same inputs on the CPU."""
-    if isinstance(inputs, dict):
-        return {name: to_cpu(value) for name, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(to_cpu(value) for value in inputs)
-    return inputs.cpu() if isinstance(inputs, Tensor) else inputs
+    moved: ExampleInputs = map_tensors(Tensor.cpu, inputs)
+    return moved

@@ -18,6 +18,7 @@ from torch_pruning import ops as tp_ops
 from wgates_plugin import modules as kinds
 from wgates_plugin.calling import (
     ExampleInputs,
+    batch_length,
     call_with,
     left_as_found,
     refuse_other_device,
@@ -55,6 +56,9 @@ class DependencyTrace:
         self.names = {module: name for name, module in network.named_modules()}
         self._refuse_untraceable()
         self._fixed_views = FixedViews()
+        self._cut_off = False
+        self._last: set[nn.Module] = set()
+        self._reaching: set[nn.Module] = set()
         with left_as_found(network):
             network.eval()
             self.layers, self.graph = self._describe_and_trace()
@@ -110,17 +114,23 @@ class DependencyTrace:
     def _describe_and_trace(self) -> tuple[tuple[Layer, ...], tp.DependencyGraph]:
         """One forward pass: hooks note layer shapes while torch-pruning records the graph."""
         positions: dict[nn.Module, int] = {}
+        given: list[tuple[nn.Module, Tensor]] = []
+        images = batch_length(self.example_inputs)
 
-        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
             # A transposed convolution applies its kernel once per *input* position.
             met = inputs[0] if isinstance(module, kinds.TRANSPOSED) else output
             if isinstance(met, Tensor) and met.dim() > 1:
                 channels = met.shape[-1] if isinstance(module, nn.Linear) else met.shape[1]
-                per_image = met.numel() // max(1, met.shape[0] * channels)
-                positions[module] = positions.get(module, 0) + per_image
+                positions[module] = positions.get(module, 0) + _per_image(met, images, channels)
+            if isinstance(output, Tensor):
+                history = [getattr(tensor, "grad_fn", None) for tensor in (*inputs[:1], output)]
+                # Only the first layer reads what has no history: the images.
+                self._cut_off = self._cut_off or (bool(given) and None in history)
+                given.append((module, output))
 
         leaves = [m for m in self.names if any(p is not None for p in m._parameters.values())]
-        handles = [module.register_forward_hook(count) for module in leaves]
+        handles = [module.register_forward_hook(note) for module in leaves]
         # A scatter with nothing to do returns its input, which would hide it from the graph.
         handles += [
             module.register_forward_hook(lambda _, __, output: output.clone())
@@ -128,7 +138,7 @@ class DependencyTrace:
             if isinstance(module, kinds.Scatter)
         ]
         try:
-            graph = self._build_graph()
+            graph = self._build_graph(given)
         finally:
             for handle in handles:
                 handle.remove()
@@ -179,17 +189,38 @@ class DependencyTrace:
             )
         return output
 
-    def _build_graph(self) -> tp.DependencyGraph:
-        # Frozen parameters make groups vanish without an error, hence all are live while tracing.
-        self.network.requires_grad_(True)
+    def _build_graph(self, given: Sequence[tuple[nn.Module, Tensor]]) -> tp.DependencyGraph:
+        """The graph behind the network's output and behind each tensor of `given`.
+
+        `given` fills while the network runs: modules and what they gave out. Behind the output alone
+        torch-pruning would miss a layer whose output is dropped, such as an auxiliary head, and cut
+        the channels that it reads.
+        """
+
+        def run(*_: Any) -> list[Tensor]:
+            output = self._run()
+            # A last layer that also serves earlier is no end of the graph.
+            self._last = {module for module, own in given if own.grad_fn is output.grad_fn}
+            history = _history(output)
+            self._reaching = {module for module, own in given if own.grad_fn in history}
+            return [output, *(own for _, own in given if own.grad_fn is not None)]
+
         hooks = {module: set(module._forward_hooks) for module in self.network.modules()}
         try:
-            with warnings.catch_warnings(), torch.enable_grad():
+            # Frozen parameters make groups vanish without an error, hence all are live.
+            for parameter in self.network.parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+            # The graph outlives this and holds its operations; a whole batch would hang on them.
+            emptied = torch.autograd.graph.saved_tensors_hooks(
+                lambda _: None, lambda _: torch.empty(0)
+            )
+            with warnings.catch_warnings(), torch.enable_grad(), emptied:
                 warnings.simplefilter("ignore")
                 return tp.DependencyGraph().build_dependency(
                     self.network,
                     example_inputs=self.example_inputs,
-                    forward_fn=lambda *_: self._run(),
+                    forward_fn=run,
                     unwrapped_parameters=list(self._parameter_dims),
                     customized_pruners={kinds.Scatter: ScatterPruner()},
                     verbose=False,
@@ -209,8 +240,8 @@ class DependencyTrace:
 
     @property
     def keeps_channel_order(self) -> bool:
-        """True when no operation is in the network that might move channels unseen."""
-        return not self._fixed_views.seen and is_certain(self.graph)
+        """True when no operation may move channels unseen, and no layer runs without gradients."""
+        return not self._cut_off and not self._fixed_views.seen and is_certain(self.graph)
 
     def space(
         self,
@@ -226,16 +257,15 @@ class DependencyTrace:
         order = {name: index for index, name in enumerate(self.names.values())}
         found: list[ChannelGroup] = []
         excluded: dict[str, str] = {}
-        with left_as_found(self.network):
-            # In whatever order the graph met them; sorted by name below.
-            for raw in self._raw_groups():
-                name, numbers = self._root_of(raw, order)
-                reason = self._reason_to_exclude(raw, ignored)
-                group = None if reason else self._record(name, raw, numbers)
-                if group is None or isinstance(group, str):
-                    excluded[name] = reason or self._attention_of(name) or str(group)
-                else:
-                    found.append(group)
+        # In whatever order the graph met them; sorted by name below.
+        for raw in self._raw_groups():
+            name, numbers = self._root_of(raw, order)
+            reason = self._reason_to_exclude(raw, ignored)
+            group = None if reason else self._record(name, raw, numbers)
+            if group is None or isinstance(group, str):
+                excluded[name] = reason or self._attention_of(name) or str(group)
+            else:
+                found.append(group)
         for module, name in self.names.items():
             if isinstance(module, nn.MultiheadAttention):
                 excluded.setdefault(name, _ATTENTION.format(name))
@@ -308,7 +338,7 @@ class DependencyTrace:
         return self.names[current], numbers
 
     def _reason_to_exclude(self, raw: Any, ignored: set[nn.Module]) -> str | None:
-        consumers = 0
+        consumers = reaching = 0
         for item in raw:
             node, module = item.dep.target, item.dep.target.module
             is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
@@ -321,6 +351,7 @@ class DependencyTrace:
                 if not is_out:
                     consumers += 1
                     continue
+                reaching += module in self._reaching
             elif isinstance(module, kinds.Scatter):
                 if is_out:
                     return f"`{name}` gives its stream all of its channels"
@@ -332,9 +363,11 @@ class DependencyTrace:
                 return f"`{name}` ({type(module).__name__}) mixes channels outside a convolution"
             if module in ignored:
                 return f"`{name}` is ignored"
-            if node.type == tp_ops.OPTYPE.OUTPUT or not node.outputs:
+            if node.type == tp_ops.OPTYPE.OUTPUT or not node.outputs or module in self._last:
                 return "its channels are outputs of the network"
-        return None if consumers else "no layer reads its channels"
+        if not consumers:
+            return "no layer reads its channels"
+        return None if reaching else "the network's output does not depend on its channels"
 
     def _attention_of(self, name: str) -> str | None:
         """Why an attention's queries, keys and values cannot be cut; None for another layer."""
@@ -368,7 +401,7 @@ class DependencyTrace:
             is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
             side = "out" if is_out or not weighted else "in"
             role = ("producer" if is_out else "consumer") if weighted else "passenger"
-            size = _side_size(module, side)
+            size = kinds.channels_at(module, side)
             if size is None:  # a single-parameter PReLU has no channels of its own
                 continue
             owner = _met_before(known, item, size)
@@ -403,12 +436,23 @@ def _acts_per_channel(module: nn.Module) -> bool:
     return kinds.is_depthwise(module) or isinstance(module, kinds.PER_CHANNEL)
 
 
-def _side_size(module: nn.Module, side: str) -> int | None:
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters if module.num_parameters > 1 else None
-    if isinstance(module, (*kinds.BATCH_NORMS, *kinds.INSTANCE_NORMS)):
-        return module.num_features
-    return kinds.out_channels_of(module) if side == "out" else kinds.in_channels_of(module)
+def _per_image(met: Tensor, images: int | None, channels: int) -> int:
+    """Positions per image of the example inputs. A network may fold frames into the batch; what is no
+    multiple of it was not made of the images."""
+    count = met.shape[0]
+    return met.numel() // max(1, channels * (images if images and count % images == 0 else count))
+
+
+def _history(tensor: Tensor) -> set[Any]:
+    """Every operation that the tensor was made by."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [tensor.grad_fn]
+    while waiting:
+        operation = waiting.pop()
+        if operation is not None and operation not in seen:
+            seen.add(operation)
+            waiting += [before for before, _ in operation.next_functions]
+    return seen
 
 
 def _describe(name: str, module: nn.Module, positions: int) -> Layer:
@@ -455,11 +499,12 @@ def _with_limits(
 ) -> list[ChannelGroup]:
     problems, limited = [], []
     for group in groups:
-        wanted = max(min_channels, math.ceil(min_fraction * group.channels))
+        # 100 * 0.07 is a little more than 7 in floating point.
+        wanted = max(min_channels, math.ceil(min_fraction * group.channels - 1e-9))
         wanted = floors.get(group.name, min(wanted, group.channels))
         cap = caps.get(group.name, group.channels)
         floor = math.ceil(max(1, wanted) / group.ties) * group.ties
-        cap = cap // group.ties * group.ties
+        cap = int(cap) // group.ties * group.ties
         if not floor <= cap <= group.channels:
             problems.append(
                 f"`{group.name}`: floor {floor} and cap {cap} of {group.channels} channels leave "

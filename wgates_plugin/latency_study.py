@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import statistics
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,14 @@ from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.bench import Bench, Trust, half_widths, light_bench
+from wgates_plugin.efficiency.bench import (
+    QUIET,
+    Bench,
+    Trust,
+    half_widths,
+    light_bench,
+    quietest,
+)
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
 from wgates_plugin.efficiency.lpnet import COVERAGE, LPNet
 from wgates_plugin.efficiency.lpnet.held_out import interval_rows
@@ -33,25 +39,6 @@ logger = logging.getLogger("wgates_plugin")
 DRIFT_SAMPLES = 5
 MOST_COMMON_DRIFT = 0.025
 """Relative. Ratios do not feel a drift that all samples have in common, milliseconds do."""
-
-
-QUIET = 0.015
-"""Most that a measurement's ratio spreads by, relative, where nothing else runs on the machine."""
-
-QUIET_ATTEMPTS = 4
-
-
-def quietest(take: Callable[[], Measurement]) -> Measurement:
-    """The first measurement that is not disturbed, or of several the one that was least.
-
-    Networks do not slow down alike beside other work, so a disturbed ratio is not only wide but
-    wrong. The choice is by spread and never by the latency found.
-    """
-    taken = [take()]
-    while taken[-1].relative_spread > QUIET and len(taken) < QUIET_ATTEMPTS:
-        time.sleep(taken[-1].seconds)  # let it pass
-        taken.append(take())
-    return min(taken, key=lambda found: found.relative_spread)
 
 
 def common_drift(drifts: Sequence[float]) -> float:
@@ -107,6 +94,15 @@ class LatencyStudy:
         if self._family is None:
             self._family = self.runtime.family(self.network, self.space, self.example_inputs)
         return self._family
+
+    def farm(self, workers: int) -> Farm:
+        """So many workers that measure like this one.
+
+        Raises:
+            ConfigError: there is not room for them.
+        """
+        here = getattr(self.runtime, "runs_here", True)
+        return Farm.of(workers, self.runtime.settings, runs_here=here)
 
     def baseline(self, seconds: float) -> Measurement:
         """Calibrate: latency of the untouched network on its own."""
@@ -346,11 +342,13 @@ class LatencyStudy:
                 continue
             if widths not in ratios:
                 light = self.family.session(widths)
-                found = quietest(
-                    functools.partial(measure, light, reference=self.reference, seconds=seconds)
-                )
+                try:
+                    found = quietest(
+                        functools.partial(measure, light, reference=self.reference, seconds=seconds)
+                    )
+                finally:
+                    light.close()
                 ratios[widths] = found.ratio
-                light.close()
             factors[number] = ratios[widths] * source.dense_ms / source.reference_ms
         return factors
 

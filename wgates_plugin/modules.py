@@ -8,7 +8,7 @@ from wgates_plugin.transforms.scatter import Scatter
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 WEIGHTED = (*CONVS, *TRANSPOSED, nn.Linear)
@@ -48,6 +48,16 @@ def layer_kind(module: nn.Module) -> str:
 def channel_dims(module: nn.Module) -> tuple[int, int]:
     """(output dimension, input dimension) of a weighted module's weight."""
     return (1, 0) if isinstance(module, TRANSPOSED) else (0, 1)
+
+
+def channels_at(module: nn.Module, side: str) -> int | None:
+    """Channels that a module reads ("in") or gives out ("out"); None where it has none of its own."""
+    if isinstance(module, READERS):
+        return out_channels_of(module) if side == "out" else in_channels_of(module)
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else None
+    size = getattr(module, "num_features", None)
+    return None if size is None else int(size)
 
 
 def in_channels_of(module: nn.Module) -> int:

@@ -47,6 +47,11 @@ class PruningPlan:
                     f"group `{group.name}`: keeps {width} of {group.channels} channels, its floor "
                     f"is {group.floor}"
                 )
+            elif width > group.cap:
+                problems.append(
+                    f"group `{group.name}`: keeps {width} of {group.channels} channels, its cap is "
+                    f"{group.cap}"
+                )
         if problems:
             raise PlanError("plan: " + "; ".join(problems))
 
@@ -88,7 +93,7 @@ class PruningPlan:
             tuple(range(width // group.ties))
             for group, width in zip(space.groups, widths, strict=True)
         )
-        # Shapes may go below a floor that protects accuracy, so floors are not checked here.
+        # Shapes may be outside the limits of what is delivered, so these are not checked here.
         plan = object.__new__(cls)
         object.__setattr__(plan, "space", space)
         object.__setattr__(plan, "kept", kept)
@@ -121,7 +126,17 @@ class PruningPlan:
         """The one plan that equals this plan followed by `inner`, made for the smaller network.
 
         A group that is down to one unit has nothing left to choose, so that `inner` need not know it.
+        Steps after the cut are those of both, in their order.
+
+        Raises:
+            PlanError: `inner` is for another network, or has steps before its cut: they come after the
+                first cut, where no plan can have them.
         """
+        if inner.note.get("before"):
+            raise PlanError(
+                "plan: the second plan changes layers before its cut, which one plan cannot tell after "
+                "the first cut; keep both plans, and rebuild by one after the other"
+            )
         if unknown := set(inner.space.names) - set(self.space.names):
             raise PlanError(
                 f"plan: the second plan has a group `{min(unknown)}` that the first does not know; "
@@ -141,7 +156,12 @@ class PruningPlan:
                     f"left {len(first)}; it keeps what is gone already or is for another network"
                 )
             kept.append(tuple(first[unit] for unit in second))
-        return PruningPlan(self.space, tuple(kept), {**self.note, **inner.note})
+        steps = {
+            "before": self.note.get("before"),
+            "after": [*self.note.get("after", ()), *inner.note.get("after", ())],
+        }
+        told = {when: mine for when, mine in steps.items() if mine}
+        return PruningPlan(self.space, tuple(kept), {**self.note, **inner.note, **told})
 
     def to_json(self) -> dict[str, Any]:
         return {

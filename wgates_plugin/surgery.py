@@ -20,7 +20,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import ExampleInputs, left_as_found
+from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import PlanError, SurgeryError
@@ -100,9 +100,11 @@ def _flags_kept(members: Sequence[Any]) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
-    yield
-    for module, name, flag in flags:
-        module.get_parameter(name).requires_grad_(flag)
+    try:
+        yield
+    finally:
+        for module, name, flag in flags:
+            module.get_parameter(name).requires_grad_(flag)
 
 
 def check_shapes(network: nn.Module, space: ChannelSpace) -> None:
@@ -118,9 +120,9 @@ def check_shapes(network: nn.Module, space: ChannelSpace) -> None:
         expected = touching[0][1].units.size
         if module is None:
             problems.append(f"`{name}` is missing")
-        elif (actual := _side_size(module, side)) != expected:
+        elif (actual := kinds.channels_at(module, side)) != expected:
             problems.append(
-                f"`{name}` has {actual} {side}put channels, the plan expects {expected}"
+                f"`{name}` has {actual or 'no'} {side}put channels, the plan expects {expected}"
             )
     if problems:
         raise PlanError(
@@ -129,13 +131,6 @@ def check_shapes(network: nn.Module, space: ChannelSpace) -> None:
             + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             + "; trace it again and make a new plan"
         )
-
-
-def _side_size(module: nn.Module, side: str) -> int | None:
-    if isinstance(module, kinds.READERS):
-        return kinds.out_channels_of(module) if side == "out" else kinds.in_channels_of(module)
-    size = getattr(module, "num_features", None) or getattr(module, "num_parameters", None)
-    return int(size) if size else None
 
 
 @dataclass(frozen=True)
@@ -265,8 +260,7 @@ def rebuild(
     if before := plan.note.get("before"):
         network = apply_steps(copy.deepcopy(network), before)
     check_shapes(network, plan.space)
-    with left_as_found(network):
-        smaller = resize(network, plan.space, plan)
+    smaller = resize(network, plan.space, plan)
     smaller = apply_steps(smaller, plan.note.get("after", ()))
     fitting = smaller.state_dict()
     try:

@@ -41,7 +41,8 @@ class _Target:
             )
         for name, given in list(vars(self).items()):
             if isinstance(given, Real) and type(given) not in (int, float, bool):
-                object.__setattr__(self, name, float(given))  # numpy's scalars are no JSON
+                plain = int(given) if isinstance(given, Integral) else float(given)
+                object.__setattr__(self, name, plain)  # numpy's scalars are no JSON
         check_target(self.amount if self.amount is not None else self.fraction, self.unit)
         if self.fraction is not None and self.fraction > 1:
             raise TargetError(

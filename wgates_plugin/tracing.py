@@ -34,8 +34,8 @@ def trace(
         min_fraction: floor of every group as a fraction of its width; the larger floor counts.
         floors: group name -> its own floor. caps: group name -> largest width it may keep.
         verify: where the network holds operations that might move channels (views, transposes,
-            products, ...), compare a gated with a physically smaller network once, to catch an
-            order that cannot be followed (channel shuffle, for example).
+            products, ...) or cuts a layer off from gradients, compare a gated with a physically
+            smaller network once, to catch what cannot be followed (channel shuffle, for example).
 
     Raises:
         TraceError: the network cannot be traced or has nothing to prune; the message says why.

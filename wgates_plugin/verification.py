@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
+from wgates_plugin.calling import ExampleInputs, call_with, left_as_found, map_tensors
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.errors import TraceError
+from wgates_plugin.errors import TraceError, first_line
 from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.surgery import resize
@@ -75,17 +75,13 @@ def carried_out(
         return True
     try:
         whole, cut = (copy.deepcopy(each).double() for each in (network, smaller))
-        return removal_error(whole, cut, plan, _doubled(example_inputs)) <= TOLERANCE
-    except RuntimeError:  # something inside insists on float32
+        return removal_error(whole, cut, plan, map_tensors(_doubled, example_inputs)) <= TOLERANCE
+    except Exception:  # something inside insists on float32
         return False
 
 
-def _doubled(inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return {name: _doubled(value) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_doubled(value) for value in inputs)
-    return inputs.double() if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def verify(traced: DependencyTrace, space: ChannelSpace) -> None:
@@ -102,36 +98,35 @@ def check_traced(network: nn.Module, space: ChannelSpace, example_inputs: Exampl
     """Cut an irregular share of every group once and compare with the gated network.
 
     Raises:
-        TraceError: they differ; the message names the groups that are at fault.
+        TraceError: they differ; the message names the groups that are at fault, and what the
+            smaller network fails with where it does not run.
     """
-    example_inputs = _informative(example_inputs)
-    if _exact(network, _irregular(space, None), example_inputs):
+    example_inputs = map_tensors(_informative, example_inputs)
+    failure = _failure(network, _irregular(space, None), example_inputs)
+    if failure is None:
         return
     guilty = [
         name
         for index, name in enumerate(space.names)
-        if not _exact(network, _irregular(space, index), example_inputs)
+        if _failure(network, _irregular(space, index), example_inputs) is not None
     ]
     shown = ", ".join(f"`{name}`" for name in (guilty or space.names)[:6])
     raise TraceError(
-        f"network {type(network).__name__}: gated and smaller network disagree for {shown}; an "
-        "operation there (channel shuffle, a fixed view, ...) moves channels in a way that cannot "
-        "be followed; leave these layers out with `ignored_layers`"
+        f"network {type(network).__name__}: gated and smaller network disagree for {shown}"
+        f"{failure and f' ({failure})'}; an operation there (channel shuffle, a fixed view, a layer "
+        "that runs without gradients, ...) reads channels in a way that cannot be followed; leave "
+        "these layers out with `ignored_layers`"
     )
 
 
-def _informative(inputs: Any) -> Any:
-    """The inputs, with noise in place of constant tensors: zeros would let any mistake pass."""
-    if isinstance(inputs, dict):
-        return {name: _informative(value) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_informative(value) for value in inputs)
-    if not (isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.numel() > 1):
-        return inputs
-    if (inputs != inputs.flatten()[0]).any():
-        return inputs
-    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(inputs)
+def _informative(tensor: Tensor) -> Tensor:
+    """The tensor, or noise in place of a constant one: zeros would let any mistake pass."""
+    if not tensor.is_floating_point() or tensor.numel() < 2:
+        return tensor
+    if (tensor != tensor.flatten()[0]).any():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(tensor)
 
 
 def _irregular(space: ChannelSpace, only: int | None) -> PruningPlan:
@@ -139,7 +134,8 @@ def _irregular(space: ChannelSpace, only: int | None) -> PruningPlan:
     kept = []
     for index, group in enumerate(space.groups):
         generator = np.random.default_rng(index)
-        count = max(1, round(generator.uniform(0.4, 0.8) * group.units))
+        count = round(generator.uniform(0.4, 0.8) * group.units)
+        count = max(1, min(count, group.units - 1))
         chosen = sorted(generator.permutation(group.units)[:count].tolist())
         kept.append(tuple(chosen if only in (None, index) else range(group.units)))
     plan = PruningPlan.leading(space, space.full_widths)
@@ -147,12 +143,14 @@ def _irregular(space: ChannelSpace, only: int | None) -> PruningPlan:
     return plan
 
 
-def _exact(network: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs) -> bool:
+def _failure(network: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs) -> str | None:
+    """None where gated and smaller network agree; an error's words, "" where there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             smaller = resize(network, plan.space, plan)
-            error = removal_error(network, smaller, plan, example_inputs)
-            return carried_out(network, smaller, plan, example_inputs, error)
-    except (RuntimeError, ValueError, IndexError):
-        return False
+            found = removal_error(network, smaller, plan, example_inputs)
+            right = carried_out(network, smaller, plan, example_inputs, found)
+    except Exception as error:  # whatever a network says of shapes that it did not expect
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None if right else ""

@@ -33,7 +33,7 @@ from benchmarks.comparison.experiment import (
 )
 from benchmarks.comparison.pictures import draw_experiment
 from benchmarks.comparison.tables import write_page
-from benchmarks.records import parser
+from benchmarks.tools.records import parser
 from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency.base import require
 from wgates_plugin.latency.timing import measuring_within

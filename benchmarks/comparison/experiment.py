@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from benchmarks.records import HOME
+from benchmarks.tools.records import HOME
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.recipe import Recipe
 from wgates_plugin.recipe.checks import checked, read

@@ -56,7 +56,8 @@ class Row:
     Attributes:
         accuracy, macs, parameters: of the delivered network. ratio: latency over the untouched
             network's, timed in one sitting with all others where that was done. finals: those of
-            this sitting alone.
+            this sitting alone. again: of those that said "held", whether they were under the target
+            in that sitting too.
         other_images: accuracy on images that judge nobody, of the seeds that have been scored so.
         missing: seeds without a result. refused: seed -> why its target was refused.
     """
@@ -68,6 +69,7 @@ class Row:
     cut: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
     finals: list[float] = field(default_factory=list)
+    again: list[bool] = field(default_factory=list)
     held: list[bool] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     macs: list[float] = field(default_factory=list)
@@ -324,6 +326,8 @@ def _add(
     )
     if final_ratio is not None:
         row.finals.append(final_ratio)
+        if report["contract"] == "held":
+            row.again.append(final_ratio <= target)
     row.held.append(report["contract"] == "held" if final_ratio is None else final_ratio <= target)
     row.facts.append(report.get("decision", {}).get("facts", {}))
     row.macs.append(after["macs"] / before["macs"])

@@ -20,7 +20,7 @@ from benchmarks.comparison.summary import (
     mean_and_spread,
     read_cells,
 )
-from benchmarks.records import markdown
+from benchmarks.tools.records import markdown
 from wgates_plugin.files import read_json, write_text
 
 PHASES = {
@@ -269,26 +269,33 @@ def _with_latency(cell: Cell, method: str | None) -> str:
 
 
 def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
-    """One line per ablation: its mean paired difference from ours and 95 % interval."""
+    """One line per ablation: its mean paired difference from ours and 95 % interval; one line for all
+    of a cell of which nothing is stored."""
     head = ["task", "runtime", "latency", "changed", "ours", "then", "difference",
             "95 % interval", "seeds", "", "on other images"]  # fmt: skip
     rows = []
     for experiment in experiments:
         for cell in read_cells(experiment, results):
             there = cell.on_other_images()
-            for method in experiment.with_role("ablation"):
-                if method not in cell.rows:
-                    continue
+            place = [
+                experiment.task or experiment.name,
+                cell.runtime,
+                f"{round(100 * cell.target)} %",
+            ]
+            changed = [m for m in experiment.with_role("ablation") if m in cell.rows]
+            if changed and not any(row.seeds for row in cell.rows.values()):
+                missing = f"*all {len(changed)}*"
+                rows.append([*place, missing, "*missing*", "*missing*", "-", "-", "0", "", "-"])
+                continue
+            for method in changed:
                 found = cell.between(method, cell.ours or "")
                 numbers = ["-", "-", "0"]
                 if found is not None:
                     low, high = found.interval()
                     numbers = [f"{found.mean:+.2f}", f"{low:+.2f} to {high:+.2f}", str(found.pairs)]
-                where = [experiment.task or experiment.name, cell.runtime]
                 rows.append(
                     [
-                        *where,
-                        f"{round(100 * cell.target)} %",
+                        *place,
                         f"`{method}`",
                         _accuracy(cell, cell.ours),
                         _accuracy(cell, method),

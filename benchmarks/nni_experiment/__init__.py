@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import parser, write_record
+from benchmarks.tools.records import parser, write_record
 from wgates_plugin.files import read_json
 from wgates_plugin.latency.environment import library_version
 

@@ -1,17 +1,9 @@
-"""The trials as a table; `python -m benchmarks.nni_experiment.page` makes the README's copy anew."""
+"""The trials as a table."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from benchmarks.records import HOME, RESULTS, read_record
-from wgates_plugin.files import write_text
-
-README = HOME.parent / "README.md"
-START, END = "<!-- table nni_experiment -->\n", "<!-- end nni_experiment -->"
 
 
 def table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
@@ -38,42 +30,3 @@ def table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
             ]
         lines.append("| " + " | ".join([*cells, row["status"]]) + " |")
     return "\n".join(lines)
-
-
-def stored_table(folder: Path = RESULTS) -> str:
-    """The table of the stored result.
-
-    Raises:
-        FileNotFoundError: the experiment has not been run.
-    """
-    record = read_record(folder, "nni_experiment")
-    if record is None:
-        raise FileNotFoundError(f"no nni_experiment.json in `{folder}`; run the experiment first")
-    return table(record["samples"]["trials"], record["numbers"]["dense"])
-
-
-def rewritten(text: str, new: str) -> str:
-    """`text` with the lines between the markers replaced.
-
-    Raises:
-        ValueError: the markers are not there.
-    """
-    head, found_start, rest = text.partition(START)
-    _, found_end, tail = rest.partition(END)
-    if not (found_start and found_end):
-        raise ValueError(f"README: no markers `{START.strip()}`, `{END}`")
-    return f"{head}{START}{new}\n{END}{tail}"
-
-
-def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    options.add_argument("--results", type=Path, default=RESULTS)
-    options.add_argument("--readme", type=Path, default=README)
-    arguments = options.parse_args()
-    text = arguments.readme.read_text(encoding="utf-8")
-    write_text(arguments.readme, rewritten(text, stored_table(arguments.results)))
-    print(f"rewrote {arguments.readme}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wgates_plugin.catalogue.factories import accepted, is_factory_name, load_factory
 from wgates_plugin.catalogue.networks import DigitsResNet, MobileNetSmall, ResNetSmall
 from wgates_plugin.catalogue.torchvision_import import import_torchvision
-from wgates_plugin.errors import ConfigError, FileFormatError, MissingExtraError
+from wgates_plugin.errors import ConfigError, FileFormatError, MissingExtraError, first_line
 from wgates_plugin.files import load_tensors
 from wgates_plugin.latency.artefacts import looks_like_path
 
@@ -181,10 +181,9 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         except FileNotFoundError:
             raise FileFormatError(f"weights `{path}`: no such file; check the path") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise FileFormatError(
-                f"weights `{path}`: not readable as a plain state dict ({first}); save the "
-                "network's state_dict() as safetensors or with torch.save"
+                f"weights `{path}`: not readable as a plain state dict ({first_line(error)}); save "
+                "the network's state_dict() as safetensors or with torch.save"
             ) from error
     if isinstance(state, dict) and len(state) and not _is_state(state):
         state = next(

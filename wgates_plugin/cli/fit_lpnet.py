@@ -130,7 +130,6 @@ def fit_lpnet(
         from rich.console import Console
 
         from wgates_plugin.cli.live_samples import LiveSamples
-        from wgates_plugin.efficiency.farm import Farm
         from wgates_plugin.efficiency.learner import Learner
         from wgates_plugin.efficiency.lpnet import LPNet, check_choice
         from wgates_plugin.efficiency.sampling import check_space, mixed_grids
@@ -154,6 +153,7 @@ def fit_lpnet(
             before = LPNet.load(prior, space=space) if prior else None
             study = LatencyStudy(network, space, example, target)
             check_choice(space, structure, before, study.identity)
+            farm = study.farm(workers)
             if grid is not None:
                 check_space(space, count, grid)
         with log_shown():
@@ -179,7 +179,7 @@ def fit_lpnet(
                 seconds_per_sample=seconds,
                 active=learner.active() if learner else None,
                 profile=profile,
-                farm=Farm.of(workers, study.runtime.settings),
+                farm=farm,
                 on_sample=shown,
                 retime=True,
             )

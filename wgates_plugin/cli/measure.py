@@ -111,6 +111,7 @@ class Row:
         grid = self.grid and {"multiple": self.grid.grid, "evidence": list(self.grid.evidence)}
         return {
             "runtime": self.runtime,
+            **({} if self.error is None else {"error": str(self.error)}),
             "measurement": self.found.to_json(),
             "drift_within": self.drift,
             "disturbed_share": self.disturbed,
@@ -223,7 +224,7 @@ def measure(
                     "kind": "wgates-measurements",
                     "version": 1,
                     "model": model,
-                    "input_shape": list(next(iter(subject.shapes.values()))),
+                    "inputs": {name: list(shape) for name, shape in subject.shapes.items()},
                     "results": [row.to_json() for row in rows],
                 },
             )

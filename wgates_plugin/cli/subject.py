@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wgates_plugin.calling import ExampleInputs
+    from wgates_plugin.latency.artefacts import Inputs
     from wgates_plugin.latency.base import BaseRuntime, BaseSession
 
 DEFAULT_SHAPE = "1,3,224,224"
@@ -58,16 +59,16 @@ class Subject:
         return True
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Input name -> shape; a single input of no name is `input_0`."""
+    def inputs(self) -> Inputs:
+        """Input name -> shape and type; a single input of no name is `input_0`."""
+        from wgates_plugin.latency.artefacts import InputSide, input_sides
+
         given = parsed_shape(self.input_shape or DEFAULT_SHAPE)
         if not self.is_file:
-            return {"input_0": given}
-        from wgates_plugin.latency.artefacts import input_sides
-
+            return {"input_0": InputSide(given)}
         found = input_sides(Path(self.model))
         if self.input_shape is None:
-            if not found or any(side < 1 for shape in found.values() for side in shape):
+            if not found or any(side < 1 for one in found.values() for side in one.shape):
                 raise ConfigError(
                     "--input-shape",
                     [f"`{self.model}` does not say the whole shape of its inputs; give it"],
@@ -81,16 +82,27 @@ class Subject:
                     "shape; export the file with the shapes to measure"
                 ],
             )
-        return dict.fromkeys(found or ["input_0"], given)
+        return {name: one._replace(shape=given) for name, one in found.items()} or {
+            "input_0": InputSide(given)
+        }
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Input name -> shape."""
+        return {name: one.shape for name, one in self.inputs.items()}
 
     @cached_property
     def example(self) -> ExampleInputs:
-        """One random input, the same every time; by name where a file has names of its own."""
+        """One random input, the same every time, and zeros where the network takes whole numbers; by
+        name where a file has names of its own."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
         values = {
-            name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()
+            name: torch.randn(one.shape, generator=generator)
+            if one.dtype.is_floating_point
+            else torch.zeros(one.shape, dtype=one.dtype)
+            for name, one in self.inputs.items()
         }
         if list(values) == [f"input_{index}" for index in range(len(values))]:
             return next(iter(values.values())) if len(values) == 1 else tuple(values.values())
@@ -136,12 +148,15 @@ class Subject:
         from wgates_plugin.latency.artefacts import check_artefact
 
         check_artefact(Path(self.model), runtime)
+        session = None
         try:
             session = runtime.load_file(self.model, self.example)
             session.run()
-        except WGatesError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if session is not None:
+                session.close()
+            if isinstance(error, WGatesError) or not isinstance(error, Exception):
+                raise
             raise self._wrong_shape(f"`{self.model}`", error) from error
         return session
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError
@@ -47,11 +47,13 @@ def check_inputs(budget: Budget, example_inputs: ExampleInputs, *, stacklevel: i
     from wgates_plugin.latency.base import named_tensors
 
     identities = [getattr(limit.model, "identity", None) for limit in budget.limits]
-    measured = [_shapes(identity) for identity in identities if identity]
+    measured = [identity.get("inputs") or {} for identity in identities if identity]
     if not any(measured):
         return
-    given = [list(tensor.shape) for tensor in named_tensors(example_inputs).values()]
-    for shapes in measured:
+    here = {name: list(tensor.shape) for name, tensor in named_tensors(example_inputs).items()}
+    for inputs in measured:
+        shapes = [list(shape) for shape in inputs.values()]
+        given = [here[name] for name in inputs] if set(inputs) == set(here) else [*here.values()]
         if not shapes or shapes == given:
             continue
         if [shape[1:] for shape in shapes] != [shape[1:] for shape in given]:
@@ -70,10 +72,6 @@ def check_inputs(budget: Budget, example_inputs: ExampleInputs, *, stacklevel: i
             "(`wgates fit-lpnet --input-shape`)",
             stacklevel=stacklevel,
         )
-
-
-def _shapes(identity: Mapping[str, Any]) -> list[list[int]]:
-    return [list(shape) for shape in (identity.get("inputs") or {}).values()]
 
 
 def _words(shapes: Sequence[Sequence[int]]) -> str:

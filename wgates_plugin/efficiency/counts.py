@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace, Layer, Side
-from wgates_plugin.efficiency.base import EfficiencyModel
+from wgates_plugin.efficiency.base import Budget, EfficiencyModel
+from wgates_plugin.errors import ConfigError
 
 
 class LayerShapes:
@@ -113,13 +115,46 @@ class ParametersModel:
         return self.shapes.parameters_per_layer(widths).sum(-1)
 
 
+_MODELS = "an `LPNet`, `MacsModel(space)` or `ParametersModel(space)`"
+
+
 def model_of(
     space: ChannelSpace,
     efficiency: EfficiencyModel | Callable[[ChannelSpace], EfficiencyModel] | None,
 ) -> EfficiencyModel:
-    """A model as users name it: itself, what makes one of a space, or None, which counts MACs."""
+    """A model as users name it: itself, what makes one of a space, or None, which counts MACs.
+
+    Raises:
+        ConfigError: it is none of these, or what it makes is no model.
+    """
+    if problems := efficiency_problems(efficiency):
+        raise ConfigError("efficiency model", problems)
     if efficiency is None:
         return MacsModel(space)
-    if isinstance(efficiency, type) or not isinstance(efficiency, EfficiencyModel):
-        return efficiency(space)
-    return efficiency
+    if not isinstance(efficiency, type) and isinstance(efficiency, EfficiencyModel):
+        return efficiency
+    made = efficiency(space)
+    if not isinstance(made, EfficiencyModel):
+        raise ConfigError(
+            "efficiency model",
+            [
+                f"efficiency {efficiency!r:.60}: returned {type(made).__name__} for the channel space; "
+                f"it must return {_MODELS}"
+            ],
+        )
+    return made
+
+
+def efficiency_problems(efficiency: object) -> list[str]:
+    """What can stand for no model nor budget, before the network is looked at."""
+    if isinstance(efficiency, (str, os.PathLike)):
+        return [f"efficiency {efficiency!r}: is a path; give `LPNet.load({str(efficiency)!r})`"]
+    if isinstance(efficiency, type) and hasattr(efficiency, "load"):
+        name = efficiency.__name__
+        return [f"efficiency: is the class `{name}`; give a fitted one, `{name}.load(...)`"]
+    if efficiency is None or isinstance(efficiency, Budget) or callable(efficiency):
+        return []
+    return [
+        f"efficiency {efficiency!r:.60}: needs {_MODELS}, a function of the channel space that "
+        "returns one, or a `Budget`"
+    ]

@@ -102,8 +102,11 @@ class Farm:
     resources: Mapping[str, float] | None = None
 
     @classmethod
-    def of(cls, workers: int, settings: RuntimeSettings) -> Farm:
+    def of(cls, workers: int, settings: RuntimeSettings, *, runs_here: bool = True) -> Farm:
         """As many workers with these settings, each with cores, or a GPU, of its own.
+
+        Args:
+            runs_here: whether networks run on this machine rather than on a device beside it.
 
         Raises:
             ConfigError: this machine has fewer; not where Ray is on a cluster.
@@ -114,9 +117,14 @@ class Farm:
         if ":" in settings.device:
             problem = f"device `{settings.device}`: {workers} workers take a GPU each; write `cuda`"
             raise ConfigError("farm", [problem])
-        there = torch.cuda.device_count() if on_gpu else usable_cores() // settings.threads
+        if not runs_here:
+            there, what = 1, "device to measure on"
+        elif on_gpu:
+            there, what = torch.cuda.device_count(), "GPUs"
+        else:
+            there = usable_cores() // settings.threads
+            what = f"times {settings.threads} free cores"
         if workers > there and not _on_cluster():
-            what = "GPUs" if on_gpu else f"times {settings.threads} free cores"
             raise ConfigError(
                 "farm",
                 [
@@ -125,7 +133,8 @@ class Farm:
                     "a cluster (RAY_ADDRESS)"
                 ],
             )
-        resources = {"num_cpus": float(settings.threads), **({"num_gpus": 1.0} if on_gpu else {})}
+        cores = settings.threads if runs_here else 1
+        resources = {"num_cpus": float(cores), **({"num_gpus": 1.0} if on_gpu else {})}
         return cls(workers, resources=resources)
 
 
@@ -310,8 +319,10 @@ class _Crew:
             self._hand_out(proposals)
 
     def _hand_out(self, proposals: Proposals) -> None:
-        """Those without work stay idle: a death may yet give them some."""
+        """Those without work stay idle: a death may yet give them some, or a fit for which all wait."""
         while self.idle:
+            if not self.again and self.pending and proposals.about_to_fit:
+                return
             widths = self.again.popleft() if self.again else proposals.next()
             if widths is None:
                 return

@@ -39,9 +39,10 @@ class SampleFile:
     """Measured widths of one network on one runtime.
 
     A header line, then `source` lines (a machine and its reference) and `sample` lines, of which
-    `rejected` is a kind. Samples of machines or library versions that do not compare with the
-    present ones stay in the file and out of everything used for fitting: `widths`, `latencies_ms`,
-    `layers_ms`, `usable` and the length.
+    `rejected` is a kind. Samples of machines, or of versions of libraries, that do not compare with
+    the present ones stay in the file and out of everything used for fitting: `widths`,
+    `latencies_ms`, `layers_ms`, `usable` and the length. Another runtime, or another version of the
+    runtime's own library, needs another file.
 
     One process at a time writes: from `open` on until `close`, until the object is gone, or until
     the process ends. It may be used in a `with` statement.

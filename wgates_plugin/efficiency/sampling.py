@@ -87,13 +87,23 @@ class Proposals:
         """Widths (G,), or None when the file will hold `count` of them or there are no others."""
         if len(self._seen) >= self.count or self._exhausted:
             return None
-        covering = self.active is None or len(self._seen) < min(self.active.covering, self.count)
-        widths = self._covering() if covering else self._least_sure()
+        widths = self._least_sure() if self._learns else self._covering()
         if widths is None:
             self._exhausted = True
         else:
             self._seen.add(widths)
         return widths
+
+    @property
+    def about_to_fit(self) -> bool:
+        """Whether `next` will learn from the file: all that was proposed should be in it by then, and
+        nothing be timed beside it."""
+        return self._learns and not self._batch and len(self._seen) < self.count
+
+    @property
+    def _learns(self) -> bool:
+        active = self.active
+        return active is not None and len(self._seen) >= min(active.covering, self.count)
 
     def _covering(self) -> tuple[int, ...] | None:
         while self._attempt < 50 * self.count + 1000:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.calling import ExampleInputs, device_of, map_tensors
 from wgates_plugin.catalogue.torchvision_import import import_torchvision
+from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import ConfigError, MissingExtraError, TrainingError
 from wgates_plugin.integrations.torch_pruning import WGatesPruner
+from wgates_plugin.integrations.torch_pruning.options import wraps
 from wgates_plugin.latency.base import require
 from wgates_plugin.plan import PruningPlan
-from wgates_plugin.training.evaluation import map_tensors
 
 
 def _lightning() -> Any:
@@ -39,6 +40,8 @@ class WGatesCallback(_Callback):
     leaves the network whole, with its gates off; `fit(..., ckpt_path=...)` continues where the
     checkpoint was written. A checkpoint saved after the pruning restores the smaller network.
 
+    One callback prunes one network once: another network, or another step, needs a new callback.
+
     Args:
         example_inputs: one batch for tracing: a tensor, a tuple of arguments or a dict.
         network: attribute of the LightningModule that is pruned, dotted; "" for itself. It must be
@@ -51,7 +54,8 @@ class WGatesCallback(_Callback):
 
     Raises:
         MissingExtraError: Lightning is not installed.
-        ConfigError: iterative steps, several optimizers, or no such network.
+        ConfigError: iterative steps, several optimizers, no such network, or another one than the
+            one that was pruned.
 
     Example::
 
@@ -64,7 +68,10 @@ class WGatesCallback(_Callback):
         super().__init__()
         problems = []
         if options.get("iterative_steps", 1) != 1:
-            problems.append("iterative_steps: one `fit` makes one step; call `fit` once for each")
+            problems.append(
+                "iterative_steps: one `fit` makes one step; call `fit` once for each, with a new "
+                "callback"
+            )
         if "average" in options:
             problems.append("average: the Trainer's strategy does that")
         if problems:
@@ -91,28 +98,23 @@ class WGatesCallback(_Callback):
                 "WGatesCallback", [f"network `{self.network}`: {error}; give its dotted name"]
             ) from error
 
-    def _make(
-        self,
-        module: nn.Module,
-        average: Callable[[Tensor], Tensor] | None,
-        steps: int | None = None,
-    ) -> WGatesPruner:
-        network = self._target(module)
+    def _inputs(self, network: nn.Module) -> ExampleInputs:
+        """The example inputs on the network's device, in the precision that the Trainer cast it to."""
         weight = next(network.parameters())
 
         def like_weights(tensor: Tensor) -> Tensor:
             return tensor.to(weight if tensor.is_floating_point() else weight.device)
 
-        # A Trainer of precision "bf16-true" or "64-true" has cast the network.
-        inputs = map_tensors(like_weights, self.example_inputs)
-        options = {"steps": steps, **self.options}
-        return WGatesPruner(network, inputs, average=average, **options)
+        return map_tensors(like_weights, self.example_inputs)
+
+    def _make(self, module: nn.Module, **options: Any) -> WGatesPruner:
+        network = self._target(module)
+        return WGatesPruner(network, self._inputs(network), **options)
 
     # Hooks, in the order in which the Trainer calls them
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Before a checkpoint is read: one of a pruned network needs a network as small."""
-        self._target(pl_module)
         self._unhook(pl_module)
         self._state, self._loaded = {}, None
         if self.plan is not None:
@@ -126,7 +128,10 @@ class WGatesCallback(_Callback):
             self._unhook(pl_module)
             state = checkpoint.get("callbacks", {}).get(key, {})
             if state.get("pruner", {}).get("kept") is not None:
-                self.pruner = self._make(pl_module, None)
+                # Its gates are not used: what these options would need is not asked for.
+                self.pruner = self._make(
+                    pl_module, **{**self.options, "importance": None, "steps": 1}
+                )
                 self.pruner.load_state_dict(state["pruner"])
                 if not state["fine_tuning"]:  # moments of weights that are gone
                     for optimizer in checkpoint.get("optimizer_states", []):
@@ -154,7 +159,16 @@ class WGatesCallback(_Callback):
         """Attach the gates, and bring them to where the checkpoint left them."""
         self._unhook(pl_module)
         self._fine_tuning = self.plan is not None
-        if self._fine_tuning:
+        if self.pruner is not None and self._fine_tuning:
+            if not wraps(self._target(pl_module), self.pruner.model):
+                raise ConfigError(
+                    "WGatesCallback",
+                    [
+                        f"network `{self.network}`: is another one than this callback pruned before; "
+                        "make a new callback for it. If `setup` or `configure_model` builds it, "
+                        "let them keep the one that is there"
+                    ],
+                )
             return
         if len(trainer.optimizers) != 1:
             raise ConfigError(
@@ -165,7 +179,8 @@ class WGatesCallback(_Callback):
         def average(gradient: Tensor) -> Tensor:
             return torch.as_tensor(trainer.strategy.reduce(gradient, reduce_op="mean"))
 
-        self.pruner = self._make(pl_module, average, _steps_of(trainer))
+        options = {"steps": _steps_of(trainer), **self.options}
+        self.pruner = self._make(pl_module, average=average, **options)
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
 
@@ -197,24 +212,38 @@ class WGatesCallback(_Callback):
             self._removal = self.pruner.step(interactive=True)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Remove the closed channels exactly.
+        """Remove the closed channels exactly, from the network as the Trainer hands it back.
 
         Raises:
             TrainingError: the gates never learned.
         """
+        pruner = self.pruner
+        if pruner is None or pruner.plan is not None:
+            return
+        pruner.detach()
+        self._follow(pruner)
         if self._removal is None:  # a checkpoint of the last epoch's end leaves nothing to train
+            handed_back = device_of(pruner.model)
+            pruner.model.to(pruner.gates.scores.offset.device)
             self.on_train_end(trainer, pl_module)
-        if self._removal is not None:
-            for group in self._removal:
-                group.prune()
-            self._removal, self._state = None, {}
-        elif self.pruner is not None and self.plan is None:
-            self.pruner.detach()
+            pruner.model.to(handed_back)
+        if self._removal is None:
             self.pruner = None
             raise TrainingError(
                 "WGatesCallback: `fit` ended before the gates learned, nothing was pruned; give "
                 "the Trainer at least one optimizer step"
             )
+        for group in self._removal:
+            group.prune()
+        self._removal, self._state = None, {}
+
+    def _follow(self, pruner: WGatesPruner) -> None:
+        """Trace again if other modules took the place of traced ones: `sync_batchnorm` ends so."""
+        if all(module in pruner._trace.names for module in pruner.model.modules()):
+            return
+        inputs = self._inputs(pruner.model)
+        pruner._trace = DependencyTrace(pruner.model, inputs, parameter_dims=pruner._dims)
+        pruner.DG = pruner._trace.graph
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the network whole and without gates; checkpoints that are written now have them still."""

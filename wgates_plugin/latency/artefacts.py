@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,21 @@ ARTEFACTS: Mapping[str, str] = MappingProxyType(
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 """Suffixes of files that hold tensors and no network."""
 
+_COUNTED = {
+    kind: getattr(torch, kind) for kind in ("bool", "uint8", "int8", "int16", "int32", "int64")
+}
+
 _PATH_SUFFIXES = (*ARTEFACTS, *WEIGHTS, ".xml", ".tflite", ".engine", ".py", ".yaml", ".json")
 
-Shapes = dict[str, tuple[int, ...]]
+
+class InputSide(NamedTuple):
+    """One input of an exported file: its shape, 0 for a side that is left open, and its type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+Inputs = dict[str, InputSide]
 
 
 def looks_like_path(name: str) -> bool:
@@ -86,9 +98,10 @@ def _takers(suffix: str) -> list[str]:
     return [*fixed, f"command (artefact={suffix[1:]})"]
 
 
-def input_sides(path: Path) -> Shapes:
-    """Input name -> shape as the exported file carries them, 0 for a side that is left open; empty
-    where it tells none.
+def input_sides(path: Path) -> Inputs:
+    """Input name -> shape and type as the exported file carries them; empty where it tells none.
+
+    The type is float32 where it is none of integers or booleans: runtimes take no other floats.
 
     Raises:
         FileFormatError: the file is damaged, or reading it could execute code.
@@ -99,7 +112,7 @@ def input_sides(path: Path) -> Shapes:
     return {} if reader is None else reader(path)
 
 
-def _of_onnx(path: Path) -> Shapes:
+def _of_onnx(path: Path) -> Inputs:
     onnx = require("onnx", extra="onnx", purpose=f"reading `{path}`")
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
@@ -109,16 +122,17 @@ def _of_onnx(path: Path) -> Shapes:
             "export it again"
         ) from error
     weights = {tensor.name for tensor in graph.initializer}
-    shapes = {}
+    inputs = {}
     for value in graph.input:
         if value.name not in weights:
-            shapes[value.name] = tuple(
-                int(side.dim_value) for side in value.type.tensor_type.shape.dim
-            )
-    return shapes
+            kind = value.type.tensor_type
+            shape = tuple(int(side.dim_value) for side in kind.shape.dim)
+            name = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+            inputs[value.name] = InputSide(shape, _COUNTED.get(name, torch.float32))
+    return inputs
 
 
-def _of_pt2(path: Path) -> Shapes:
+def _of_pt2(path: Path) -> Inputs:
     check_program_file(path)
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith("data/sample_inputs/model.pt"))
@@ -127,10 +141,14 @@ def _of_pt2(path: Path) -> Shapes:
     named = {f"input_{index}": value for index, value in enumerate(args)} | dict(kwargs)
     if not all(isinstance(value, Tensor) for value in named.values()):
         return {}
-    return {key: tuple(value.shape) for key, value in named.items()}
+    counted = _COUNTED.values()
+    return {
+        key: InputSide(tuple(value.shape), value.dtype if value.dtype in counted else torch.float32)
+        for key, value in named.items()
+    }
 
 
-def _of_pte(path: Path) -> Shapes:
+def _of_pte(path: Path) -> Inputs:
     runtime = require(
         "executorch.runtime", extra="executorch", purpose=f"reading `{path}`"
     ).Runtime.get()
@@ -142,4 +160,4 @@ def _of_pte(path: Path) -> Shapes:
             f"`{path}`: not readable as an ExecuTorch program ({error}); it is corrupt, was cut off "
             "or is of another version, export it again"
         ) from error
-    return {f"input_{index}": size for index, size in enumerate(sizes)}
+    return {f"input_{index}": InputSide(size) for index, size in enumerate(sizes)}

@@ -183,7 +183,7 @@ class BaseRuntime(ABC):
     def __init__(self, settings: RuntimeSettings | None = None) -> None:
         self.settings = settings or RuntimeSettings()
         problems = []
-        if self.settings.device.partition(":")[0] not in self.device_kinds:
+        if not self.takes_device(self.settings.device):
             known = ", ".join(self.device_kinds)
             problems.append(f"device: got {self.settings.device!r}, choose one of: {known}")
         if self.settings.precision not in self.precisions:
@@ -193,12 +193,21 @@ class BaseRuntime(ABC):
             problems += too_many_threads(self.settings.threads)
         if problems:
             raise ConfigError(f"runtime `{self.name}`", problems)
-        if self.settings.device.startswith("cuda") and not torch.cuda.is_available():
+        kind, _, index = self.settings.device.partition(":")
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if kind == "cuda" and int(index or 0) >= there:
             instead = "use device `cpu`" if "cpu" in self.device_kinds else "choose another runtime"
+            what = f"only {there} of them" if there else "no CUDA device"
             raise RuntimeUnavailableError(
                 f"runtime `{self.name}`: device `{self.settings.device}` asked for, but torch "
-                f"finds no CUDA device; {instead} or a machine that has one"
+                f"finds {what}; {instead} or a machine that has one"
             )
+
+    @classmethod
+    def takes_device(cls, device: str) -> bool:
+        """Whether it is of a kind that this runtime knows, with a number at most; one CPU has none."""
+        kind, colon, index = device.partition(":")
+        return kind in cls.device_kinds and (not colon or (kind != "cpu" and index.isdigit()))
 
     def identity(self, example_inputs: ExampleInputs) -> dict[str, Any]:
         tensors = named_tensors(example_inputs)

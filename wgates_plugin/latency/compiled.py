@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from wgates_plugin.errors import ExportError, RuntimeUnavailableError
+from wgates_plugin.errors import ExportError, RuntimeUnavailableError, first_line
 from wgates_plugin.latency.base import Family, ResizeFamily, RuntimeSettings, split_inputs
 from wgates_plugin.latency.eager import CudaEagerSession, EagerRuntime, EagerSession
 
@@ -113,7 +113,7 @@ def _explained(error: Exception) -> Exception:
     if any(type(cause).__name__ in _NO_COMPILER for cause in _causes(error)):
         return RuntimeUnavailableError(
             "runtime `compile`: inductor finds no working compiler "
-            f"({str(error).strip().splitlines()[0]}); install g++ or clang++ (for CUDA: triton), "
+            f"({first_line(error)}); install g++ or clang++ (for CUDA: triton), "
             "or name one in the environment variable CXX"
         )
     return ExportError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.errors import ExportError
+from wgates_plugin.errors import ExportError, first_line
 from wgates_plugin.latency.base import Family, ResizeFamily, RuntimeSettings, flatten_outputs
 from wgates_plugin.latency.eager import CudaEagerSession, EagerRuntime
 
@@ -92,7 +92,7 @@ class CudaGraphSession(CudaEagerSession):
             except Exception as error:
                 raise ExportError(
                     "cuda-graphs: one inference cannot be recorded "
-                    f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); remove "
+                    f"({type(error).__name__}: {first_line(error)}); remove "
                     "operations that wait for the device (`.item()`, masks as indices), or choose "
                     "the runtime `eager`"
                 ) from error

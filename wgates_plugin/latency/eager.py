@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.errors import ExportError, FileFormatError
+from wgates_plugin.errors import ExportError, FileFormatError, first_line
 from wgates_plugin.files import atomic_path
 from wgates_plugin.latency.base import (
     BaseRuntime,
@@ -124,7 +124,7 @@ class EagerRuntime(BaseRuntime):
         except RuntimeError as error:
             raise FileFormatError(
                 f"eager artefact `{path}`: its weights are not those of the network given "
-                f"({str(error).splitlines()[0]}); export that network again"
+                f"({first_line(error)}); export that network again"
             ) from error
         return self._session(prepared, example_inputs)
 

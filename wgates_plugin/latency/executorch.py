@@ -13,7 +13,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.errors import ExportError, FileFormatError, RuntimeUnavailableError
+from wgates_plugin.errors import (
+    ExportError,
+    FileFormatError,
+    RuntimeUnavailableError,
+    first_line,
+)
 from wgates_plugin.files import atomic_path
 from wgates_plugin.latency.base import (
     BaseRuntime,
@@ -101,10 +106,10 @@ class ExecuTorchRuntime(BaseRuntime):
         try:
             program = _lowered(_Positional(frozen, example_inputs), tuple(inputs.values()))
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
             raise ExportError(
-                f"executorch: the network cannot be lowered ({type(error).__name__}: {reason}); "
-                "remove the operation named, or choose another runtime"
+                "executorch: the network cannot be lowered "
+                f"({type(error).__name__}: {first_line(error)}); remove the operation named, or "
+                "choose another runtime"
             ) from error
         with self._session(program, example_inputs) as session:
             check_agreement(session.outputs(), frozen, example_inputs, subject="executorch")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.errors import ExportError, RuntimeUnavailableError
+from wgates_plugin.errors import ExportError, RuntimeUnavailableError, first_line
 from wgates_plugin.latency.base import (
     flatten_outputs,
     frozen_copy,
@@ -90,8 +90,7 @@ def _where(
 
 def describe_failure(exporter: Callable[..., bytes], error: Exception) -> str:
     """One line: which exporter failed and the first line of why."""
-    reason = str(error).strip().split("\n")[0]
-    return f"{exporter.__name__}: {type(error).__name__}: {reason}"
+    return f"{exporter.__name__}: {type(error).__name__}: {first_line(error)}"
 
 
 def export_torchscript(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from wgates_plugin.errors import FileFormatError
+from wgates_plugin.errors import FileFormatError, first_line
 
 _MEMBER = re.compile(
     r"data/weights/(weight_\d+|model_weights_config\.json)"
@@ -43,10 +43,10 @@ def check_program_file(path: Path) -> None:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("a checksum is wrong")
             problem = next(_problems(archive), None)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # Damage has as many names as there are fields.
         raise FileFormatError(
-            f"exported program `{path}`: not readable ({error}); it is corrupt or was cut off, "
-            "export it again"
+            f"exported program `{path}`: not readable ({first_line(error)}); it is corrupt or was "
+            "cut off, export it again"
         ) from error
     if problem is not None:
         raise FileFormatError(

@@ -124,7 +124,8 @@ def check(job: Job) -> None:
 
     Raises:
         ConfigError, TrainingError, MissingExtraError: labels that the network has no outputs for, data
-            of which no accuracy can be told, samples that are not there, a library that is missing.
+            of which no accuracy can be told, samples that are not there, more workers than there is
+            room for, a library that is missing.
     """
     for loader in (job.train_loader, job.val_loader):
         batches_of(loader)
@@ -133,6 +134,8 @@ def check(job: Job) -> None:
         raise ConfigError(
             "pruning settings", [f"samples_file is `{given}`, no such file; check the path"]
         )
+    if job.latency_target is not None:
+        job.study.farm(job.settings.workers)
     if job.strategy.hands_over_untrained and not job.total_epochs:
         raise ConfigError(
             "pruning settings",
@@ -170,7 +173,8 @@ def _checked_targets(target: object) -> list[Target]:
 def _run(job: Job) -> None:
     """The stages in order; each is skipped when an earlier sitting finished it."""
     preparation.measure_baseline(job)
-    if job.within_limits(job.baseline):
+    capped = any(group.cap < group.channels for group in job.space.groups)
+    if job.within_limits(job.baseline) and not capped:
         logger.info("%s: within the target as it is; nothing to prune", job.name)
         whole = PruningPlan.leading(job.space, job.space.full_widths)
         delivery.export(job, job.dense, 0)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from wgates_plugin.efficiency.base import Budget
-from wgates_plugin.efficiency.farm import Farm
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.sampling import draw_widths
@@ -95,7 +94,7 @@ def fit_lpnet(job: Job) -> None:
                 seed=settings.seed,
                 seconds_per_sample=settings.seconds_per_sample,
                 active=learner.active() if learner else None,
-                farm=Farm.of(settings.workers, job.study.runtime.settings),
+                farm=job.study.farm(settings.workers),
                 on_sample=lambda done, _: bar.reach(done),
             )
         lpnet = job.study.fit(seed=settings.seed, structure=settings.lpnet)

@@ -130,7 +130,7 @@ class Recipe(_Block):
     Attributes:
         target, targets: one target, or a list of them that must all hold.
         dense_training: trains the network first; not used when `model.weights` is given.
-        pruning: `PruningSettings`, with `training` and `gates` inside it.
+        pruning: `PruningSettings`, with `training`, `options` and `unification` inside it.
         run_folder: by default `wgates-runs/NAME`.
         seed: seed of everything.
     """

@@ -344,7 +344,7 @@ def _runtime_problems(
             f"runtime `{runtime.name}` has no {precision}; choose from "
             f"{', '.join(runtime.precisions)}",
         )
-    if isinstance(device, str) and device.partition(":")[0] not in runtime.device_kinds:
+    if isinstance(device, str) and not runtime.takes_device(device):
         yield (
             (*place, "device"),
             f"runtime `{runtime.name}` has no {device}; choose from "

@@ -1,4 +1,4 @@
-"""What every strategy is given, what it answers, and how one is called by name.
+"""What every strategy is given, and what it answers; `table.py` has them by name.
 
 A strategy turns a network, data and a budget into merits of channels and the widths it wants. It does
 not remove anything, and measures only by `Task.settle`: doors and pipeline settle the widths and cut.

@@ -1,4 +1,4 @@
-"""torch-pruning's importances as strategies here: their scores, our budgets, grid and floors.
+"""Channel scores by torch-pruning's importances, and plans from them under our budgets and floors.
 
 Every criterion scores channels of a torch-pruning group; scores are added up by root index and
 averaged over tied conv groups, which gives one score per unit of a `ChannelSpace`. The groups are

@@ -20,9 +20,9 @@ from torch_pruning.pruner.importance import (
 )
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import call_with, device_of, left_as_found
+from wgates_plugin.calling import call_with, device_of, left_as_found, map_tensors
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.training.evaluation import images_of, logits_of, map_tensors, unpack
+from wgates_plugin.training.evaluation import images_of, logits_of, unpack
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 

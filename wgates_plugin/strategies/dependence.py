@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
+from wgates_plugin.calling import ExampleInputs, call_with, left_as_found, map_tensors
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import TraceError
-from wgates_plugin.training.evaluation import map_tensors
 
 
 def check_all_see(

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from wgates_plugin.calling import rng_kept
+
 
 @contextmanager
 def modes_kept(network: nn.Module) -> Iterator[None]:
@@ -24,20 +26,16 @@ def modes_kept(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def rng_kept(device: torch.device) -> Iterator[None]:
-    """Give torch's random state back: even an unshuffled DataLoader draws from it."""
-    forkable = device.type in ("cuda", "xpu")
-    with torch.random.fork_rng(
-        devices=[device] if forkable else [], device_type=device.type if forkable else "cuda"
-    ):
-        yield
+def _samplers(loader: Any) -> list[Any]:
+    """What decides on a loader's order: its sampler, its batch sampler and that one's sampler."""
+    batches = getattr(loader, "batch_sampler", None)
+    found = (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:
     """Random generators that a loader draws from beside the global one."""
-    owners = (loader, getattr(loader, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
+    found = (getattr(owner, "generator", None) for owner in (loader, *_samplers(loader)))
     return [item for item in found if isinstance(item, torch.Generator)]
 
 
@@ -72,9 +70,10 @@ def seed_epoch(seed: int, epoch: int, device: torch.device, loader: Any) -> None
     # nothing of the epochs that an earlier process has done.
     if hasattr(loader, "_num_iter_calls"):
         loader._num_iter_calls = epoch
-    set_sampler_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-    if set_sampler_epoch is not None:
-        set_sampler_epoch(epoch)
+    for sampler in _samplers(loader):
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, call_with
+from wgates_plugin.calling import ExampleInputs, call_with, map_tensors
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.training.as_found import (
     channels_last_within,
@@ -26,7 +26,6 @@ from wgates_plugin.training.evaluation import (
     count_correct,
     cross_entropy,
     logits_of,
-    map_tensors,
     unpack,
 )
 from wgates_plugin.training.launch import default_fabric, share_loader

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wgates_plugin.calling import ExampleInputs, call_with, device_of
+from wgates_plugin.calling import ExampleInputs, call_with, device_of, map_tensors, rng_kept
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.training.as_found import modes_kept, rng_kept
+from wgates_plugin.training.as_found import modes_kept
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,6 @@ def unpack(batch: Any) -> tuple[ExampleInputs, Any]:
     if isinstance(inputs, Mapping):
         return dict(inputs), targets
     return tuple(inputs) if isinstance(inputs, list) else inputs, targets
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `change` done to its tensors: one, or nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return tuple(map_tensors(change, item) for item in value)
-    if isinstance(value, Mapping):
-        return {name: map_tensors(change, item) for name, item in value.items()}
-    return value
 
 
 def images_of(value: Any, part: slice, count: int) -> Any:
@@ -140,7 +129,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, what a network caches could not be trained with
 def evaluate(
     network: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None
 ) -> Evaluation:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from wgates_plugin.calling import call_with, device_of
+from wgates_plugin.calling import call_with, device_of, rng_kept
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.modules import BATCH_NORMS
-from wgates_plugin.training.as_found import modes_kept, rng_kept
+from wgates_plugin.training.as_found import modes_kept
 from wgates_plugin.training.evaluation import images_in, to_device, unpack
 
 
@@ -21,10 +24,13 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
 
     The statistics are reset and become the average over the batches (Yu and Huang 2019,
     "Universally Slimmable Networks", section 3.3), each weighed by its images, until at least `images`
-    images were seen or the loader ends. Only the norms run in train mode, so dropout stays off. Modes,
-    momenta and torch's random state are left as found; if anything fails, so are the statistics.
+    images were seen or the loader ends. A norm that runs several times in a forward pass takes the
+    average over all its calls; one that never runs keeps its statistics. Only the norms run in train
+    mode, so dropout stays off. Modes, momenta and torch's random state are left as found; if anything
+    fails, so are the statistics.
 
-    A network without batch norm is left alone (0 images).
+    Each process sees its own images alone, `SyncBatchNorm` too: one of several may recalibrate. A
+    network without batch norm is left alone (0 images).
 
     Raises:
         TrainingError: `images` is not positive, or the loader gave nothing usable.
@@ -40,13 +46,11 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
         return 0
     device = device_of(network)
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-    momenta = [norm.momentum for norm in norms]
     seen = 0
     try:
-        with modes_kept(network), rng_kept(device):
+        with modes_kept(network), rng_kept(device), _averaging(norms):
             network.eval()
             for norm in norms:
-                norm.reset_running_stats()
                 norm.train()
             for batch in loader:
                 inputs, _ = unpack(to_device(batch, device))
@@ -54,8 +58,6 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
                 if size == 1 and seen:
                     continue
                 seen += size
-                for norm in norms:
-                    norm.momentum = size / seen  # which leaves the average over all images so far
                 call_with(network, inputs)
                 if seen >= images:
                     break
@@ -73,7 +75,35 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
                 "with larger batches"
             ) from error
         raise
+    return seen
+
+
+@contextmanager
+def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the block each norm averages over its own calls in train mode, and syncs with nobody."""
+    seen: dict[nn.Module, int] = {}
+
+    def weigh(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        if not norm.training:
+            return
+        if norm not in seen:
+            norm.reset_running_stats()
+        values = (*args, *kwargs.values())[0]
+        seen[norm] = seen.get(norm, 0) + len(values)
+        norm.momentum = len(values) / seen[norm]  # which leaves the average over all so far
+
+    momenta = [norm.momentum for norm in norms]
+    synced = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm)]
+    handles = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
+    try:
+        for sync in synced:
+            sync.forward = partial(_BatchNorm.forward, sync)  # type: ignore[method-assign]
+        yield
     finally:
+        for sync in synced:
+            del sync.forward
+        for handle in handles:
+            handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    return seen

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found
+from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found, map_tensors
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import PlanError
-from wgates_plugin.training.evaluation import images_in, map_tensors, to_device
+from wgates_plugin.training.evaluation import images_in, to_device
 from wgates_plugin.verification import TOLERANCE, relative_error
 
 Step = Mapping[str, Any]
-WEIGHTED = (*kinds.CONVS, nn.Linear)
+REPLACEABLE = (*kinds.CONVS, nn.Linear)
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Sigmoid)
 
 
@@ -120,7 +120,7 @@ def apply(network: nn.Module, *, chain: Sequence[str], hollow: Sequence[str]) ->
     """
     found = dict(network.named_modules())
     missing = [name for name in (*chain, *hollow) if name not in found]
-    weighted = [name for name in chain if isinstance(found.get(name), WEIGHTED)]
+    weighted = [name for name in chain if isinstance(found.get(name), REPLACEABLE)]
     if missing or not weighted:
         raise PlanError(
             f"plan: step `constant_branches` names `{(missing or ['nothing'])[0]}`, which is not in "
@@ -196,7 +196,7 @@ def _readers(space: ChannelSpace) -> list[str]:
 
 def _is_silent(module: nn.Module | None) -> bool:
     """A layer whose every kernel is exactly zero."""
-    if not isinstance(module, WEIGHTED):
+    if not isinstance(module, REPLACEABLE):
         return False
     return not bool((module.weight != 0).any())
 
@@ -237,7 +237,7 @@ def _chains(
             place = readers[0]
             other, _, tensor, flat = runs[place]
             followed = isinstance(found[other], ELEMENTWISE) or (
-                isinstance(found[other], (*WEIGHTED, *kinds.BATCH_NORMS)) and times[other] == 1
+                isinstance(found[other], (*REPLACEABLE, *kinds.BATCH_NORMS)) and times[other] == 1
             )
             if not flat or not followed:
                 break

@@ -31,6 +31,7 @@ from wgates_plugin.efficiency.lpnet.gaussian import (
     unlikelihood,
 )
 from wgates_plugin.efficiency.lpnet.kernel import LayerInputs, LayerKernel, LayerView
+from wgates_plugin.errors import MeasurementError
 
 MOST_ROWS = 800
 """Measurements that a fit uses at most; the cost grows with their cube."""
@@ -151,7 +152,16 @@ class LayersStructure:
         return self.conditioned(data)
 
     def conditioned(self, data: LatencyData) -> LayersStructure:
-        """The same parameters, knowing `data` and nothing else."""
+        """The same parameters, knowing `data` and nothing else.
+
+        Raises:
+            MeasurementError: all that this one knows of layers are their profiles, and `data` has none.
+        """
+        if not self._copes_with(data):
+            raise MeasurementError(
+                "LPNet: it was fitted with layers' times and knows nothing without them; give "
+                "`layers_ms` with the measurements, or fit anew"
+            )
         twin = self._copy()
         twin._condition(at_most(data, MOST_ROWS))
         return twin
@@ -200,13 +210,17 @@ class LayersStructure:
         """This structure with a prior that has not measured `widths` (N, G) either."""
         if self.prior is None:
             return self
-        known = self.prior.data
+        known, prior = self.prior.data, self.prior._unaware_of(widths)
         fresh = (known.widths[:, None] != widths[None]).any(-1).all(-1)
-        if fresh.all():
+        if fresh.all() and prior is self.prior:
             return self
         twin = self._copy()
-        twin.prior = self.prior.conditioned(known[fresh]) if fresh.any() else None
+        twin.prior = prior.conditioned(known[fresh]) if prior._copes_with(known[fresh]) else None
         return twin
+
+    def _copes_with(self, data: LatencyData) -> bool:
+        """Whether these parameters say something of layers where `data` is all that is known."""
+        return len(data) > 0 and bool(self.base.any() or data.profiled.any())
 
     def _from(self, every: LatencyData, rows: Tensor) -> LayersStructure:
         """What a fit of these rows alone would be; with many, the parameters of this one do, which was
@@ -222,7 +236,8 @@ class LayersStructure:
         found = torch.empty(len(data), self.view.count, dtype=torch.float64)
         every = torch.arange(len(data))
         for part in parts:
-            partial = self.conditioned(data[every[~torch.isin(every, part)]])
+            rest = every[~torch.isin(every, part)]
+            partial = self._unaware_of(data.widths[part])._from(data, rest)
             found[part] = partial.layer_ms(data.widths[part]) / partial.ratio
         return found
 

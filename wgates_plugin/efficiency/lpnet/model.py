@@ -91,7 +91,7 @@ class LPNet:
     Attributes:
         held_out: what cross-validation predicted; intervals are as wide as it was wrong.
         identity: of the runtime that was measured (`Runtime.identity`); None where it is not known.
-        grid: the coarsest channel multiple of all widths that were measured, full ones aside; 1 where
+        grid: the coarsest channel multiple of all widths that `fit` was given, full ones aside; 1 where
             they have none in common. Gates keep to it unless told otherwise.
     """
 
@@ -255,7 +255,11 @@ class LPNet:
         *,
         layers_ms: Sequence[Mapping[str, float] | None] | None = None,
     ) -> LPNet:
-        """A copy that knows all these measurements, with the parameters and report of this one."""
+        """A copy that knows all these measurements, with parameters, report and grid of this one.
+
+        Raises:
+            MeasurementError: as in `fit`; or no `layers_ms`, where this one has learned from them.
+        """
         data = LatencyData.of(self.space, widths, latencies_ms, layers_ms)
         twin = copy.copy(self)
         twin._structure = self._structure.conditioned(data)
@@ -319,7 +323,7 @@ class LPNet:
             model.report = FitReport(**about["report"]) if about["report"] else None
             model.identity = dict(about["identity"]) if about.get("identity") else None
             model.grid = int(about.get("grid", 1))
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"LPNet `{path}`: description and numbers do not fit together ({error}); fit it again"
             ) from error

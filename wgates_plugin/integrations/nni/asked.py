@@ -9,7 +9,12 @@ import torch
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
-from wgates_plugin.efficiency.counts import MacsModel, ParametersModel, model_of
+from wgates_plugin.efficiency.counts import (
+    MacsModel,
+    ParametersModel,
+    efficiency_problems,
+    model_of,
+)
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.nni.choices import LayerChoice
 from wgates_plugin.integrations.nni.selection import Selection, select_groups
@@ -27,7 +32,7 @@ def contradictions(
     by_ratio: bool,
     grid: int = 1,
 ) -> list[str]:
-    problems = []
+    problems = [] if efficiency is None else efficiency_problems(efficiency)
     ratios = [name for name, choice in choices.items() if choice.ratio is not None]
     exact = [name for name in ratios if choices[name].shared is None]
     if by_ratio and exact and grid > 1:

@@ -27,7 +27,7 @@ class LayerChoice:
     Attributes:
         ratio: share of output channels to remove; None leaves it to the target.
         least, most: bounds of that share.
-        dependency: layers of one id lose the same share.
+        dependency: layers of one id lose the same share, or are refused.
         shared: `global_group_id`; layers of one id lose the ratio together, not each.
         follows: its mask is aligned to another layer's, so that it chooses nothing itself.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from nni.compression import LightningEvaluator, TorchEvaluator
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, left_as_found
+from wgates_plugin.calling import ExampleInputs, device_of, left_as_found, map_tensors
 from wgates_plugin.errors import ConfigError
+from wgates_plugin.training.as_found import random_state_kept
 
 EXAMPLE_IMAGES = 2
 """As many images of a training batch are enough to trace a network."""
@@ -94,7 +95,8 @@ def example_from(evaluator: Evaluator | None, model: nn.Module) -> ExampleInputs
     """Example inputs from the evaluator: its dummy input, or what its training first calls with.
 
     The training function runs up to the model's first call and is left there, before anything is
-    learned. Random states of torch are given back.
+    learned. Random states of Python, NumPy and torch (the CPU's, and that of the model's device) are
+    given back; a generator of the loader's own is not.
 
     Raises:
         ConfigError: there is no evaluator, or its training never calls the model.
@@ -116,9 +118,10 @@ def example_from(evaluator: Evaluator | None, model: nn.Module) -> ExampleInputs
         caught.append(_few(kwargs if not args else args if len(args) > 1 else args[0]))
         raise _FirstCall
 
-    with left_as_found(model):
+    with left_as_found(model), random_state_kept(device_of(model), None):
         evaluator.bind_model(model, {name: name for name, _ in model.named_parameters()})
-        handle = model.register_forward_pre_hook(catch, with_kwargs=True)
+        # NNI trains a DistributedDataParallel of its own in place of the user's.
+        handle = evaluator.model.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             evaluator.train(1, None)
         except _FirstCall:
@@ -132,6 +135,18 @@ def example_from(evaluator: Evaluator | None, model: nn.Module) -> ExampleInputs
             ["its training function never calls the model; give `example_inputs=`"],
         )
     return caught[0]
+
+
+def example_of(data: Iterable[Any], model: nn.Module) -> ExampleInputs:
+    """The first images of the first batch (inputs, targets), on the model's device.
+
+    Random states are given back, those of the loader's own generators too.
+    """
+    device = device_of(model)
+    with random_state_kept(device, data):
+        inputs = next(iter(data))[0]
+    example: ExampleInputs = map_tensors(lambda tensor: tensor.to(device), _few(inputs))
+    return example
 
 
 SIDES = (224, 32, 28, 64, 96, 128, 299, 16, 8)

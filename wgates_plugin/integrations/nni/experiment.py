@@ -62,13 +62,18 @@ def _by_strategy(name: str) -> Callable[[Order], Pruner]:
     return lambda order: _strategy(name, order)
 
 
-def _strategy(name: str, order: Order) -> Pruner:
-    assert order.data is not None
+def _every_producer(order: Order) -> ConfigList:
+    """The config of this package's own pruners, which find by themselves what is coupled."""
     ratio = {} if order.sparse_ratio is None else {"sparse_ratio": order.sparse_ratio}
     producers = [s.module for group in order.space.groups for s in group.slots_as("producer")]
+    return [{"op_names": list(dict.fromkeys(producers)), **ratio}]
+
+
+def _strategy(name: str, order: Order) -> Pruner:
+    assert order.data is not None
     return StrategyPruner(
         order.model,
-        [{"op_names": list(dict.fromkeys(producers)), **ratio}],
+        _every_producer(order),
         name,
         order.data,
         epochs=max(1, round(order.training_steps / len(order.data))),  # type: ignore[arg-type]
@@ -79,11 +84,9 @@ def _strategy(name: str, order: Order) -> Pruner:
 
 
 def _wgates(order: Order) -> Pruner:
-    ratio = {} if order.sparse_ratio is None else {"sparse_ratio": order.sparse_ratio}
-    producers = [s.module for group in order.space.groups for s in group.slots_as("producer")]
     return WGatesPruner(
         order.model,
-        [{"op_names": list(dict.fromkeys(producers)), **ratio}],
+        _every_producer(order),
         order.evaluator,
         order.training_steps,
         example_inputs=order.example_inputs,
@@ -149,15 +152,15 @@ def build_pruner(
     if problems:
         raise ConfigError("experiment parameters", problems)
     space = trace(model, example_inputs)
-    by_ratio = "sparse_ratio" in parameters
-    grid = parameters.get("grid") or (1 if by_ratio else measured_grid(efficiency))
+    budget = _budget(space, parameters, efficiency)
+    grid = parameters.get("grid") or (1 if budget is None else measured_grid(budget))
     order = Order(
         model,
         example_inputs,
         evaluator,
         parameters.get("training_steps", TRAINING_STEPS),
         parameters.get("sparse_ratio"),
-        _budget(space, parameters, efficiency),
+        budget,
         space,
         grid,
         data,

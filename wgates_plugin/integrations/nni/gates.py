@@ -8,11 +8,11 @@ wrapper's parameter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
@@ -151,6 +151,22 @@ def _held(network: nn.Module, name: str) -> list[Tensor]:
     return [held for table in tables if (held := table.get(key)) is not None]
 
 
+def mean_over_ranks(gradient: Tensor) -> Tensor:
+    """The gradient's mean over all processes: no DistributedDataParallel knows of the gates' own."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return gradient
+    summed = gradient.clone()
+    distributed.all_reduce(summed)
+    return summed / distributed.get_world_size()
+
+
+def unsynchronised(network: nn.Module) -> AbstractContextManager[None]:
+    """Where a DistributedDataParallel runs without expecting a backward pass after each forward."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        return network.no_sync()
+    return nullcontext()
+
+
 def wrapped_gates(
     network: nn.Module,
     space: ChannelSpace,
@@ -165,7 +181,7 @@ def wrapped_gates(
         found[slot.module] for group in space.groups for slot in group.slots_as("producer")
     ]
     with trained_weights(producers):
-        gates = WGates(network, space, budget, settings, steps=steps)
+        gates = WGates(network, space, budget, settings, steps=steps, average=mean_over_ranks)
     gates.gating = WrappedGating(network, space, gates.gating.source)
     inside: list[Any] = []
 

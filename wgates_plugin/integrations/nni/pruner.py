@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ from wgates_plugin.integrations.nni.evaluators import (
     example_from,
     guessed_inputs,
 )
-from wgates_plugin.integrations.nni.gates import changes, layers_of, wrapped_gates
+from wgates_plugin.integrations.nni.gates import (
+    changes,
+    layers_of,
+    unsynchronised,
+    wrapped_gates,
+)
 from wgates_plugin.integrations.nni.masks import (
     Masks,
     closed_units,
@@ -74,8 +80,8 @@ class WGatesPruner(Pruner):
             channel space that returns one, or a `Budget` of several limits. By default MACs.
         target: the limit in the model's unit, or a `MacsTarget`, `ParametersTarget` or
             `LatencyTarget` (which needs an `LPNet`).
-        settings: how gates learn, and the channel multiple; by default, under a latency, that of the
-            widths which LPNet has measured.
+        settings: how gates learn, and the channel multiple; where they name none, under a latency,
+            it is that of the widths which LPNet has measured.
         min_channels: least width of every layer.
 
     Attributes:
@@ -101,15 +107,14 @@ class WGatesPruner(Pruner):
         min_channels: int = 1,
     ) -> None:
         by_ratio = target is None and not isinstance(efficiency, Budget)
-        if settings is None:
-            settings = WGatesSettings(grid=1 if by_ratio else measured_grid(efficiency))
+        settings = settings or WGatesSettings()
         untrained = evaluator is None and training_steps is None
         if untrained:
             training_steps = 0
         read = read_config(model, config_list)
         choices, problems = read.choices, list(read.problems)
         problems += contradictions(
-            choices, efficiency, target, by_ratio=by_ratio, grid=settings.grid
+            choices, efficiency, target, by_ratio=by_ratio, grid=settings.grid or 1
         )
         problems += duration_problems(training_steps, evaluator, settings)
         if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
@@ -125,14 +130,16 @@ class WGatesPruner(Pruner):
             example_inputs = guessed_inputs(model)
         if example_inputs is None:
             example_inputs = example_from(evaluator, model)
-        traced = DependencyTrace(model, example_inputs)
-        verify(traced, traced.space())
+        with unsynchronised(model):
+            traced = DependencyTrace(model, example_inputs)
+            verify(traced, traced.space())
         selection = checked_selection(traced.space(min_channels=min_channels), choices, by_ratio)
         # Groups the config leaves alone stay in the space at full width: an LPNet of the whole
         # network then fits, whatever is pruned.
         space = traced.space(floors=selection.floors, caps=selection.caps)
         budget = budget_of(space, selection, efficiency, target)
-        check_feasible(space, budget, settings.grid)
+        grid = settings.grid or measured_grid(budget)
+        check_feasible(space, budget, grid)
         self._readers = open_readers(model, space, example_inputs, selection.chosen)
         self._needed = needed_targets(
             model, out_targets(model, space, selection.chosen), self._readers
@@ -153,7 +160,7 @@ class WGatesPruner(Pruner):
         self.space, self.budget = space, budget
         self.left_out = selection.left_out
         self.plan: PruningPlan | None = None
-        self._settings = settings
+        self._settings, self._grid = replace(settings, grid=grid), grid
         self._longest: int | None = None
         self._renew_gates()
         self._undo: Callable[[], None] | None = None
@@ -254,6 +261,7 @@ class WGatesPruner(Pruner):
                 ],
             )
         self._longest = max_steps
+        self._steps_done, self._last_step = 0, None  # a call that broke off leaves its own
         if self.training_steps == 0 and not max_epochs and not max_steps:
             self._renew_gates()
             self._decide()
@@ -378,7 +386,7 @@ class WGatesPruner(Pruner):
             index = torch.from_numpy(self.space.unit_index(name, "out"))
             owned = index < self.space.total_units
             scores[index[owned]] = held["weight"].flatten()[owned]
-        earlier, grid = self._closed(), self._settings.grid
+        earlier, grid = self._closed(), self._grid
         # What is closed already counts towards ratio and target, before anything else goes.
         scores[earlier] = scores.min() - 1e-6
         space = still_open(self.space, earlier)

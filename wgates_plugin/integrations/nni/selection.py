@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +77,7 @@ def select_groups(
     for name, choice in choices.items():
         if name not in inside and not choice.follows:
             result.left_out[name] = space.excluded.get(name, "its channels cannot be removed")
+    result.problems += _apart(space, choices)
     _share(result, space, choices)
     return result
 
@@ -148,6 +149,27 @@ def _bound(
         return
     result.floors[group.name] = floor
     result.caps[group.name] = high * group.ties
+
+
+def _apart(space: ChannelSpace, choices: Mapping[str, LayerChoice]) -> Iterator[str]:
+    """One problem for each `dependency_group_id` over layers whose widths nothing holds together.
+
+    Where each layer has its own exact ratio, that does.
+    """
+    apart: dict[GroupId, dict[frozenset[int], str]] = {}
+    for name, choice in choices.items():
+        exact = choice.ratio is not None and choice.shared is None
+        if choice.dependency is not None and not choice.follows and not exact:
+            groups = frozenset(index for index, _ in space.slots_of.get((name, "out"), []))
+            apart.setdefault(choice.dependency, {}).setdefault(groups, name)
+    for group_id, layers in apart.items():
+        if len(layers) > 1:
+            shown = ", ".join(f"`{name}`" for name in layers.values())
+            yield (
+                f"dependency_group_id {group_id!r}: {shown} share no channels, so that each finds a "
+                "width of its own; leave the id out (coupled layers are found by tracing), or give "
+                "the layers a sparse_ratio"
+            )
 
 
 def _share(result: Selection, space: ChannelSpace, choices: Mapping[str, LayerChoice]) -> None:

@@ -15,9 +15,11 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni.asked import Efficiency
 from wgates_plugin.integrations.nni.choices import ConfigList
+from wgates_plugin.integrations.nni.evaluators import example_of
 from wgates_plugin.integrations.nni.gates import load_wrapped, unwrapped_state
 from wgates_plugin.integrations.nni.masks import Masks
 from wgates_plugin.integrations.nni.pruner import WGatesPruner
+from wgates_plugin.integrations.strategy_checks import data_problems, learning_problems
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.strategies.table import make_strategy, strategy_problems
@@ -46,12 +48,14 @@ class StrategyPruner(WGatesPruner):
     Args:
         strategy: a key of `wgates_plugin.strategies.STRATEGIES`, or "package.module:Class"; its own
             settings are `options`.
-        data: batches (inputs, targets), with a length.
-        epochs, training, loss: of its phase; without effect where it does not learn.
+        data: batches (inputs, targets), with a length. Criteria by weights alone look at none.
+        epochs, training: of its phase; without effect where it does not learn.
+        loss: a function of logits and targets: what its phase minimises, and whose gradients "taylor",
+            "hessian" and "knapsack" rank by. By default cross-entropy.
         grid: channel multiple that widths keep to, under a target; by default, under a latency, that
             of the widths which LPNet has measured.
         model, config_list, example_inputs, efficiency, target, min_channels: as in `WGatesPruner`;
-            example inputs are by default the first batch.
+            example inputs are by default the first images of the first batch.
 
     Attributes:
         decision: what the strategy answered, after `compress()`.
@@ -83,15 +87,16 @@ class StrategyPruner(WGatesPruner):
         min_channels: int = 1,
     ) -> None:
         problems = strategy_problems(strategy, options or {})
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-            problems.append(f"epochs {epochs!r}: needs a whole number from 0")
+        if not problems:
+            problems += data_problems(strategy, data, traced_on=example_inputs is None)
+        problems += learning_problems(epochs=epochs, seed=seed, training=training, loss=loss)
         if strategy in NEED_A_TARGET and target is None and not isinstance(efficiency, Budget):
             problems.append(NEED_A_TARGET[strategy])
         if problems:
             raise ConfigError("StrategyPruner", problems)
         self.strategy, self._name = make_strategy(strategy, options), strategy
         if example_inputs is None:
-            example_inputs = next(iter(data))[0]
+            example_inputs = example_of(data, model)
         if self.strategy.prepare(copy.deepcopy(model), example_inputs):
             raise ConfigError(
                 "StrategyPruner",
@@ -113,7 +118,7 @@ class StrategyPruner(WGatesPruner):
             example_inputs=example_inputs,
             efficiency=efficiency,
             target=target,
-            settings=None if grid is None else WGatesSettings(grid=grid),
+            settings=WGatesSettings(grid=grid),
             min_channels=min_channels,
         )
 
@@ -146,7 +151,7 @@ class StrategyPruner(WGatesPruner):
                 self.budget,
                 self._example,
                 self._data,
-                grid=self.gates.settings.grid,
+                grid=self.gates.grid,
                 epochs=epochs,
                 total_epochs=max(1, epochs),
                 training=self._training,
@@ -164,7 +169,7 @@ class StrategyPruner(WGatesPruner):
             self.decision.scores,
             self.decision.widths,
             self.budget,
-            self.gates.settings.grid,
+            self.gates.grid,
             strategy=self._name,
         )
         return self._masks_of(plan)

@@ -12,7 +12,7 @@ from torch import nn
 from wgates_plugin import modules as kinds
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget
+from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.efficiency.belonging import check_inputs
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.torch_pruning import options
@@ -50,25 +50,30 @@ class TracedPruner(tp.pruner.BasePruner):
         words: Words,
         problems: list[str],
         *,
-        grid: int,
+        grid: int | None,
     ) -> None:
-        """Check all words at once (`problems`: those of the caller), trace, and set the goal."""
+        """Check all words at once (`problems`: those of the caller), trace, and set the goal.
+
+        A `grid` of None is that of the widths which the budget's latency model has measured.
+        """
         problems = words.problems(model) + problems
         if problems:
             raise ConfigError(self._subject, problems + target_problems(words.target))
-        self._grid, self._inputs = grid, example_inputs
+        self._inputs = example_inputs
         self._dims = options.parameter_dims(model, words.unwrapped_parameters)
         self._trace = DependencyTrace(model, example_inputs, parameter_dims=self._dims)
         self.model = model
         space, self._ignored = words.space(self._trace, model)
         verify(self._trace, space)
         self.space = self._now = space
-        self._set_what_siblings_have(words)
         budget = None
         if words.budgeted:
             budget = as_budget(space, words.efficiency, words.target)
             check_inputs(budget, example_inputs)
-            check_reachable(space, budget, grid, told_unit=words.efficiency is not None)
+        self._grid = grid or measured_grid(budget)
+        if budget is not None:
+            check_reachable(space, budget, self._grid, told_unit=words.efficiency is not None)
+        self._set_what_siblings_have(words)
         with options.told_as(self._subject):
             self._goal = self._make_goal(budget, words.ratios)
         self.plan: PruningPlan | None = None
@@ -128,6 +133,8 @@ class TracedPruner(tp.pruner.BasePruner):
     def _make_goal(self, budget: Budget | None, ratios: options.Ratios) -> Goal:
         steps, scheduler = self.iterative_steps, self.iterative_pruning_ratio_scheduler
         if budget is None:
+            for words in options.ratios_without_effect(self.model, self.space, ratios.by_module):
+                warnings.warn(f"{self._subject}: {words}", stacklevel=4)
             scopes = options.scopes_of(self.model, self.space, ratios, steps, scheduler)
             return RatioGoal(self.space, scopes, self._grid)
         full = torch.tensor(self.space.full_widths, dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit, check_target
 from wgates_plugin.efficiency.belonging import check_models
-from wgates_plugin.efficiency.counts import model_of
+from wgates_plugin.efficiency.counts import efficiency_problems, model_of
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError, TargetError
 from wgates_plugin.integrations.torch_pruning.options import SUBJECT
 from wgates_plugin.strategies.budgeting import check_feasible
@@ -100,11 +100,12 @@ class _OfSmaller:
 
 def goal_problems(efficiency: object, target: float | None) -> list[str]:
     """What is wrong with the two together, before the network is looked at."""
+    problems = efficiency_problems(efficiency)
     if isinstance(efficiency, Budget) and target is not None:
-        return ["target: a Budget holds its targets, leave it out"]
+        problems.append("target: a Budget holds its targets, leave it out")
     if efficiency is not None and not isinstance(efficiency, Budget) and target is None:
-        return ["efficiency: give its `target` too, or a Budget"]
-    return []
+        problems.append("efficiency: give its `target` too, or a Budget")
+    return problems
 
 
 def target_problems(target: object) -> list[str]:

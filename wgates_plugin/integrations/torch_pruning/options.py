@@ -108,10 +108,9 @@ def scopes_of(
     """Which groups are ranked together, and how much of each scope goes.
 
     Raises:
-        ConfigError: a module of `pruning_ratio_dict` has no prunable group, or one group gets two
-            ratios.
+        ConfigError: coupled layers get two ratios.
     """
-    named = _ratios_by_group(network, space, ratios)
+    named = _ratios_by_group(network, space, ratios.by_module)
     default = schedule(scheduler, ratios.ratio, steps)
 
     def of(group: ChannelGroup) -> tuple[object, tuple[float, ...]]:
@@ -143,33 +142,63 @@ def check_ratio_modules(network: nn.Module, by_module: Mapping[Any, float] | Non
         raise ConfigError(SUBJECT, problems)
 
 
-def _ratios_by_group(
-    network: nn.Module, space: ChannelSpace, ratios: Ratios
-) -> dict[str, tuple[int, float]]:
-    """Group name -> (number of its dictionary entry, ratio)."""
+def ratios_without_effect(
+    network: nn.Module, space: ChannelSpace, by_module: Mapping[Any, float]
+) -> list[str]:
+    """Entries of `pruning_ratio_dict` that ask for channels to go where all of them stay."""
+    pruned = {
+        slot.module for group in space.groups for slot in group.slots if slot.role != "consumer"
+    }
+    return [
+        f"pruning_ratio_dict: {ratio} for `{layers[0]}` has no effect, nothing of it is pruned"
+        + (f" ({space.excluded[layers[0]]})" if layers[0] in space.excluded else "")
+        for _, ratio, layers in _entries(network, by_module)
+        if ratio > 0 and pruned.isdisjoint(layers)
+    ]
+
+
+def _entries(
+    network: nn.Module, by_module: Mapping[Any, float]
+) -> Iterator[tuple[int, float, list[str]]]:
+    """(number of the entry, ratio, names of one of its modules and of all within it)."""
     names = {module: name for name, module in network.named_modules()}
+    for number, (key, ratio) in enumerate(by_module.items()):
+        for module in key if isinstance(key, tuple) else (key,):
+            yield number, ratio, [names[inner] for inner in module.modules()]
+
+
+def _ratios_by_group(
+    network: nn.Module, space: ChannelSpace, by_module: Mapping[Any, float]
+) -> dict[str, tuple[int, float]]:
+    """Group name -> (number of its dictionary entry, ratio).
+
+    As in torch-pruning, a layer's last entry counts, and what produces a group's channels speaks for
+    it before what they pass through. A module speaks for the channels that it produces, one without
+    any (a norm) for those that pass.
+    """
+    producers = {slot.module for group in space.groups for slot in group.slots_as("producer")}
+    entry_of: dict[str, tuple[int, float]] = {}
+    for number, ratio, layers in _entries(network, by_module):
+        produced = [layer for layer in layers if layer in producers]
+        entry_of.update(dict.fromkeys(produced or layers, (number, ratio)))
     chosen: dict[str, tuple[int, float]] = {}
     problems = []
-    for number, (key, ratio) in enumerate(ratios.by_module.items()):
-        modules = key if isinstance(key, tuple) else (key,)
-        for module in modules:
-            inner = {names[m] for m in module.modules() if m in names}
-            touched = [
-                group.name
-                for group in space.groups
-                if any(slot.module in inner for slot in group.slots_as("producer"))
-            ]
-            if not touched:
-                problems.append(
-                    f"pruning_ratio_dict: `{names[module]}` produces no prunable channels"
-                )
-            for name in touched:
-                entry = chosen.setdefault(name, (number, ratio))
-                if entry[1] != ratio:
-                    problems.append(
-                        f"pruning_ratio_dict: group `{name}` gets {entry[1]} and {ratio} (by "
-                        f"`{names[module]}`); its layers are coupled, give them one ratio"
-                    )
+    for group in space.groups:
+        found = [
+            [slot.module for slot in group.slots_as(role) if slot.module in entry_of]
+            for role in ("producer", "passenger")
+        ]
+        layers = found[0] or found[1]
+        if not layers:
+            continue
+        first, chosen[group.name] = layers[0], entry_of[layers[0]]
+        problems += [
+            f"pruning_ratio_dict: group `{group.name}` gets {entry_of[first][1]} and "
+            f"{entry_of[other][1]} (by `{first}` and `{other}`); its layers are coupled, give them "
+            "one ratio"
+            for other in layers
+            if entry_of[other][1] != entry_of[first][1]
+        ]
     if problems:
         raise ConfigError(SUBJECT, problems)
     return chosen

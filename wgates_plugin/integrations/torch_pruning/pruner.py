@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget, measured_grid
+from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
 from wgates_plugin.integrations.torch_pruning import checks, options
 from wgates_plugin.integrations.torch_pruning.base import TracedPruner
@@ -50,7 +50,7 @@ class WGatesPruner(TracedPruner):
             target counts MACs, never milliseconds: those need an `LPNet`.
         target: the limit in the model's unit (ms, MACs, parameters); None for a `Budget`.
         pruning_ratio: share of the channels to remove; 0.5 if there is no target.
-        pruning_ratio_dict: module or tuple of modules -> its own ratio.
+        pruning_ratio_dict: module or tuple of modules -> its own ratio; a layer's last entry counts.
         global_pruning, isomorphic: rank over all groups, or over groups of one structure.
         max_pruning_ratio: largest share of any group that may go.
         round_to: channel multiple of every width that is cut; by default, under a latency, that of
@@ -60,7 +60,8 @@ class WGatesPruner(TracedPruner):
             and are attached anew after each.
         ignored_layers: modules, names or module types whose output channels stay.
         root_module_types: only groups with a producer of these types are pruned.
-        unwrapped_parameters: bare parameters and their channel dimension, for the tracing.
+        unwrapped_parameters: bare parameters and their channel dimension, for the tracing alone:
+            channels that share one stay, for no parameter is cut outside of a layer.
         steps: gate steps to come before each `step()`: at most half of them is spent on
             measuring. Needed for settings that slide the target.
         min_channels, min_fraction, floors, caps: see `wgates_plugin.trace`.
@@ -113,7 +114,7 @@ class WGatesPruner(TracedPruner):
         **others: Any,
     ) -> None:
         model = options.plain(model)
-        settings = settings or WGatesSettings(grid=measured_grid(efficiency))
+        settings = settings or WGatesSettings()
         problems = []
         if round_to is not None and not checks.is_whole(round_to, least=1):
             problems.append(f"round_to {round_to!r}: needs a whole number from 1")
@@ -129,10 +130,7 @@ class WGatesPruner(TracedPruner):
             )
         if average is not None and not callable(average):
             problems.append(f"average {average!r}: needs a function of the gates' gradient")
-        self._settings = settings
         self._gate_steps, self._average = steps, average
-        if not problems and round_to is not None:
-            self._settings = replace(settings, grid=round_to)
         words = Words(
             efficiency=efficiency,
             target=target,
@@ -152,10 +150,10 @@ class WGatesPruner(TracedPruner):
             caps=caps,
             others=others,
         )
-        self._open(model, example_inputs, words, problems, grid=self._settings.grid)
+        self._open(model, example_inputs, words, problems, grid=round_to or settings.grid)
+        measuring = settings.measuring if importance is None else 0
+        self._settings = replace(settings, grid=self._grid, measuring=measuring)
         self._learned, self._unfinished = False, False
-        if importance is not None:
-            self._settings = replace(self._settings, measuring=0)
         ranking = (
             None
             if importance is None

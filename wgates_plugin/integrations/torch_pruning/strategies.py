@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
-from wgates_plugin.efficiency.base import measured_grid
 from wgates_plugin.errors import PlanError
+from wgates_plugin.integrations.strategy_checks import data_problems, learning_problems
 from wgates_plugin.integrations.torch_pruning import checks
 from wgates_plugin.integrations.torch_pruning.base import TracedPruner
 from wgates_plugin.integrations.torch_pruning.options import plain
@@ -21,7 +21,6 @@ from wgates_plugin.integrations.torch_pruning.words import Efficiency, Words
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
-from wgates_plugin.strategies.criteria import CRITERIA
 from wgates_plugin.strategies.metapruning import MetaPruningStrategy
 from wgates_plugin.strategies.metapruning.genes import Genes, check_searchable
 from wgates_plugin.strategies.table import make_strategy, strategy_problems
@@ -48,20 +47,6 @@ def _goal_problems(strategy: str, budgeted: bool) -> list[str]:
     ]
 
 
-def _data_problems(strategy: str, data: Any) -> list[str]:
-    """Criteria by weights alone look at no data; all others need batches and their number."""
-    if strategy in CRITERIA and not CRITERIA[strategy].needs_data:
-        return []
-    try:
-        count = len(data)
-    except TypeError:
-        count = None
-    if count and isinstance(data, Iterable):
-        return []
-    got = "no batches" if count == 0 else f"{type(data).__name__}"
-    return [f"data: got {got}; `{strategy}` needs batches (inputs, targets), with a length"]
-
-
 class StrategyPruner(TracedPruner):
     """A strategy by name: `step()` lets it decide on your data and removes exactly.
 
@@ -75,7 +60,9 @@ class StrategyPruner(TracedPruner):
         strategy: a key of `wgates_plugin.strategies.STRATEGIES`, or "package.module:Class"; its own
             settings are `options`.
         data: batches (inputs, targets), with a length; None for criteria of weights alone.
-        epochs, training, loss: of its phase; without effect where it does not learn.
+        epochs, training: of its phase; without effect where it does not learn.
+        loss: of logits and targets, which it learns by, or ranks by ("taylor", "hessian", "knapsack",
+            "functionality"); cross entropy by default.
         round_to: channel multiple of every width that is cut; by default, under a latency, that of
             the widths which LPNet has measured, and 1 otherwise.
         efficiency, target, and all other words: as in `WGatesPruner`; without `efficiency`, a
@@ -133,20 +120,12 @@ class StrategyPruner(TracedPruner):
         problems = strategy_problems(strategy, options or {})
         if not problems:
             problems += _goal_problems(strategy, target is not None or efficiency is not None)
-            problems += _data_problems(strategy, data)
+            problems += data_problems(strategy, data)
         if (steps := others.pop("iterative_steps", 1)) != 1:
             problems.append(f"iterative_steps {steps!r}: a strategy decides once; leave it at 1")
-        for word, value, least in (
-            ("epochs", epochs, 0),
-            ("seed", seed, 0),
-            ("round_to", round_to, 1),
-        ):
-            if not (checks.is_whole(value, least=least) or (word == "round_to" and value is None)):
-                problems.append(f"{word} {value!r}: needs a whole number from {least}")
-        if training is not None and not isinstance(training, TrainingSettings):
-            problems.append(f"training {training!r}: needs TrainingSettings")
-        if loss is not None and not callable(loss):
-            problems.append(f"loss {loss!r}: needs a function of logits and targets")
+        problems += learning_problems(epochs=epochs, seed=seed, training=training, loss=loss)
+        if round_to is not None and not checks.is_whole(round_to, least=1):
+            problems.append(f"round_to {round_to!r}: needs a whole number from 1")
         if not problems:
             self.strategy = make_strategy(strategy, options)
             if self.strategy.prepare(copy.deepcopy(model), example_inputs):
@@ -173,9 +152,7 @@ class StrategyPruner(TracedPruner):
             caps=caps,
             others=others,
         )
-        self._open(
-            model, example_inputs, words, problems, grid=round_to or measured_grid(efficiency)
-        )
+        self._open(model, example_inputs, words, problems, grid=round_to)
         if isinstance(self.strategy, MetaPruningStrategy):
             mine = self.strategy.settings
             genes = Genes.of(self.space, self._grid, mine.least_share, mine.share_step)

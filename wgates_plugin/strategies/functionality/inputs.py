@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, call_with
+from wgates_plugin.calling import ExampleInputs, call_with, map_tensors
 from wgates_plugin.errors import TraceError
-from wgates_plugin.training.evaluation import map_tensors
 
 Key = str | int | None
 

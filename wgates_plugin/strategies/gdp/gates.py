@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found
+from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found, map_tensors
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.efficiency.constraint import AugmentedLagrangian
@@ -30,9 +30,10 @@ from wgates_plugin.strategies.gdp.polarisation import (
     smooth_l0_slope,
     soft_threshold,
 )
+from wgates_plugin.strategies.skipping import note_skipped
 from wgates_plugin.strategies.wgates.functions import positive_counts
 from wgates_plugin.strategies.wgates.scores import ranks_within
-from wgates_plugin.training.evaluation import map_tensors, to_device
+from wgates_plugin.training.evaluation import to_device
 from wgates_plugin.verification import relative_error
 
 MEMORY = 0.05
@@ -61,7 +62,8 @@ class GDPSettings:
         travel: sum of all step sizes of `x`, in gates' gradients of mean size.
         remove_branches: let every channel of a residual branch close, whatever floor all groups have;
             only its constant stays. Not where the group has a floor of its own.
-        grid: channel multiple the runtime likes; widths are decided on it.
+        grid: channel multiple the runtime likes; widths are decided on it. None takes the one that the
+            budget's latency model was measured on, 1 where it names none.
     """
 
     epsilon_start: float = 0.1
@@ -70,7 +72,7 @@ class GDPSettings:
     settle_fraction: float = 0.8
     travel: float = 4.0
     remove_branches: bool = True
-    grid: int = 1
+    grid: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -86,8 +88,8 @@ class GDPSettings:
             )
         if not 0 < self.travel < float("inf"):
             problems.append(f"travel is {self.travel}, needs a positive finite number")
-        if not isinstance(self.grid, int) or self.grid < 1:
-            problems.append(f"grid is {self.grid!r}, needs a whole number from 1")
+        if self.grid is not None and (not isinstance(self.grid, int) or self.grid < 1):
+            problems.append(f"grid is {self.grid!r}, needs a whole number from 1, or None")
         if problems:
             raise ConfigError("GDP settings", problems)
 
@@ -99,6 +101,9 @@ class PolarisedGates:
     `absorb()`, after which `unit_scores()` holds the gates' values, 0 for a closed channel, and the
     network computes without gates what it computed with them (what a `Scatter` reads keeps its closed
     channels until they are removed).
+
+    A gradient that is not finite (an overflow under a loss scaler, a bad batch) steps no gate; for a
+    batch of which you skip the step yourself, call `discard()`.
 
     Args:
         steps: gate steps to come.
@@ -123,16 +128,17 @@ class PolarisedGates:
         settle: Settle | None = None,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
-        self.settings = settings or GDPSettings(grid=measured_grid(budget))
+        self.settings = settings or GDPSettings()
+        self.grid = self.settings.grid or measured_grid(budget)
         self.steps, self.average, self.example_inputs = max(1, steps), average, example_inputs
         self._measured = settle
-        check_feasible(space, budget, self.settings.grid)
+        check_feasible(space, budget, self.grid)
         device = device_of(network)
         count = space.total_units
         self.x = torch.ones(count, device=device)
         self._rigid = rigid_units(network, space).to(device)
         self._ties = _per_unit(space, [float(group.ties) for group in space.groups]).to(device)
-        least = space.least_widths(self.settings.grid)
+        least = space.least_widths(self.grid)
         self._least = torch.tensor(least, dtype=torch.float64)
         may_close = self.settings.remove_branches and example_inputs is not None
         self.branches = Branches(space, least, self._output if may_close else None)
@@ -147,6 +153,8 @@ class PolarisedGates:
         self._mean = torch.zeros(count, device=device)
         self._fisher = torch.zeros(count, device=device)
         self._size = 0.0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
         self._leaf: Tensor | None = None
         self._forced: Tensor | None = None
 
@@ -166,11 +174,17 @@ class PolarisedGates:
 
     def detach(self) -> nn.Module:
         """Take the gates off and hand the plain network back, without them in its weights."""
-        self._leaf = None
+        self.discard()
         return self.gating.detach()
 
+    def discard(self) -> None:
+        """Forget the gradient collected since the last `regularize()`: for a batch that is skipped."""
+        self._leaf = None
+
     def absorb(self) -> nn.Module:
-        """Take the gates off and multiply them into the kernels that read the channels."""
+        """Take the gates off and multiply them into the kernels that read the channels, once."""
+        if self.absorbed:
+            return self.detach()
         self.settle()
         network = self.detach()
         self.absorbed = True
@@ -198,7 +212,7 @@ class PolarisedGates:
             return self.settled
         counts = positive_counts(self.space, self.x.abs())
         return tuple(
-            group.round_up(count * group.ties, self.settings.grid)
+            group.round_up(count * group.ties, self.grid)
             for group, count in zip(self.space.groups, counts, strict=True)
         )
 
@@ -212,23 +226,35 @@ class PolarisedGates:
             self._leaf = self.unit_scores().requires_grad_(True)
         return self._leaf
 
-    def regularize(self) -> dict[str, float]:
+    def regularize(self, *, scale: float = 1.0) -> dict[str, float]:
         """Step the gates by the task's gradient and the budget, and report the step.
 
-        Call once per optimizer step, after `loss.backward()`.
+        Call once per optimizer step, after `loss.backward()`. Where the gradient is not finite the
+        gates stay as they are, which `skipped` counts.
+
+        Args:
+            scale: what the loss was multiplied by (`GradScaler.get_scale()`). A constant scale makes
+                no difference, for gates step by the gradient's relative size; one that changes does.
 
         Raises:
-            TrainingError: no gradient reached the gates, or one that is not finite.
+            TrainingError: no gradient reached the gates, or no finite one for 100 calls in a row.
         """
-        if self._leaf is None or self._leaf.grad is None:
+        leaf = self._leaf
+        if leaf is None or leaf.grad is None:
             raise TrainingError(
                 "gates: no gradient reached them; run the attached network in train mode and call "
                 "`loss.backward()` before `regularize()`"
             )
-        task = self._leaf.grad if self.average is None else self.average(self._leaf.grad)
+        self.discard()
+        task = leaf.grad if self.average is None else self.average(leaf.grad)
+        task = task / scale
+        # Averaged first, so that all ranks skip together.
         if not torch.isfinite(task).all():
-            raise TrainingError(f"gates: gradient not finite at gate step {self.step}")
-        self._leaf = None
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+            note_skipped(self.step, self._skipped_in_a_row)
+            return self._monitor()
+        self._skipped_in_a_row = 0
         before, epsilon = self.x, self.epsilon
         # A step size that carries `x` from open to closed within the phase, however long (ours).
         rate = self.settings.travel / self.steps
@@ -357,7 +383,7 @@ class PolarisedGates:
             for index, group in enumerate(self.space.groups)
         ]
         space = dataclasses.replace(self.space, groups=tuple(limits))
-        settled = fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.settings.grid)
+        settled = fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.grid)
         if self._measured is not None:
             measured, _ = self._measured(merits.cpu(), settled)
             settled = tuple(
@@ -391,11 +417,12 @@ class PolarisedGates:
         widths = torch.tensor(self.widths(), dtype=torch.float64)
         gates = self.unit_scores()
         return {
-            "step": float(self.step - 1),
+            "step": float(max(0, self.step - 1)),
             "violation": float(self.budget.excess(widths)),
             "open_share": float((self.x != 0).float().mean()),
             "undecided_share": float(((gates > 0.05) & (gates < 0.95)).float().mean()),
             "multiplier": float(self.constraint.multipliers.max()),
+            "skipped": float(self.skipped),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -407,6 +434,7 @@ class PolarisedGates:
             "closed_at": self._closed_at,
             "size": self._size,
             "step": self.step,
+            "skipped": self.skipped,
             "constraint": self.constraint.state_dict(),
             "settled": None if self.settled is None else list(self.settled),
             "dead": list(self.branches.closed),
@@ -420,6 +448,7 @@ class PolarisedGates:
         self._fisher = state["fisher"].to(device)
         self._closed_at = state["closed_at"].to(device).clone()
         self._size, self.step = float(state["size"]), int(state["step"])
+        self.skipped = int(state["skipped"])
         self.constraint.load_state_dict(state["constraint"])
         self.settled = None if state["settled"] is None else tuple(state["settled"])
         self.branches.closed, self.branches.needed = list(state["dead"]), list(state["needed"])

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from wgates_plugin.calling import device_of
+from wgates_plugin.calling import device_of, rng_kept
 from wgates_plugin.errors import MissingExtraError, TrainingError, WGatesError
 from wgates_plugin.latency.base import require
 from wgates_plugin.strategies.metapruning.genes import Widths
 from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
-from wgates_plugin.training.as_found import modes_kept, random_state_kept, rng_kept, seed_epoch
+from wgates_plugin.training.as_found import modes_kept, random_state_kept, seed_epoch
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.evaluation import answer, evaluate
 from wgates_plugin.training.recalibration import recalibrate_batchnorm
@@ -91,7 +91,7 @@ class Fitness:
             self._judged(self.pruning_net, list(itertools.islice(iter(self.held_out), 1)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_loss(network: nn.Module, loader: Iterable[Any], loss: LossFunction) -> float:
     """Mean of `loss(logits, targets)` over the loader's images, in eval mode. Modes and torch's
     random state are left as found.

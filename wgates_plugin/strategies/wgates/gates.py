@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Settle
+from wgates_plugin.strategies.skipping import note_skipped
 from wgates_plugin.strategies.wgates.functions import (
     open_mask,
     per_unit,
@@ -27,11 +27,6 @@ from wgates_plugin.strategies.wgates.functions import (
 from wgates_plugin.strategies.wgates.scores import SCORES, no_autocast
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 from wgates_plugin.strategies.wgates.starting import StartingPoint
-
-logger = logging.getLogger("wgates_plugin")
-
-MOST_SKIPPED = 100
-"""Updates without a finite gradient in a row: a loss scaler has found its scale long before."""
 
 
 class WGates:
@@ -74,19 +69,21 @@ class WGates:
         waiting: bool = False,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
-        self.settings = settings or WGatesSettings(grid=measured_grid(budget))
+        self.settings = settings or WGatesSettings()
+        self.grid = self.settings.grid or measured_grid(budget)
         self.steps, self.average, self._settle = steps, average, settle
         if self.settings.start == "open" and not steps:
             raise ConfigError(
                 "W-Gates", ['start="open" slides the target over the phase: give `steps`']
             )
-        budgeting.check_feasible(space, budget, self.settings.grid)
+        budgeting.check_feasible(space, budget, self.grid)
         self.scores = SCORES[self.settings.scores](network, space)
         self.starting = StartingPoint(
             space,
             budget,
             self.settings,
             self.scores.norms,
+            grid=self.grid,
             steps=steps,
             ranking=ranking,
             carried=carried,
@@ -150,7 +147,7 @@ class WGates:
         """The mask of these scores; caps would close channels that are yet to be measured."""
         if self.merits.wanted:
             return self.starting.opened().to(scores, copy=True)  # a leaf is made of it
-        return open_mask(self.space, scores, self.settings.grid)
+        return open_mask(self.space, scores, self.grid)
 
     def current_budget(self) -> Budget:
         """The budget of this step: the target itself, or the sliding one on its way down."""
@@ -204,17 +201,9 @@ class WGates:
 
     def _skip(self, scores: Tensor) -> dict[str, float]:
         """Report a step that was not made."""
-        if self._skipped_in_a_row == 0:
-            logger.warning(
-                "gates: gradient not finite at gate step %d; this update is skipped", self.step
-            )
         self.skipped += 1
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= MOST_SKIPPED:
-            raise TrainingError(
-                f"gates: gradient not finite at gate step {self.step}, in {MOST_SKIPPED} calls in a "
-                "row; look at the loss and the weights for values that are not finite"
-            )
+        note_skipped(self.step, self._skipped_in_a_row)
         return self._unmoved(scores, self.starting.opened() if self.merits.wanted else None)
 
     def _measure(self, scores: Tensor, gradient: Tensor) -> dict[str, float]:
@@ -232,15 +221,13 @@ class WGates:
         """The report of a step that moved no score; `opened` (0/1) is what is open while measuring."""
         if opened is not None:
             scores = scores * (2.0 * opened.to(scores) - 1.0)
-        widths = torch.tensor(
-            widths_of(self.space, scores, self.settings.grid), dtype=torch.float64
-        )
+        widths = torch.tensor(widths_of(self.space, scores, self.grid), dtype=torch.float64)
         return self._monitor(scores.detach(), self.current_budget().violations(widths))
 
     def _efficiency_gradient(self, scores: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """(violations (K,), gradient per unit (total_units,))."""
         widths = torch.tensor(
-            widths_of(self.space, scores, self.settings.grid), dtype=torch.float64
+            widths_of(self.space, scores, self.grid), dtype=torch.float64
         ).requires_grad_(True)
         violations = self.current_budget().violations(widths)
         pressure = self.constraint.pressure(violations)
@@ -328,7 +315,7 @@ class WGates:
         return scores
 
     def widths(self) -> tuple[int, ...]:
-        return widths_of(self.space, self.unit_scores(), self.settings.grid)
+        return widths_of(self.space, self.unit_scores(), self.grid)
 
     def plan(self, budget: Budget | None = None) -> PruningPlan:
         """The decided plan: today's widths moved onto the budget, best scores kept.
@@ -340,9 +327,9 @@ class WGates:
         return budgeting.plan_for_budget(
             self.space,
             scores,
-            widths_of(self.space, scores, self.settings.grid),
+            widths_of(self.space, scores, self.grid),
             budget or self.budget,
-            self.settings.grid,
+            self.grid,
             strategy="wgates",
         )
 

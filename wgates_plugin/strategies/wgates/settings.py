@@ -18,7 +18,8 @@ class WGatesSettings:
 
     Attributes:
         learning_rate: Adam's, for scale-free scores: one step moves a score by about this much.
-        grid: channel multiple the runtime likes; widths are decided on it.
+        grid: channel multiple the runtime likes; widths are decided on it. None takes the one that the
+            budget's latency model was measured on, 1 where it names none.
         start: "target" opens what the budget allows and then exchanges channels at constant cost
             (ours); "open" starts with every gate open and slides the target down.
         measuring: steps at the beginning, half of the phase at most, in which open gates are measured:
@@ -38,7 +39,7 @@ class WGatesSettings:
     """
 
     learning_rate: float = 1e-3
-    grid: int = 1
+    grid: int | None = None
     start: str = "target"
     measuring: int = 32
     rounds: int = 4
@@ -55,8 +56,8 @@ class WGatesSettings:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 problems.append(f"{name} {value!r}: must be a finite number of 0 or more")
-        if not isinstance(self.grid, int) or self.grid < 1:
-            problems.append(f"grid {self.grid!r}: must be a whole number from 1")
+        if self.grid is not None and (not isinstance(self.grid, int) or self.grid < 1):
+            problems.append(f"grid {self.grid!r}: must be a whole number from 1, or None")
         for name, least in (("measuring", 0), ("rounds", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -13,6 +13,7 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Settle
+from wgates_plugin.strategies.wgates.functions import positive_counts
 from wgates_plugin.strategies.wgates.measuring import GateMerits
 from wgates_plugin.strategies.wgates.scores import ranks_within, starting_offsets
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
@@ -40,12 +41,13 @@ class StartingPoint:
         settings: WGatesSettings,
         norms: Callable[[], Tensor],
         *,
+        grid: int = 1,
         steps: int | None = None,
         ranking: Tensor | None = None,
         carried: Tensor | None = None,
         opening: Sequence[int] | None = None,
     ) -> None:
-        self.space, self.budget, self.settings = space, budget, settings
+        self.space, self.budget, self.settings, self.grid = space, budget, settings, grid
         measuring = settings.measuring if ranking is None and settings.start == "target" else 0
         most = measuring if steps is None else min(measuring, steps // 2)
         self.merits = GateMerits(most, settings.rounds)
@@ -75,7 +77,7 @@ class StartingPoint:
         if self._opening is None:
             return self._affordable(merits, self._descent.at(done))
         return tuple(
-            min(group.allowed_widths(self.settings.grid), key=lambda w: abs(w - aim))
+            min(group.allowed_widths(self.grid), key=lambda w: abs(w - aim))
             for group, width in zip(self.space.groups, self._opening, strict=True)
             for aim in [group.channels + done * (width - group.channels)]
         )
@@ -96,7 +98,7 @@ class StartingPoint:
     def _offsets(self) -> Tensor:
         ranking, widths = self._wanted()
         return starting_offsets(
-            self.space, ranking, widths, grid=self.settings.grid, spread=self.settings.spread
+            self.space, ranking, widths, grid=self.grid, spread=self.settings.spread
         )
 
     def _wanted(self) -> tuple[Tensor, tuple[int, ...]]:
@@ -107,7 +109,7 @@ class StartingPoint:
         return ranking, self._widths(ranking) if self._opening is None else self._opening
 
     def _widths(self, ranking: Tensor) -> tuple[int, ...]:
-        space, budget, grid = self.space, self.budget, self.settings.grid
+        space, budget, grid = self.space, self.budget, self.grid
         if self.merits.done:
             return self._affordable(ranking, budget)
         widths = space.full_widths
@@ -117,18 +119,19 @@ class StartingPoint:
 
     def _affordable(self, merits: Tensor, budget: Budget) -> tuple[int, ...]:
         """Widths (G,) of one threshold over all merits for their price, and what the budget has left."""
-        grid = self.settings.grid
         worth = merits / self._prices() ** self.settings.price
-        widths = budgeting.threshold_widths(self.space, worth, budget, grid)
-        return budgeting.fit_to_budget(self.space, merits, widths, budget, grid)
+        widths = budgeting.threshold_widths(self.space, worth, budget, self.grid)
+        return budgeting.fit_to_budget(self.space, merits, widths, budget, self.grid)
 
     def _prices(self) -> Tensor:
         """What a unit costs (total_units,) float64, relative to the dearest; the same for all of a group.
 
         It is the mean over the units that the group could still close, from the widths that are open.
         """
-        now = PruningPlan.from_masks(self.space, self._opened[1]).widths
-        least = self.space.least_widths(self.settings.grid)
+        # Caps do not hold yet: what is to be measured is open.
+        counts = positive_counts(self.space, self._opened[1])
+        now = [n * group.ties for n, group in zip(counts, self.space.groups, strict=True)]
+        least = self.space.least_widths(self.grid)
         # Row 0 is what is open; in row g + 1 group g is at its least.
         rows = torch.tensor(now, dtype=torch.float64).repeat(len(now) + 1, 1)
         rows[range(1, len(now) + 1), range(len(now))] = torch.tensor(

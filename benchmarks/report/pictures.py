@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.comparison.claims import COMPARED
 from benchmarks.comparison.pictures import RUNTIME_WORDS, both_themes, draw_experiment
 from benchmarks.not_faster import OURS, RIVAL
-from benchmarks.records import parser, read_record
+from benchmarks.tools.records import parser, read_record
 from wgates_plugin.report.theme import Theme, new_figure
 
 if TYPE_CHECKING:

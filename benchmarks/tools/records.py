@@ -11,7 +11,7 @@ from wgates_plugin.errors import FileFormatError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.environment import describe_environment
 
-HOME = Path(__file__).parent
+HOME = Path(__file__).parents[1]
 RESULTS = HOME / "results"
 KIND = "wgates-benchmark"
 NOT_RUN = "*not run yet*"

@@ -1,14 +1,15 @@
-"""The tables of benchmarks/README.md, rewritten between their markers from the stored results."""
+"""The tables of both READMEs, rewritten between their markers from the stored results."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import not_faster, scoreboard
-from benchmarks.comparison.claims import COMPARED
+from benchmarks import not_faster
+from benchmarks.comparison.claims import COMPARED, contests
+from benchmarks.comparison.summary import Verdict
 from benchmarks.comparison.tables import (
     ablations_table,
     matrix_text,
@@ -16,8 +17,16 @@ from benchmarks.comparison.tables import (
     verdicts_table,
 )
 from benchmarks.nni_experiment.page import table as trials_table
-from benchmarks.records import HOME, NOT_RUN, fashion_mnist_reports, markdown, parser, read_record
-from benchmarks.strategy_tables import promises_table, strategy_cost_table, systems_table
+from benchmarks.report import scoreboard
+from benchmarks.report.strategy_tables import promises_table, strategy_cost_table, systems_table
+from benchmarks.tools.records import (
+    HOME,
+    NOT_RUN,
+    fashion_mnist_reports,
+    markdown,
+    parser,
+    read_record,
+)
 from wgates_plugin.files import write_text
 
 
@@ -111,14 +120,13 @@ def sampling_table(folder: Path) -> str:
             pair,
             "ours" if way == "ours" else "copy, trace, prune, export each time",
             f"{facts['share_in_inference']:.0%}",
-            f"{facts['share_in_candidate_inference']:.0%}",
             f"{1000 * facts['overhead_seconds_per_sample']:.0f} ms",
             f"{facts['setup_seconds']:.1f} s",
         ]
         for pair, numbers in (record["numbers"] if record else {}).items()
         for way, facts in numbers.items()
     ]
-    head = ["network/runtime", "way", "share in inference", "the candidate's alone"]
+    head = ["network/runtime", "way", "share in inference"]
     return markdown([*head, "overhead per sample", "once"], rows)
 
 
@@ -299,7 +307,28 @@ def comparison_ablations_table(folder: Path) -> str:
     return ablations_table(COMPARED, folder)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
+def in_short(folder: Path) -> str:
+    """The comparison and the scoreboard in a sentence."""
+    verdicts = [cell.verdict() for cell in contests(COMPARED, folder)]
+    decided = [verdict for verdict in verdicts if verdict.counts]
+    good = sum(verdict.won for verdict in decided)
+    missing = sum(verdict is Verdict.INCOMPLETE for verdict in verdicts)
+    bars = [entry for entry in scoreboard.entries(folder) if entry.bar is not None]
+    missed = sum(not entry.holds for entry in bars)
+    return (
+        f"Over all tasks ours is level or ahead in {good} of the {len(decided)} cells that are complete "
+        f"and decided; {missing} of {len(verdicts)} are incomplete. Of the scoreboard's {len(bars)} bars "
+        f"{missed} are missed."
+    )
+
+
+Tables = Mapping[str, Callable[[Path], str]]
+
+FRONT_TABLES: Tables = {"in_short": in_short, "nni_experiment": nni_experiment_table}
+"""Those of the project's own README."""
+
+TABLES: Tables = {
+    "in_short": in_short,
     "scoreboard": score_table,
     "gate_step": gate_step_table,
     "removal": removal_table,
@@ -321,13 +350,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def rewritten(text: str, folder: Path) -> str:
+def rewritten(text: str, folder: Path, tables: Tables = TABLES) -> str:
     """`text` with the lines between `<!-- table NAME -->` and `<!-- end NAME -->` made anew.
 
     Raises:
-        ValueError: a table of `TABLES` has no pair of markers.
+        ValueError: a table of `tables` has no pair of markers.
     """
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
         head, found_start, rest = text.partition(start)
         _, found_end, tail = rest.partition(end)
@@ -340,10 +369,12 @@ def rewritten(text: str, folder: Path) -> str:
 def main(argv: Sequence[str] = ()) -> None:
     options = parser("tables", __doc__)
     options.add_argument("--readme", type=Path, default=HOME / "README.md")
+    options.add_argument("--front", type=Path, default=HOME.parent / "README.md")
     arguments = options.parse_args(list(argv))
-    text = arguments.readme.read_text(encoding="utf-8")
-    write_text(arguments.readme, rewritten(text, arguments.results))
-    print(f"rewrote {arguments.readme}")
+    for path, tables in ((arguments.readme, TABLES), (arguments.front, FRONT_TABLES)):
+        text = path.read_text(encoding="utf-8")
+        write_text(path, rewritten(text, arguments.results, tables))
+        print(f"rewrote {path}")
     for path, text in cell_pages(arguments.results).items():
         write_text(path, text)
         print(f"wrote {path}")

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo, doors, fashion_mnist, targets_at_224
-from benchmarks.claims import Claim, number
+from benchmarks import demo, fashion_mnist, targets_at_224
 from benchmarks.comparison.claims import COMPARISON_CLAIMS
-from benchmarks.latency_rivals import RIVALS
 from benchmarks.latency_samples import GRIDS, NETWORKS
-from benchmarks.records import HOME, fashion_mnist_reports, parser, read_record
-from benchmarks.strategy_claims import STRATEGY_CLAIMS
+from benchmarks.report.claims import Claim, number
+from benchmarks.report.strategy_claims import STRATEGY_CLAIMS
+from benchmarks.tools import doors
+from benchmarks.tools.latency_rivals import RIVALS
+from benchmarks.tools.records import HOME, fashion_mnist_reports, parser, read_record
 from wgates_plugin.files import write_json
 
 TARGET_RUNS = len(fashion_mnist.NETWORKS) * len(fashion_mnist.SEEDS) + len(targets_at_224.NETWORKS)

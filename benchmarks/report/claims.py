@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.records import read_record
+from benchmarks.tools.records import read_record
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.claims import Claim, number
 from benchmarks.comparison.experiment import load_experiment
 from benchmarks.comparison.summary import read_cells
-from benchmarks.records import read_record
+from benchmarks.report.claims import Claim, number
+from benchmarks.tools.records import read_record
 
 SYSTEMS = load_experiment("systems")
 PHASED = ("wgates", "gdp", "scop", "metapruning")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.tables import experiment_text
-from benchmarks.records import NOT_RUN, markdown, read_record
-from benchmarks.strategy_claims import SYSTEMS
+from benchmarks.report.strategy_claims import SYSTEMS
+from benchmarks.tools.records import NOT_RUN, markdown, read_record
 
 
 def systems_table(folder: Path) -> str:

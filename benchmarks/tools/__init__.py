@@ -1,0 +1,1 @@
+"""What several benchmarks share: records, subjects, timing in turn, rivals."""
