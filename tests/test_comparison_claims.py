@@ -247,6 +247,9 @@ def test_held_and_tight_are_read_in_the_last_sitting(tmp_path: Path) -> None:
     assert values([experiment], tmp_path / "results")["target_held_share/comparison"] == 4 / 9
     untimed = filled(tmp_path / "more", runs, ours="wgates", task="t")
     assert values([untimed], tmp_path / "more" / "results")["target_held_share/comparison"] is None
+    begun: dict[str, Any] = {"wgates": GOOD, "l1": GOOD[:2]}  # a run is missing: no sitting yet
+    last = filled(tmp_path / "begun", begun, ours="wgates", task="t", finals=[0.499, 0.47, 0.49])
+    assert values([last], tmp_path / "begun" / "results")["target_held_share/comparison"] is None
 
 
 def test_weights_against_free_gates_has_students_interval(tmp_path: Path) -> None:
