@@ -29,7 +29,7 @@ BENCHMARKS = {
 }
 REPORTS = {
     "scoreboard": "scoreboard.json from the stored results",
-    "tables": "the tables of benchmarks/README.md from the stored results",
+    "tables": "the tables of both READMEs from the stored results",
     "pictures": "the pictures from the stored results",
 }
 

@@ -2,8 +2,8 @@
 
 Measured: largest output difference over the largest output, float32, eval mode, for random plans on
 every network of the tests' case table (tiny ones of all structures, and torchvision's); and then for
-what each door of `doors.py` decides and removes on seven networks of torchvision. The rival is the gated
-network itself: two independent ways to the same output, one by hooks, one by torch-pruning.
+what each door of `tools/doors.py` decides and removes on seven networks of torchvision. The rival is the
+gated network itself: two independent ways to the same output, one by hooks, one by torch-pruning.
 """
 
 from __future__ import annotations

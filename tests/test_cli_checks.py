@@ -163,7 +163,8 @@ def test_a_foreign_onnx_file_brings_its_input_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "name"), [("onnxruntime", "words.onnx"), ("eager", "words.pt2")]
+    ("runtime", "name"),
+    [("onnxruntime", "words.onnx"), ("eager", "words.pt2"), ("executorch", "words.pte")],
 )
 def test_a_file_may_take_whole_numbers(runtime: str, name: str, tmp_path: Path) -> None:
     words = torch.zeros(1, 5, dtype=torch.int64)

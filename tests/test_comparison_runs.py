@@ -239,6 +239,9 @@ def test_stored_runs_of_other_settings_are_named(tmp_path: Path) -> None:
     first, second = comparison.choose(experiment)
     same = {"strategy": "wgates", "options": {}, "gate_epochs": 1, "fine_tune_epochs": 1, "seed": 7}
     mine = dataclasses.asdict(WGatesSettings())
+    del mine["grid"]  # the job's
+    write_json(places.result(first), {"settings": same, "resolved_options": {**mine, "grid": 1}})
+    assert runs.outdated(experiment, places, [first]) == []
     write_json(places.result(first), {"settings": same, "resolved_options": mine})
     write_json(places.result(second), {"kind": "refused", "reason": "too few"})
     assert runs.outdated(experiment, places, [first, second]) == []

@@ -31,6 +31,7 @@ from networks import (
 from torch import nn
 
 from wgates_plugin import ChannelSpace, PruningPlan, trace
+from wgates_plugin.calling import batch_length, left_as_found
 from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.errors import InfeasibleTargetError, PlanError, TraceError
 from wgates_plugin.files import save_tensors
@@ -268,6 +269,25 @@ def test_tracing_leaves_no_activation_on_the_network() -> None:
     trace(network, example())
     assert snapshot(network) == before
     copy.deepcopy(network)
+
+
+def test_a_network_that_is_cast_meanwhile_stays_in_one_piece() -> None:
+    """As by `model.to(device)` at the head of a training function that is run for its first batch."""
+    network = tiny("plain")
+    with left_as_found(network):
+        network.double()
+    assert {t.dtype for t in network.state_dict().values() if t.is_floating_point()} == {
+        torch.float64
+    }
+
+
+def test_the_batch_is_told_by_inputs_that_agree() -> None:
+    assert (
+        batch_length((torch.zeros(8, 3), {"mask": torch.zeros(8, 1), "scale": torch.tensor(2.0)}))
+        == 8
+    )
+    assert batch_length((torch.zeros(1), torch.zeros(8, 3))) is None
+    assert batch_length(torch.zeros(4, 3)) == 4
 
 
 def test_tracing_leaves_the_network_as_found_when_it_fails() -> None:

@@ -197,12 +197,12 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (
         [{"op_names": ["0.0", "1.main.0.0", "1.main.1"], "dependency_group_id": "a"}],
         {"target": 1e4},
-        "dependency_group_id 'a': `0.0`, `1.main.0.0` share no channels",
+        "dependency_group_id 'a': `0.0`, `1.main.0.0` do not have all of their channels in common",
     ),
     (
         [{**HALF[0], "dependency_group_id": "a", "global_group_id": "b"}],
         {},
-        "dependency_group_id 'a': .* share no channels",
+        "dependency_group_id 'a': .* do not have all of their channels in common",
     ),
     (
         [{"op_names": ["0.0"], "sparse_ratio": 0.5}, {"op_names": ["0.0"], "sparse_ratio": 0.2}],

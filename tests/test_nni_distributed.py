@@ -43,7 +43,7 @@ def train(model, optimizer, step, schedulers=None, max_steps=None, max_epochs=No
 
 model = tiny("projection")
 if {where!r} == "around the model":
-    model = DistributedDataParallel(model)
+    model = DistributedDataParallel(model).eval()  # as an evaluation leaves it
 traced = torch_evaluator(train, nni.trace(torch.optim.SGD)(model.parameters(), lr=0.02), training_step)
 pruner = WGatesPruner(model, HALF, traced, 6, settings=SETTINGS)
 pruner.compress()

@@ -207,6 +207,10 @@ def test_a_target_that_holds_already_is_warned_of(given: dict[str, Any]) -> None
     with pytest.warns(UserWarning, match="nothing will be removed") as found:
         WGatesPruner(network, example(), target=2 * macs(network), **given).detach()
     assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a cap is kept under any target
+        capped: dict[str, Any] = {"target": 2 * macs(network), "caps": {"0.0": 4}, **given}
+        WGatesPruner(network, example(), **capped).detach()
 
 
 def test_the_network_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:

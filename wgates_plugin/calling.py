@@ -24,11 +24,11 @@ def left_as_found(network: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in network.modules()}
     grads = {parameter: parameter.requires_grad for parameter in network.parameters()}
-    attributes = [
-        (held, dict(held))
+    attributes = [(vars(module), dict(vars(module))) for module in network.modules()]
+    buffers = [
+        (module._buffers, dict(module._buffers))
         for module in network.modules()
-        for held in (vars(module), module._buffers)
-        if isinstance(held, dict)  # a scripted module keeps its buffers elsewhere
+        if isinstance(module._buffers, dict)  # a scripted module keeps its buffers elsewhere
     ]
     try:
         with rng_kept(device_of(network)):
@@ -38,12 +38,23 @@ def left_as_found(network: nn.Module) -> Iterator[None]:
             for name in held.keys() - before.keys():
                 del held[name]
             held.update(before)
+        for held, before in buffers:
+            for name, buffer in before.items():
+                if not _moved(buffer, held.get(name)):
+                    held[name] = buffer
         for module, training in modes.items():
             if module.training is not training:
                 module.training = training
         for parameter, flag in grads.items():
             if parameter.requires_grad is not flag:
                 parameter.requires_grad_(flag)
+
+
+def _moved(before: Tensor | None, now: Tensor | None) -> bool:
+    """Whether a buffer is another one since the network went elsewhere, or to another precision."""
+    if before is None or now is None or now.grad_fn is not None:
+        return False
+    return (before.device, before.dtype) != (now.device, now.dtype)
 
 
 @contextmanager
@@ -88,8 +99,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def batch_length(inputs: ExampleInputs) -> int | None:
-    """Length of the first tensor among the inputs; None where no tensor has a dimension."""
-    return next((len(tensor) for tensor in _tensors(inputs) if tensor.dim()), None)
+    """The length that all tensors with a dimension among the inputs have; None where they differ."""
+    lengths = {len(tensor) for tensor in _tensors(inputs) if tensor.dim()}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def shapes_of(inputs: ExampleInputs) -> str:

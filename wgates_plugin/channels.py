@@ -176,6 +176,11 @@ class ChannelSpace:
     def names(self) -> tuple[str, ...]:
         return tuple(group.name for group in self.groups)
 
+    @property
+    def capped(self) -> bool:
+        """Whether some group may not keep all of its channels, whatever the target."""
+        return any(group.cap < group.channels for group in self.groups)
+
     @cached_property
     def full_widths(self) -> tuple[int, ...]:
         return tuple(group.channels for group in self.groups)

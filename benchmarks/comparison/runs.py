@@ -344,8 +344,10 @@ def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> l
         pruning = recipe_of(experiment, run, places.run_folder(run)).pruning
         mine = settings_as_json(pruning)
         # Without them, stored before defaults were: whatever these are now, they may have been others.
-        theirs = {**theirs, "options": stored.get("resolved_options")}
         mine["options"] = options_in_full(pruning)
+        theirs = {**theirs, "options": stored.get("resolved_options")}
+        if isinstance(theirs["options"], dict):  # the strategy's copy of the grid says nothing
+            theirs["options"] = {n: v for n, v in theirs["options"].items() if n != "grid"}
         common = [key for key in theirs if key in _without_places(mine) and key != "seed"]
         # A grid that the experiment leaves open was probed.
         common = [key for key in common if key != "grid" or mine["grid"] is not None]

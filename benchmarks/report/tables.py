@@ -368,10 +368,12 @@ def rewritten(text: str, folder: Path, tables: Tables = TABLES) -> str:
 
 def main(argv: Sequence[str] = ()) -> None:
     options = parser("tables", __doc__)
-    options.add_argument("--readme", type=Path, default=HOME / "README.md")
-    options.add_argument("--front", type=Path, default=HOME.parent / "README.md")
+    options.add_argument(
+        "--readme", type=Path, help="rewrite this page alone, not the repository's"
+    )
     arguments = options.parse_args(list(argv))
-    for path, tables in ((arguments.readme, TABLES), (arguments.front, FRONT_TABLES)):
+    pages = {HOME / "README.md": TABLES, HOME.parent / "README.md": FRONT_TABLES}
+    for path, tables in ({arguments.readme: TABLES} if arguments.readme else pages).items():
         text = path.read_text(encoding="utf-8")
         write_text(path, rewritten(text, arguments.results, tables))
         print(f"rewrote {path}")

@@ -222,7 +222,7 @@ def measure(
                 out,
                 {
                     "kind": "wgates-measurements",
-                    "version": 1,
+                    "version": 2,
                     "model": model,
                     "inputs": {name: list(shape) for name, shape in subject.shapes.items()},
                     "results": [row.to_json() for row in rows],

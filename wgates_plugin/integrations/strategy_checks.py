@@ -12,7 +12,7 @@ from wgates_plugin.training.settings import TrainingSettings
 def data_problems(strategy: str, data: Any, *, traced_on: bool = False) -> list[str]:
     """Criteria by weights alone look at no data; all others need batches and their number.
 
-    With `traced_on`, every strategy needs them, for the network is traced on the first batch.
+    With `traced_on`, every strategy needs one, for the network is traced on the first batch.
     """
     needs_none = strategy in CRITERIA and not CRITERIA[strategy].needs_data
     if needs_none and not traced_on:
@@ -21,7 +21,7 @@ def data_problems(strategy: str, data: Any, *, traced_on: bool = False) -> list[
         count = len(data)
     except TypeError:
         count = None
-    if count and isinstance(data, Iterable):
+    if isinstance(data, Iterable) and (count or (needs_none and count is None)):
         return []
     got = "no batches" if count == 0 else f"{type(data).__name__}"
     if needs_none:

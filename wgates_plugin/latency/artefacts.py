@@ -29,6 +29,8 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _COUNTED = {
     kind: getattr(torch, kind) for kind in ("bool", "uint8", "int8", "int16", "int32", "int64")
 }
+_OF_PTE = {0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 11: "bool"}
+"""Numbers that an ExecuTorch program has for types -> their names."""
 
 _PATH_SUFFIXES = (*ARTEFACTS, *WEIGHTS, ".xml", ".tflite", ".engine", ".py", ".yaml", ".json")
 
@@ -154,10 +156,14 @@ def _of_pte(path: Path) -> Inputs:
     ).Runtime.get()
     try:
         metadata = runtime.load_program(path.read_bytes()).load_method("forward").metadata
-        sizes = [tuple(metadata.input_tensor_meta(i).sizes()) for i in range(metadata.num_inputs())]
+        each = [metadata.input_tensor_meta(index) for index in range(metadata.num_inputs())]
+        inputs = [
+            InputSide(tuple(one.sizes()), getattr(torch, _OF_PTE.get(one.dtype(), "float32")))
+            for one in each
+        ]
     except Exception as error:
         raise FileFormatError(
             f"`{path}`: not readable as an ExecuTorch program ({error}); it is corrupt, was cut off "
             "or is of another version, export it again"
         ) from error
-    return {f"input_{index}": InputSide(size) for index, size in enumerate(sizes)}
+    return {f"input_{index}": one for index, one in enumerate(inputs)}

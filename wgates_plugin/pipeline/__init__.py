@@ -173,8 +173,7 @@ def _checked_targets(target: object) -> list[Target]:
 def _run(job: Job) -> None:
     """The stages in order; each is skipped when an earlier sitting finished it."""
     preparation.measure_baseline(job)
-    capped = any(group.cap < group.channels for group in job.space.groups)
-    if job.within_limits(job.baseline) and not capped:
+    if job.within_limits(job.baseline) and not job.space.capped:
         logger.info("%s: within the target as it is; nothing to prune", job.name)
         whole = PruningPlan.leading(job.space, job.space.full_widths)
         delivery.export(job, job.dense, 0)

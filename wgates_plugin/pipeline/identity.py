@@ -10,6 +10,7 @@ from typing import Any
 from wgates_plugin.pipeline.callables import name_of
 from wgates_plugin.run_folder import first_batch_digest
 from wgates_plugin.strategies import make_strategy
+from wgates_plugin.strategies.base import option_names
 from wgates_plugin.targets import LatencyTarget, PruningSettings, Target
 from wgates_plugin.training.launch import batches_of
 
@@ -40,8 +41,13 @@ def identity_of_request(
 
 
 def options_in_full(settings: PruningSettings) -> dict[str, Any]:
-    """The strategy's settings as plain values, those left at their defaults included: these change."""
-    return settings_as_json(make_strategy(settings.strategy, settings.options).settings)
+    """The strategy's settings as plain values, those left at their defaults included: these change.
+
+    Without the channel grid, which is the job's and no strategy's.
+    """
+    strategy = make_strategy(settings.strategy, settings.options)
+    found = settings_as_json(strategy.settings)
+    return {name: found[name] for name in option_names(type(strategy))}
 
 
 def settings_as_json(settings: Any) -> dict[str, Any]:

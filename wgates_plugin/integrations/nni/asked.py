@@ -132,7 +132,7 @@ def budget_of(
     else:
         amount = target
     budget = Budget.of(Limit(model, amount))
-    if float(budget.excess(full)) <= 0:
+    if float(budget.excess(full)) <= 0 and not space.capped:
         warnings.warn(
             "WGatesPruner: the network is within its budget as it is "
             f"({budget.describe(full)}); nothing will be removed",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
@@ -162,9 +162,13 @@ def mean_over_ranks(gradient: Tensor) -> Tensor:
 
 def unsynchronised(network: nn.Module) -> AbstractContextManager[None]:
     """Where a DistributedDataParallel runs without expecting a backward pass after each forward."""
-    if isinstance(network, nn.parallel.DistributedDataParallel):
+    if _is_ddp(network):
         return network.no_sync()
     return nullcontext()
+
+
+def _is_ddp(network: nn.Module) -> TypeGuard[nn.parallel.DistributedDataParallel]:
+    return isinstance(network, nn.parallel.DistributedDataParallel)
 
 
 def wrapped_gates(
@@ -183,6 +187,8 @@ def wrapped_gates(
     with trained_weights(producers):
         gates = WGates(network, space, budget, settings, steps=steps, average=mean_over_ranks)
     gates.gating = WrappedGating(network, space, gates.gating.source)
+    # NNI trains a wrapper of its own, so that the mode of the user's says nothing.
+    gates.network = network.module if _is_ddp(network) else network
     inside: list[Any] = []
 
     def enter(*_: Any) -> None:

@@ -63,7 +63,8 @@ class WGatesPruner(Pruner):
     layer or over a `global_group_id`), or `target` does for the whole network, in milliseconds,
     MACs or parameters. Coupled layers are found by tracing; `dependency_group_id`s are checked, not
     needed. Masks close channels wherever they would come to life again (BatchNorms, depthwise
-    convolutions), so that the masked network computes what `remove` leaves.
+    convolutions), so that the masked network computes what `remove` leaves. Under
+    DistributedDataParallel gates' gradients are averaged over all processes: each must `compress`.
 
     Args:
         model: the network; wrapped by NNI until `unwrap_model()`.

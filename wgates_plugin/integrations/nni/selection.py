@@ -161,14 +161,15 @@ def _apart(space: ChannelSpace, choices: Mapping[str, LayerChoice]) -> Iterator[
         exact = choice.ratio is not None and choice.shared is None
         if choice.dependency is not None and not choice.follows and not exact:
             groups = frozenset(index for index, _ in space.slots_of.get((name, "out"), []))
-            apart.setdefault(choice.dependency, {}).setdefault(groups, name)
+            if groups:  # what stays whole is told of elsewhere
+                apart.setdefault(choice.dependency, {}).setdefault(groups, name)
     for group_id, layers in apart.items():
         if len(layers) > 1:
             shown = ", ".join(f"`{name}`" for name in layers.values())
             yield (
-                f"dependency_group_id {group_id!r}: {shown} share no channels, so that each finds a "
-                "width of its own; leave the id out (coupled layers are found by tracing), or give "
-                "the layers a sparse_ratio"
+                f"dependency_group_id {group_id!r}: {shown} do not have all of their channels in "
+                "common, so that each finds a width of its own; leave the id out (coupled layers are "
+                "found by tracing), or give the layers a sparse_ratio"
             )
 
 

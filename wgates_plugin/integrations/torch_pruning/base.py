@@ -138,7 +138,7 @@ class TracedPruner(tp.pruner.BasePruner):
             scopes = options.scopes_of(self.model, self.space, ratios, steps, scheduler)
             return RatioGoal(self.space, scopes, self._grid)
         full = torch.tensor(self.space.full_widths, dtype=torch.float64)
-        if float(budget.excess(full)) <= 0:
+        if float(budget.excess(full)) <= 0 and not self.space.capped:
             warnings.warn(
                 f"{self._subject}: the network is within its budget as it is "
                 f"({budget.describe(full)}); nothing will be removed",

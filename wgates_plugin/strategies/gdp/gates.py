@@ -448,7 +448,7 @@ class PolarisedGates:
         self._fisher = state["fisher"].to(device)
         self._closed_at = state["closed_at"].to(device).clone()
         self._size, self.step = float(state["size"]), int(state["step"])
-        self.skipped = int(state["skipped"])
+        self.skipped = int(state.get("skipped", 0))
         self.constraint.load_state_dict(state["constraint"])
         self.settled = None if state["settled"] is None else tuple(state["settled"])
         self.branches.closed, self.branches.needed = list(state["dead"]), list(state["needed"])
