@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.tools.doors import LEARNING_RATE, NETWORKS, SIDE
 from benchmarks.tools.records import parser, write_record
 from tests import networks
 from wgates_plugin.latency.environment import library_version
@@ -24,19 +25,7 @@ from wgates_plugin.verification import TOLERANCE, relative_error
 
 CLAIM = "NNI's masked network and what `remove` leaves agree to 1e-5 relative"
 NAME = "masked_equals_removed_nni"
-NETWORKS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "mobilenet_v2",
-    "densenet121",
-    "efficientnet_b0",
-    "resnext50_32x4d",
-)
-SIDE = 64
 STEPS = 2
-LEARNING_RATE = 1e-4
-"""Small: a random network that diverges amplifies rounding a thousandfold, whatever is removed."""
 
 
 def evaluator_of(network: nn.Module) -> Any:

@@ -20,6 +20,10 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"did you mean `{near[0]}`? " if near else ""
 
 
+def is_whole(value: object, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def value_problems(error: ValidationError) -> list[str]:
     """What is wrong with the values of a settings dataclass, one line each, the key first."""
     problems: list[str] = []

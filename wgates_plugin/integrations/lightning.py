@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs, device_of, map_tensors
 from wgates_plugin.catalogue.torchvision_import import import_torchvision
-from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import ConfigError, MissingExtraError, TrainingError
 from wgates_plugin.integrations.torch_pruning import WGatesPruner
 from wgates_plugin.integrations.torch_pruning.options import wraps
@@ -221,7 +220,7 @@ class WGatesCallback(_Callback):
         if pruner is None or pruner.plan is not None:
             return
         pruner.detach()
-        self._follow(pruner)
+        pruner.follow(self._inputs(pruner.model))  # `sync_batchnorm` puts other norms in place
         if self._removal is None:  # a checkpoint of the last epoch's end leaves nothing to train
             handed_back = device_of(pruner.model)
             pruner.model.to(pruner.gates.scores.offset.device)
@@ -236,14 +235,6 @@ class WGatesCallback(_Callback):
         for group in self._removal:
             group.prune()
         self._removal, self._state = None, {}
-
-    def _follow(self, pruner: WGatesPruner) -> None:
-        """Trace again if other modules took the place of traced ones: `sync_batchnorm` ends so."""
-        if all(module in pruner._trace.names for module in pruner.model.modules()):
-            return
-        inputs = self._inputs(pruner.model)
-        pruner._trace = DependencyTrace(pruner.model, inputs, parameter_dims=pruner._dims)
-        pruner.DG = pruner._trace.graph
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the network whole and without gates; checkpoints that are written now have them still."""

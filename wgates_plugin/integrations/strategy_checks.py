@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
+from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.option_checks import is_whole
+from wgates_plugin.strategies.base import Strategy
 from wgates_plugin.strategies.criteria import CRITERIA
 from wgates_plugin.training.settings import TrainingSettings
 
@@ -29,12 +35,28 @@ def data_problems(strategy: str, data: Any, *, traced_on: bool = False) -> list[
     return [f"data: got {got}; `{strategy}` needs batches (inputs, targets), with a length"]
 
 
+def preparation_problems(
+    strategy: Strategy,
+    name: str,
+    options: Mapping[str, Any] | None,
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+) -> list[str]:
+    """Strategies that change modules before the network is traced need a door that traces later."""
+    if not strategy.prepare(copy.deepcopy(model), example_inputs):
+        return []
+    return [
+        f"options {dict(options or {})}: `{name}` would have to change the network's modules before it "
+        "is traced; use `prune_to_target`, or leave the option out"
+    ]
+
+
 def learning_problems(*, epochs: Any, seed: Any, training: Any, loss: Any) -> list[str]:
     """What is wrong with the words about a strategy's own phase, one line each."""
     problems = [
         f"{word} {value!r}: needs a whole number from 0"
         for word, value in (("epochs", epochs), ("seed", seed))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0
+        if not is_whole(value, least=0)
     ]
     if training is not None and not isinstance(training, TrainingSettings):
         problems.append(f"training {training!r}: needs TrainingSettings")

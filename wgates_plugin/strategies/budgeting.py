@@ -14,6 +14,14 @@ from wgates_plugin.errors import InfeasibleTargetError
 from wgates_plugin.plan import PruningPlan
 
 
+def nothing_to_remove(space: ChannelSpace, budget: Budget) -> str | None:
+    """Why no channel has to go, for a door to warn of; None where some must."""
+    full = torch.tensor(space.full_widths, dtype=torch.float64)
+    if space.capped or float(budget.excess(full)) > 0:
+        return None
+    return f"the network is within its budget as it is ({budget.describe(full)}); nothing will be removed"
+
+
 def check_feasible(space: ChannelSpace, budget: Budget, grid: int = 1) -> None:
     """Refuse a budget that even the least allowed widths break.
 

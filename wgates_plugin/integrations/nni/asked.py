@@ -18,6 +18,7 @@ from wgates_plugin.efficiency.counts import (
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.nni.choices import LayerChoice
 from wgates_plugin.integrations.nni.selection import Selection, select_groups
+from wgates_plugin.strategies.budgeting import nothing_to_remove
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, Target
 
@@ -132,10 +133,6 @@ def budget_of(
     else:
         amount = target
     budget = Budget.of(Limit(model, amount))
-    if float(budget.excess(full)) <= 0 and not space.capped:
-        warnings.warn(
-            "WGatesPruner: the network is within its budget as it is "
-            f"({budget.describe(full)}); nothing will be removed",
-            stacklevel=3,
-        )
+    if why := nothing_to_remove(space, budget):
+        warnings.warn(f"WGatesPruner: {why}", stacklevel=3)
     return budget

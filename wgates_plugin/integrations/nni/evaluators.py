@@ -140,12 +140,20 @@ def example_from(evaluator: Evaluator | None, model: nn.Module) -> ExampleInputs
 def example_of(data: Iterable[Any], model: nn.Module) -> ExampleInputs:
     """The first images of the first batch (inputs, targets), on the model's device.
 
-    Random states are given back, those of the loader's own generators too.
+    Random states are given back, those of the loader's own generators too. Data without a batch
+    raise ConfigError.
     """
     device = device_of(model)
     with random_state_kept(device, data):
-        inputs = next(iter(data))[0]
-    example: ExampleInputs = map_tensors(lambda tensor: tensor.to(device), _few(inputs))
+        batch = next(iter(data), None)
+    if batch is None:
+        raise ConfigError(
+            "StrategyPruner",
+            [
+                "data: got no batches; give batches (inputs, targets), or `example_inputs` to trace on"
+            ],
+        )
+    example: ExampleInputs = map_tensors(lambda tensor: tensor.to(device), _few(batch[0]))
     return example
 
 

@@ -19,7 +19,11 @@ from wgates_plugin.integrations.nni.evaluators import example_of
 from wgates_plugin.integrations.nni.gates import load_wrapped, unwrapped_state
 from wgates_plugin.integrations.nni.masks import Masks
 from wgates_plugin.integrations.nni.pruner import WGatesPruner
-from wgates_plugin.integrations.strategy_checks import data_problems, learning_problems
+from wgates_plugin.integrations.strategy_checks import (
+    data_problems,
+    learning_problems,
+    preparation_problems,
+)
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.strategies.table import make_strategy, strategy_problems
@@ -97,14 +101,10 @@ class StrategyPruner(WGatesPruner):
         self.strategy, self._name = make_strategy(strategy, options), strategy
         if example_inputs is None:
             example_inputs = example_of(data, model)
-        if self.strategy.prepare(copy.deepcopy(model), example_inputs):
-            raise ConfigError(
-                "StrategyPruner",
-                [
-                    f"options {dict(options or {})}: `{strategy}` would have to change the "
-                    "network's modules before it is traced; use `prune_to_target`"
-                ],
-            )
+        if problems := preparation_problems(
+            self.strategy, strategy, options, model, example_inputs
+        ):
+            raise ConfigError("StrategyPruner", problems)
         # NNI's wrappers take the parameters away; the strategy gets this, with the weights of then.
         self._plain = copy.deepcopy(model)
         self._example, self._data, self._epochs, self._seed = example_inputs, data, epochs, seed

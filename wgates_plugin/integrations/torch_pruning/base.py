@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from torch import nn
 
@@ -26,6 +25,7 @@ from wgates_plugin.integrations.torch_pruning.goals import (
 )
 from wgates_plugin.integrations.torch_pruning.words import Words
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.budgeting import nothing_to_remove
 from wgates_plugin.verification import verify
 
 
@@ -130,6 +130,18 @@ class TracedPruner(tp.pruner.BasePruner):
                     found[module] = groups
         self.initial_total_channels = sum(group.units for group in self.space.groups)
 
+    def follow(self, example_inputs: ExampleInputs) -> None:
+        """Trace again if other modules took the place of traced ones; the space stays as it is."""
+        if any(module not in self._trace.names for module in self.model.modules()):
+            self._retrace(example_inputs)
+
+    def _retrace(self, example_inputs: ExampleInputs) -> None:
+        """The graph of the network as it is now, with the history of the one before."""
+        history = self.DG.pruning_history()
+        self._trace = DependencyTrace(self.model, example_inputs, parameter_dims=self._dims)
+        self.DG = self._trace.graph
+        self.DG._pruning_history = history
+
     def _make_goal(self, budget: Budget | None, ratios: options.Ratios) -> Goal:
         steps, scheduler = self.iterative_steps, self.iterative_pruning_ratio_scheduler
         if budget is None:
@@ -137,12 +149,7 @@ class TracedPruner(tp.pruner.BasePruner):
                 warnings.warn(f"{self._subject}: {words}", stacklevel=4)
             scopes = options.scopes_of(self.model, self.space, ratios, steps, scheduler)
             return RatioGoal(self.space, scopes, self._grid)
-        full = torch.tensor(self.space.full_widths, dtype=torch.float64)
-        if float(budget.excess(full)) <= 0 and not self.space.capped:
-            warnings.warn(
-                f"{self._subject}: the network is within its budget as it is "
-                f"({budget.describe(full)}); nothing will be removed",
-                stacklevel=4,
-            )
+        if why := nothing_to_remove(self.space, budget):
+            warnings.warn(f"{self._subject}: {why}", stacklevel=4)
         way = options.schedule(scheduler, 1.0, steps)
         return BudgetGoal(self.space, budget, self._grid, way)

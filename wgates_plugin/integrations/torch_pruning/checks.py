@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from wgates_plugin.integrations.torch_pruning.options import problems_of, schedule
+from wgates_plugin.option_checks import is_whole
 from wgates_plugin.strategies.criteria import flaw_of
 from wgates_plugin.strategies.criteria_repaired import HessianImportance, TaylorImportance
 
@@ -95,10 +96,6 @@ def ratio_problems(
     if not is_whole(iterative_steps, least=1):
         problems.append(f"iterative_steps {iterative_steps!r}: needs a whole number from 1")
     return problems
-
-
-def is_whole(value: Any, *, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_share(value: Any) -> bool:

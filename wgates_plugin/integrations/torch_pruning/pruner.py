@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
 from wgates_plugin.integrations.torch_pruning import checks, options
@@ -23,6 +22,7 @@ from wgates_plugin.integrations.torch_pruning.importance import (
     units_left,
 )
 from wgates_plugin.integrations.torch_pruning.words import Efficiency, Scheduler, Words, linear
+from wgates_plugin.option_checks import is_whole
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.criteria import importance_scores
 from wgates_plugin.strategies.wgates import WGates, WGatesSettings
@@ -116,12 +116,12 @@ class WGatesPruner(TracedPruner):
         model = options.plain(model)
         settings = settings or WGatesSettings()
         problems = []
-        if round_to is not None and not checks.is_whole(round_to, least=1):
+        if round_to is not None and not is_whole(round_to, least=1):
             problems.append(f"round_to {round_to!r}: needs a whole number from 1")
         problems += checks.importance_problems(model, importance)
         if importance is not None and settings.start == "open":
             problems.append('importance: ranks where gates start, which start="open" leaves no say')
-        if steps is not None and not checks.is_whole(steps, least=1):
+        if steps is not None and not is_whole(steps, least=1):
             problems.append(f"steps {steps!r}: needs a whole number from 1")
         if steps is None and settings.start == "open":
             problems.append(
@@ -304,10 +304,7 @@ class WGatesPruner(TracedPruner):
 
     def _trace_again(self, plan: PruningPlan) -> None:
         """The records of the smaller network, under the floors and caps of the first one."""
-        history = self.DG.pruning_history()
-        self._trace = DependencyTrace(self.model, self._inputs, parameter_dims=self._dims)
-        self._trace.graph._pruning_history = history
-        self.DG = self._trace.graph
+        self._retrace(self._inputs)
         # A group that is down to one unit has nothing left to choose.
         open_ones = {g for g, kept in zip(plan.space.names, plan.kept, strict=True) if kept[1:]}
         ignored = [*self._ignored, *(name for name in self.space.names if name not in open_ones)]

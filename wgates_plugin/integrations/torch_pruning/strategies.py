@@ -13,11 +13,15 @@ from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.errors import PlanError
-from wgates_plugin.integrations.strategy_checks import data_problems, learning_problems
-from wgates_plugin.integrations.torch_pruning import checks
+from wgates_plugin.integrations.strategy_checks import (
+    data_problems,
+    learning_problems,
+    preparation_problems,
+)
 from wgates_plugin.integrations.torch_pruning.base import TracedPruner
 from wgates_plugin.integrations.torch_pruning.options import plain
 from wgates_plugin.integrations.torch_pruning.words import Efficiency, Words
+from wgates_plugin.option_checks import is_whole
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
@@ -124,15 +128,13 @@ class StrategyPruner(TracedPruner):
         if (steps := others.pop("iterative_steps", 1)) != 1:
             problems.append(f"iterative_steps {steps!r}: a strategy decides once; leave it at 1")
         problems += learning_problems(epochs=epochs, seed=seed, training=training, loss=loss)
-        if round_to is not None and not checks.is_whole(round_to, least=1):
+        if round_to is not None and not is_whole(round_to, least=1):
             problems.append(f"round_to {round_to!r}: needs a whole number from 1")
         if not problems:
             self.strategy = make_strategy(strategy, options)
-            if self.strategy.prepare(copy.deepcopy(model), example_inputs):
-                problems.append(
-                    f"options {dict(options or {})}: `{strategy}` would have to change the network's "
-                    "modules before it is traced; use `prune_to_target`, or leave the option out"
-                )
+            problems += preparation_problems(
+                self.strategy, strategy, options, model, example_inputs
+            )
         self._name, self._data, self._epochs, self._seed = strategy, data, epochs, seed
         self._training, self._loss = training or TrainingSettings(), loss
         words = Words(
