@@ -127,18 +127,7 @@ def measure(
                 minima[index].append(_least_of_block(sessions[index], count, clock))
     samples = tuple(minima[0])
     reference_samples = tuple(minima[1]) if reference is not None else ()
-    if reference is None:
-        reference_ms = statistics.median(samples)
-        ratio = drift = 1.0
-        spread = half_interquartile_range(samples) / reference_ms
-    else:
-        seen_ms = statistics.median(reference_samples)
-        if reference_ms is None:
-            reference_ms = seen_ms
-        drift = seen_ms / reference_ms
-        ratios = [mine / other for mine, other in zip(samples, reference_samples, strict=True)]
-        ratio = statistics.median(ratios)
-        spread = half_interquartile_range(ratios)
+    reference_ms, ratio, spread, drift = _compared(samples, reference_samples, reference_ms)
     if identity is None:
         identity = getattr(session, "identity", {})
     if environment is None:
@@ -149,7 +138,7 @@ def measure(
         ratio_spread=spread,
         samples_ms=samples,
         reference_samples_ms=reference_samples,
-        reference_ms=float(reference_ms),
+        reference_ms=reference_ms,
         drift=drift,
         median_ms=statistics.median(samples),
         minimum_ms=min(samples),
@@ -161,6 +150,20 @@ def measure(
         identity=dict(identity),
         environment=dict(environment),
     )
+
+
+def _compared(
+    samples: Sequence[float], reference_samples: Sequence[float], reference_ms: float | None
+) -> tuple[float, float, float, float]:
+    """(reference_ms, ratio, its spread, drift); a candidate without a reference is its own."""
+    if not reference_samples:
+        reference_ms = statistics.median(samples)
+        return reference_ms, 1.0, half_interquartile_range(samples) / reference_ms, 1.0
+    seen_ms = statistics.median(reference_samples)
+    reference_ms = seen_ms if reference_ms is None else float(reference_ms)
+    ratios = [mine / other for mine, other in zip(samples, reference_samples, strict=True)]
+    ratio, spread = statistics.median(ratios), half_interquartile_range(ratios)
+    return reference_ms, ratio, spread, seen_ms / reference_ms
 
 
 def _check_arguments(
