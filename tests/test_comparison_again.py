@@ -21,7 +21,7 @@ def test_a_cell_with_a_disturbed_run_is_forgotten_as_a_whole(tmp_path: Path) -> 
     places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
     chosen = list(runs_of(experiment))
     places.run_folder(chosen[2]).mkdir(parents=True)
-    assert "- eager, 50%: 1 of 3" in page(experiment, tmp_path / "results")[1]
+    assert "| eager | 50% | 3 | 1 | 0 |" in page(experiment, tmp_path / "results")[1]
     (line,) = again.forget_disturbed(places, chosen)
     assert line == (
         "eager, 50%: 1 of 3 runs found another latency than the last sitting; all of them again"

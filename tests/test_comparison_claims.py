@@ -16,7 +16,12 @@ from benchmarks.comparison.claims import compared, comparison_claims
 from benchmarks.comparison.experiment import Experiment, load_experiment
 from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
 from benchmarks.comparison.summary import Difference, Verdict, read_cells
-from benchmarks.comparison.tables import ablations_table, matrix_text, verdicts_table
+from benchmarks.comparison.tables import (
+    ablations_table,
+    margins_table,
+    matrix_text,
+    verdicts_table,
+)
 from benchmarks.report import pictures, scoreboard, tables
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.report.theme import LIGHT
@@ -378,3 +383,77 @@ def test_pictures_of_the_comparison_lie_beside_its_results(
 
 def test_nothing_stored_claims_nothing(tmp_path: Path) -> None:
     assert set(values(list(subject.COMPARED), tmp_path).values()) == {None}
+
+
+CORE = {
+    "wgates": {"strategy": "wgates", "role": "ours", "core": True},
+    "l1": {"strategy": "l1", "core": True},
+    "random": {"strategy": "random", "core": True},
+}
+
+
+def test_ours_is_held_against_each_rival_over_all_cells_too(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "random": LOW}
+    worse: dict[str, Any] = {"wgates": GOOD, "l1": BETTER, "random": LOW}
+    begun: dict[str, Any] = {"wgates": BETTER, "l1": LOW[:2], "random": LOW}
+    experiments = [
+        filled(tmp_path, cell, ours="wgates", name=name, task=name, methods=CORE, tuned_on=tuned)
+        for name, cell, tuned in (("a", runs, True), ("b", worse, False), ("c", begun, False))
+    ]
+    results = tmp_path / "results"
+    claims = {claim.name: claim for claim in comparison_claims(experiments)}
+    ahead = 100 * (sum(BETTER) - sum(GOOD)) / 3
+    assert claims["margin_over/l1"].value(results) == pytest.approx(0.0)  # once ahead, once behind
+    low, high = cast("Any", claims["margin_over/l1"].interval)(results)
+    assert (low, high) == pytest.approx((-12.706 * ahead, 12.706 * ahead), rel=1e-3)
+    (line,) = [x for x in margins_table(experiments, results).splitlines() if "`l1`" in x]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == ["2", "1", "+0.00"]  # the incomplete cell is in no margin
+    assert cells[5] == f"{-ahead:+.2f}"
+
+
+def test_the_core_alone_is_not_everyone(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "random": LOW}
+    everyone = {**CORE, "l2": {"strategy": "l2"}}
+    core = filled(tmp_path, runs, name="a", task="a", methods=CORE)
+    whole = filled(tmp_path, {**runs, "l2": LOW}, name="b", task="b", methods=everyone)
+    begun = filled(tmp_path, {**runs, "l2": LOW[:1]}, name="c", task="c", methods=everyone)
+    found = values([core, whole, begun], tmp_path / "results")
+    assert found["comparison_cells_with_everyone_share"] == pytest.approx(1 / 3)
+
+
+def test_runs_of_ablations_are_not_in_the_shares_of_runs(tmp_path: Path) -> None:
+    rivals: dict[str, Any] = {"wgates": GOOD, "l1": GOOD, "random": LOW}
+    parts: dict[str, Any] = {"wgates": GOOD, "free-gates": GOOD, "random": LOW}
+    over, under = [0.51] * 3, [0.49] * 3
+    experiments = [
+        filled(tmp_path, rivals, ours="wgates", name="a", task="t", finals=over),
+        filled(
+            tmp_path,
+            parts,
+            ours="wgates",
+            ablations=["free-gates"],
+            name="b",
+            task="t",
+            finals=under,
+        ),
+    ]
+    found = values(experiments, tmp_path / "results")
+    assert found["target_held_share/comparison"] == 0.0
+    assert found["target_held_again_share"] == 0.0
+
+
+def test_first_draws_are_counted_too(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "random": LOW}
+    one = filled(tmp_path, runs, ours="wgates", task="t")
+    results = tmp_path / "results"
+    assert values([one], results)["wgates_wins_share/first_draws"] == 1.0
+    gone = [
+        {"run": f"wgates-eager-50-{seed}", "accuracy": accuracy, "own": 0.49, "last": None}
+        for seed, accuracy in enumerate(LOW)
+    ]
+    again = [{**found, "accuracy": 0.99} for found in gone]  # a second draw is no first one
+    path = results / "comparison" / one.name / "replaced.json"
+    write_json(path, {"kind": "replaced runs", "runs": [*gone, *again]})
+    found = values([one], results)
+    assert (found["wgates_wins_share"], found["wgates_wins_share/first_draws"]) == (1.0, 0.0)

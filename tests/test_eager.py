@@ -86,6 +86,8 @@ def _edited(source: Path, target: Path, member: str, old: str, new: str) -> Path
         ("weights_config.json", '"weight_0"', '"../other"'),
         ("model.json", "torch.ops.aten.conv2d.default", "torch.serialization.os.system"),
         ("model.json", "torch.ops.aten.conv2d.default", "#example:conv2d"),
+        ("model.json", "torch.ops.aten.conv2d.default", "torch.ops.aten.from_file.default"),
+        ("model.json", "torch.ops.aten.conv2d.default", "torch.ops.image.write_file.default"),
         ("model.json", '"guards_code": []', '"guards_code": ["print(1)"]'),
         ("model.json", '{"as_int": 2}', '{"as_expr": {"expr_str": "print(1)"}}'),
         ("model.json", "builtins.tuple", "__enum__"),

@@ -139,6 +139,22 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def informative(inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs, with noise in place of constant tensors: what all images have in common with zeros,
+    such as an answer of biases alone, would let any mistake pass."""
+    found: ExampleInputs = map_tensors(_informative, inputs)
+    return found
+
+
+def _informative(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or tensor.numel() < 2:
+        return tensor
+    if (tensor != tensor.flatten()[0]).any():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(tensor)
+
+
 def to_cpu(inputs: ExampleInputs) -> ExampleInputs:
     """The same inputs on the CPU."""
     moved: ExampleInputs = map_tensors(Tensor.cpu, inputs)

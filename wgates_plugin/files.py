@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from wgates_plugin.errors import FileFormatError
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
     with _part_beside(path) as part:
         yield part
         _settle(part)
@@ -31,9 +31,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def _part_beside(path: Path) -> Iterator[Path]:
     """A temporary file in the folder of `path`, which is made; gone afterwards unless moved."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    part.touch(exist_ok=False)  # with the rights of any new file, which `tempfile` would not give
     try:
         yield part
     finally:
@@ -41,10 +40,9 @@ def _part_beside(path: Path) -> Iterator[Path]:
 
 
 def _settle(part: Path) -> None:
-    """Bring what was written to disk, for all to read."""
+    """Bring what was written to disk."""
     with part.open("rb+") as file:  # Windows brings nothing to disk that is open for reading alone
         os.fsync(file.fileno())
-    part.chmod(0o644)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -132,6 +130,10 @@ def load_tensors(path: str | Path, *, kind: str) -> dict[str, torch.Tensor]:
         return load_file(str(path))
     except FileNotFoundError:
         raise FileFormatError(f"{kind} `{path}`: no such file; check the path") from None
+    except OSError as error:
+        raise FileFormatError(
+            f"{kind} `{path}`: cannot be read ({error}); check the path"
+        ) from error
     except (SafetensorError, ValueError) as error:
         raise FileFormatError(
             f"{kind} `{path}`: not readable as safetensors ({error}); it is corrupt or was cut "

@@ -33,7 +33,7 @@ from benchmarks.comparison.experiment import (
 )
 from benchmarks.comparison.pictures import draw_experiment
 from benchmarks.comparison.tables import write_page
-from benchmarks.tools.records import parser
+from benchmarks.tools.records import RESULTS, parser
 from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency.base import require
 from wgates_plugin.latency.timing import measuring_within
@@ -153,7 +153,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
     options.add_argument("experiment", help=f"a YAML file, or one of: {known}")
     options.add_argument("--profile", help="one of the experiment's profiles, such as gpu")
-    options.add_argument("--scratch", type=Path, default=SCRATCH, help="where run folders go")
+    options.add_argument(
+        "--scratch",
+        type=Path,
+        help=f"where run folders go: {SCRATCH}, and with --results the folder `scratch` in that",
+    )
     options.add_argument("--methods", nargs="+", help="only these")
     options.add_argument("--seeds", nargs="+", type=int, help="only these")
     options.add_argument("--targets", nargs="+", type=float, help="only these")
@@ -189,6 +193,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="run again what was refused its target where another method of the same seed was not",
     )
     arguments = options.parse_args(list(argv))
+    if (
+        arguments.scratch is None
+    ):  # other results are other draws, not copies of finished run folders
+        stored_here = arguments.results.resolve() == RESULTS.resolve()
+        arguments.scratch = SCRATCH if stored_here else arguments.results / "scratch"
     if arguments.again_disturbed and (arguments.methods or arguments.seeds):
         options.error(
             "--again-disturbed draws a cell again as a whole, or it would favour somebody; leave out "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.experiment import Experiment, Run, runs_of
 from benchmarks.comparison.runs import Places
-from benchmarks.comparison.summary import last_ratio
+from benchmarks.comparison.summary import Cell, last_ratio
 from wgates_plugin.files import read_json, write_json
 
 MOST_APART = 0.03
@@ -30,11 +30,13 @@ class Found:
     disturbed: bool
 
     @property
-    def apart(self) -> bool:
-        """Whether other work on the machine led the run to other widths than it would have chosen.
+    def judged(self) -> bool:
+        """What was timed beside other work in the last sitting says nothing of what the run had found."""
+        return self.last is not None and not self.disturbed
 
-        What was timed beside other work in the last sitting says nothing.
-        """
+    @property
+    def apart(self) -> bool:
+        """Whether other work on the machine led the run to other widths than it would have chosen."""
         if self.last is None or self.disturbed:
             return False
         return abs(self.own / self.last - 1.0) > MOST_APART
@@ -111,6 +113,20 @@ def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]
             lines.append(f"{run.key}: refused, where another method was not; again")
             _forget(places, run, refused=report["reason"])
     return lines
+
+
+def first_draws(cell: Cell, places: Places) -> Cell:
+    """This cell with what its runs had found before they were made again; others stay as they are."""
+    first = {one["run"]: one for one in reversed(read_replaced(places.replaced)) if "last" in one}
+    rows = {}
+    for name, row in cell.rows.items():
+        accuracy, ratio = list(row.accuracy), list(row.ratio)
+        for index, seed in enumerate(row.seeds):
+            if one := first.get(Run(name, cell.runtime, cell.target, seed).key):
+                accuracy[index] = one["accuracy"]
+                ratio[index] = one["own"] if one["last"] is None else one["last"]
+        rows[name] = replace(row, accuracy=accuracy, ratio=ratio)
+    return replace(cell, rows=rows)
 
 
 def read_replaced(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.comparison.again import first_draws
 from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment
+from benchmarks.comparison.runs import Places
 from benchmarks.comparison.summary import (
     CHANCE,
     TIGHT,
@@ -37,10 +39,16 @@ def compared(folder: Path = FOLDER) -> list[Experiment]:
     return [load_experiment(path) for path in paths if read_file(path).get("task")]
 
 
-def contests(experiments: Iterable[Experiment], folder: Path) -> list[Cell]:
-    """All cells in which ours meets rivals other than chance."""
-    cells = [cell for experiment in experiments for cell in read_cells(experiment, folder)]
-    return [cell for cell in cells if set(cell.contestants) - {cell.ours, CHANCE}]
+def contests(experiments: Iterable[Experiment], folder: Path, *, first: bool = False) -> list[Cell]:
+    """All cells in which ours meets rivals other than chance; with `first`, by what their runs had
+    found before some were made again."""
+    cells = []
+    for experiment in experiments:
+        places = Places(experiment, folder, folder)
+        for cell in read_cells(experiment, folder):
+            if set(cell.contestants) - {cell.ours, CHANCE}:
+                cells.append(first_draws(cell, places) if first else cell)
+    return cells
 
 
 def share(values: Sequence[bool]) -> float | None:
@@ -48,13 +56,17 @@ def share(values: Sequence[bool]) -> float | None:
 
 
 def share_of(
-    experiments: Sequence[Experiment], good: Callable[[Verdict], bool], *, whole: bool = False
+    experiments: Sequence[Experiment],
+    good: Callable[[Verdict], bool],
+    *,
+    whole: bool = False,
+    first: bool = False,
 ) -> Read:
     """Of all cells but the undecided, those that are complete and `good`; with `whole`, of the
-    complete ones alone."""
+    complete ones alone; `first` as in `contests`."""
 
     def read(folder: Path) -> float | None:
-        cells = contests(experiments, folder)
+        cells = contests(experiments, folder, first=first)
         if not begun(cells):
             return None
         verdicts = [cell.verdict() for cell in cells]
@@ -120,12 +132,11 @@ def final_share(experiments: Sequence[Experiment], good: Callable[[float, float]
     def read(folder: Path) -> float | None:
         found: list[bool] = []
         timed = False
-        for experiment in experiments:
-            for cell in read_cells(experiment, folder):
-                for row in () if cell.missing() else cell.rows.values():
-                    timed = timed or bool(row.finals)
-                    found += [good(ratio, cell.target) for ratio in row.finals]
-                    found += [False] * (len(row.seeds) - len(row.finals))
+        for cell in contests(experiments, folder):
+            for row in () if cell.missing() else cell.rows.values():
+                timed = timed or bool(row.finals)
+                found += [good(ratio, cell.target) for ratio in row.finals]
+                found += [False] * (len(row.seeds) - len(row.finals))
         return share(found) if timed else None
 
     return read
@@ -135,10 +146,59 @@ def held_again_share(experiments: Sequence[Experiment]) -> Read:
     """Of the runs that said "held", those that the sitting at the end found so too."""
 
     def read(folder: Path) -> float | None:
-        cells = (cell for experiment in experiments for cell in read_cells(experiment, folder))
-        return share([still for cell in cells for row in cell.rows.values() for still in row.again])
+        rows = [row for cell in contests(experiments, folder) for row in cell.rows.values()]
+        return share([still for row in rows for still in row.again])
 
     return read
+
+
+def everyone_share(experiments: Sequence[Experiment]) -> Read:
+    """Of all cells, the complete ones in which more than the core of the methods runs."""
+
+    def read(folder: Path) -> float | None:
+        found = []
+        for experiment in experiments:
+            core = {name for name, method in experiment.methods.items() if method.core}
+            for cell in contests([experiment], folder):
+                found.append(not set(cell.rivals_here) <= core and not cell.missing())
+        return share(found) if begun(contests(experiments, folder)) else None
+
+    return read
+
+
+def margin_over(
+    experiments: Sequence[Experiment], rival: str
+) -> Callable[[Path], Difference | None]:
+    """Ours minus one rival over the complete cells: the mean over tasks of their cells' means.
+
+    Cells of one task share networks and images, so tasks are what its error and interval are over.
+    """
+
+    def read(folder: Path) -> Difference | None:
+        tasks = []
+        for experiment in experiments:
+            found = margins(contests([experiment], folder), rival)
+            if found:
+                tasks.append(sum(found) / len(found))
+        return Difference.among(tasks) if tasks else None
+
+    return read
+
+
+def margins(cells: Iterable[Cell], rival: str) -> list[float]:
+    """Points that ours is ahead of a rival, of every complete cell that has both."""
+    found = [cell.between(cell.ours or "", rival) for cell in cells if not cell.missing()]
+    return [one.mean for one in found if one is not None]
+
+
+def always_there(experiments: Sequence[Experiment]) -> list[str]:
+    """The rivals that every experiment with rivals has in all of its cells."""
+    sets = [
+        [name for name in experiment.with_role("rival") if experiment.methods[name].core]
+        for experiment in experiments
+        if set(experiment.with_role("rival")) - {CHANCE}
+    ]
+    return [name for name in (sets[0] if sets else []) if all(name in one for one in sets)]
 
 
 def worst_at_half(
@@ -239,25 +299,38 @@ def _of_task(experiment: Experiment) -> list[Claim]:
     if FREE in experiment.methods:
         difference = weights_against_free(experiment)
 
-        def mean(folder: Path) -> float | None:
-            found = difference(folder)
-            return None if found is None else found.mean
-
-        def interval(folder: Path) -> tuple[float, float] | None:
-            found = difference(folder)
-            return None if found is None or found.pairs < 2 else found.interval()
-
         claims.append(
             Claim(
                 f"weight_dependent_vs_free_gates/{task}",
                 None,
                 "higher",
                 f"{source}; no bar: points, paired over {len(experiment.seeds)} seeds, 95 % interval",
-                mean,
-                interval=interval,
+                lambda folder: mean_of(difference(folder)),
+                interval=lambda folder: interval_of(difference(folder)),
             )
         )
     return claims
+
+
+def _over(experiments: Sequence[Experiment], rival: str) -> Claim:
+    margin = margin_over(experiments, rival)
+    return Claim(
+        f"margin_over/{rival}",
+        None,
+        "higher",
+        f"{SOURCE}; no bar: points, mean of the tasks' means over their complete cells, 95 % interval "
+        "over tasks",
+        lambda folder: mean_of(margin(folder)),
+        interval=lambda folder: interval_of(margin(folder)),
+    )
+
+
+def mean_of(found: Difference | None) -> float | None:
+    return None if found is None else found.mean
+
+
+def interval_of(found: Difference | None) -> tuple[float, float] | None:
+    return None if found is None or found.pairs < 2 else found.interval()
 
 
 def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
@@ -300,6 +373,13 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             share_of([one for one in experiments if not one.tuned_on], lambda one: one.won),
         ),
         Claim(
+            "wgates_wins_share/first_draws",
+            None,
+            "higher",
+            f"{SOURCE}; no bar: the first by what runs had found before they were made again",
+            share_of(experiments, lambda one: one.won, first=True),
+        ),
+        Claim(
             "wgates_wins_beyond_one_se_share",
             0.5,
             "higher",
@@ -314,6 +394,13 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             complete_share(experiments),
         ),
         Claim(
+            "comparison_cells_with_everyone_share",
+            None,
+            "higher",
+            f"{SOURCE}; no bar: complete cells in which more than the core of five rivals runs",
+            everyone_share(experiments),
+        ),
+        Claim(
             "comparison_cells_decided_share",
             None,
             "higher",
@@ -325,7 +412,7 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             "target_held_share/comparison",
             1.0,
             "higher",
-            f"{SOURCE}; all runs of complete cells, timed in one sitting per experiment and runtime",
+            f"{SOURCE}; all runs of complete cells but the ablations', timed interleaved at the end",
             final_share(experiments, lambda ratio, target: ratio <= target),
         ),
         Claim(
@@ -343,6 +430,7 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             f"{SOURCE}; the same runs at {TIGHT:.0%} of the target or more",
             final_share(experiments, lambda ratio, target: ratio >= TIGHT * target),
         ),
+        *(_over(experiments, rival) for rival in always_there(experiments)),
         *(claim for experiment in experiments for claim in _of_task(experiment)),
     ]
 

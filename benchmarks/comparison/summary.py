@@ -27,7 +27,7 @@ EQUAL_LATENCY = 0.05
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of differences paired by seed, in points of accuracy, and its standard error."""
+    """Mean of paired differences, in points of accuracy, and its standard error."""
 
     mean: float
     error: float
@@ -35,7 +35,11 @@ class Difference:
 
     @classmethod
     def of(cls, first: Sequence[float], second: Sequence[float]) -> Difference:
-        points = [100.0 * (a - b) for a, b in zip(first, second, strict=True)]
+        """Of two accuracies per seed."""
+        return cls.among([100.0 * (a - b) for a, b in zip(first, second, strict=True)])
+
+    @classmethod
+    def among(cls, points: Sequence[float]) -> Difference:
         error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.inf
         # As many right answers are the same accuracy, whatever floats make of it.
         return cls(round(statistics.mean(points), 9), error, len(points))

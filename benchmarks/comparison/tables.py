@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.comparison.again import MOST_APART, found_by_cell, read_replaced
+from benchmarks.comparison.claims import always_there, contests, margin_over, margins
 from benchmarks.comparison.experiment import Experiment, Method, runs_of, runtime_name
 from benchmarks.comparison.runs import Places
 from benchmarks.comparison.summary import (
@@ -170,17 +171,19 @@ def _disturbed(experiment: Experiment, home: Path) -> str:
 def _led_astray(experiment: Experiment, results: Path) -> str:
     """How many runs of each cell aimed by another latency than the last sitting found; or nothing."""
     cells = found_by_cell(Places(experiment, results, results), runs_of(experiment))
-    lines = [
-        f"- {runtime}, {target:.0%}: {apart} of {len(found)}"
-        for (runtime, target), found in cells.items()
-        if (apart := sum(one.apart for one in found.values()))
-    ]
-    if not lines:
+    rows = []
+    for (runtime, target), found in cells.items():
+        apart = sum(one.apart for one in found.values())
+        unjudged = sum(not one.judged for one in found.values())
+        if apart or unjudged:
+            rows.append([runtime, f"{target:.0%}", *map(str, (len(found), apart, unjudged))])
+    if not rows:
         return ""
+    head = ["runtime", "latency", "networks", "found otherwise", "not judged"]
     return (
-        "\n\nRuns that had found another latency of their network than the last sitting, smaller or "
-        f"larger by more than {MOST_APART:.0%}, and so aimed beside their target:\n\n"
-        + "\n".join(lines)
+        "\n\n*Found otherwise*: the last sitting found another latency of these networks than their runs "
+        f"had, smaller or larger by more than {MOST_APART:.0%}, so that these aimed beside their target. "
+        "*Not judged*: it timed them beside other work, or not at all.\n\n" + markdown(head, rows)
     )
 
 
@@ -228,6 +231,32 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
                     verdict(cell),
                 ]
             )
+    return markdown(head, rows)
+
+
+def margins_table(experiments: Sequence[Experiment], results: Path) -> str:
+    """One line per rival that runs everywhere: how far ours is ahead over all complete cells."""
+    head = ["rival", "cells", "ours ahead in", "margin", "95 % interval, over tasks",
+            "on tasks that ours was not tuned on"]  # fmt: skip
+    untuned = [experiment for experiment in experiments if not experiment.tuned_on]
+    rows = []
+    for rival in always_there(experiments):
+        every = margins(contests(experiments, results), rival)
+        found = margin_over(experiments, rival)(results)
+        if found is None:
+            continue
+        elsewhere = margin_over(untuned, rival)(results)
+        low, high = found.interval()
+        rows.append(
+            [
+                f"`{rival}`",
+                str(len(every)),
+                str(sum(margin > 0 for margin in every)),
+                f"{found.mean:+.2f}",
+                f"{low:+.2f} to {high:+.2f}",
+                "-" if elsewhere is None else f"{elsewhere.mean:+.2f}",
+            ]
+        )
     return markdown(head, rows)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import not_faster
-from benchmarks.comparison.claims import COMPARED, contests
-from benchmarks.comparison.summary import Verdict
+from benchmarks.comparison.claims import COMPARED, always_there, contests, margins
+from benchmarks.comparison.summary import CHANCE, Verdict
 from benchmarks.comparison.tables import (
     ablations_table,
+    margins_table,
     matrix_text,
     page,
     verdicts_table,
@@ -307,18 +308,30 @@ def comparison_ablations_table(folder: Path) -> str:
     return ablations_table(COMPARED, folder)
 
 
+def comparison_margins_table(folder: Path) -> str:
+    return margins_table(COMPARED, folder)
+
+
 def in_short(folder: Path) -> str:
-    """The comparison and the scoreboard in a sentence."""
-    verdicts = [cell.verdict() for cell in contests(COMPARED, folder)]
+    """The comparison and the scoreboard in three sentences."""
+    cells = contests(COMPARED, folder)
+    verdicts = [cell.verdict() for cell in cells]
     decided = [verdict for verdict in verdicts if verdict.counts]
     good = sum(verdict.won for verdict in decided)
     missing = sum(verdict is Verdict.INCOMPLETE for verdict in verdicts)
+    rivals = always_there(COMPARED)
+    alone = {rival: margins(cells, rival) for rival in rivals if rival != CHANCE}
+    ahead = [sum(margin > 0 for margin in found) for found in alone.values()]
+    most = max(map(len, alone.values()), default=0)
+    names = ", ".join(f"`{name}`" for name in alone)
     bars = [entry for entry in scoreboard.entries(folder) if entry.bar is not None]
     missed = sum(not entry.holds for entry in bars)
     return (
-        f"Over all tasks ours is level or ahead in {good} of the {len(decided)} cells that are complete "
-        f"and decided; {missing} of {len(verdicts)} are incomplete. Of the scoreboard's {len(bars)} bars "
-        f"{missed} are missed."
+        f"Held against the best of {len(rivals)} rivals or more, ours is level or ahead in {good} of the "
+        f"{len(decided)} cells (task, target, runtime) that are complete and decided; {missing} of "
+        f"{len(verdicts)} are incomplete. Against any one of them ({names}) it is ahead in "
+        f"{min(ahead, default=0)} to {max(ahead, default=0)} of {most}. Of the scoreboard's {len(bars)} "
+        f"bars {missed} are missed."
     )
 
 
@@ -340,6 +353,7 @@ TABLES: Tables = {
     "not_faster": not_faster_table,
     "fashion_mnist": fashion_mnist_table,
     "comparison": comparison_table,
+    "comparison_margins": comparison_margins_table,
     "comparison_methods": comparison_methods_table,
     "ablations": comparison_ablations_table,
     "systems": systems_table,

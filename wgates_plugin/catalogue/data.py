@@ -19,12 +19,16 @@ DATA: dict[str, Callable[[DataRequest], Data]] = {
     "cifar10": cifar,
     "cifar100": cifar,
 }
+WITHOUT_FILES = ("digits",)
+"""Those that come with a library."""
+
+BATCH_SIZE = 128
 
 
 def load_data(
     name_or_path: str,
     *,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     image_size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -45,7 +49,7 @@ def load_data(
     root is given.
 
     Raises:
-        ConfigError: unknown name, an option out of range, or data that cannot be had.
+        ConfigError: unknown name, an option out of range or without effect, or data that cannot be had.
         FileFormatError: a data file is corrupt. MissingExtraError: a library is not installed.
     """
     numbers = {"batch_size": batch_size, "image_size": image_size, "limit": limit}
@@ -61,6 +65,10 @@ def load_data(
     )
     given = root is not None
     request = DataRequest(name_or_path, batch_size, image_size, limit, seed, place, given)
+    given_names = {key for key, value in numbers.items() if value is not None} - {"batch_size"}
+    given_names |= {"root"} if given else set()
+    given_names |= {"batch_size"} if batch_size != BATCH_SIZE else set()
+    _refuse_unused(name_or_path, given_names)
     if name_or_path in DATA:
         return DATA[name_or_path](request)
     if name_or_path.startswith("folder:"):
@@ -71,6 +79,19 @@ def load_data(
         f"data `{name_or_path}`",
         [f"unknown name; choose from {', '.join(DATA)}, folder:PATH, package.module:factory"],
     )
+
+
+def _refuse_unused(name: str, given: set[str]) -> None:
+    """Raises ConfigError for options that would change nothing."""
+    unused: set[str] = set()
+    if name in WITHOUT_FILES or name.startswith("folder:"):
+        unused = given & {"root"}
+        hint = "its files are not taken from there; leave it out"
+    elif name not in DATA and is_factory_name(name):
+        unused = given - set(accepted(load_factory(name), dict.fromkeys(given)))
+        hint = "the factory has no such parameter; leave it out, or let the factory take it"
+    if unused:
+        raise ConfigError(f"data `{name}`", [f"{key}: {hint}" for key in sorted(unused)])
 
 
 def _factory(request: DataRequest) -> Data:

@@ -180,6 +180,10 @@ def _load_weights(network: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise FileFormatError(f"weights `{path}`: no such file; check the path") from None
+        except OSError as error:
+            raise FileFormatError(
+                f"weights `{path}`: cannot be read ({error}); check the path"
+            ) from error
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise FileFormatError(
                 f"weights `{path}`: not readable as a plain state dict ({first_line(error)}); save "

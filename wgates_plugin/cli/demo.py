@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from wgates_plugin.cli.app import MISSED, app, guarded
-from wgates_plugin.cli.options import Debug, Resume
+from wgates_plugin.cli.options import Debug, Resume, path_option
 from wgates_plugin.cli.paths import check_out_folders
 from wgates_plugin.cli.running import carry_out
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("wgates-demo"),
+    out: Annotated[Path, path_option("Run folder.")] = Path("wgates-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
     resume: Resume = False,
     debug: Debug = False,

@@ -20,6 +20,7 @@ from wgates_plugin.cli.options import (
     Shape,
     Threads,
     Weights,
+    path_option,
 )
 from wgates_plugin.cli.paths import check_out_files, check_out_folders
 from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
@@ -41,21 +42,21 @@ SAMPLES, SAMPLES_WITH_PRIOR = 100, 30
 @app.command("fit-lpnet")
 def fit_lpnet(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Where LPNet is written.")] = Path("lpnet.safetensors"),
+    out: Annotated[Path, path_option("Where LPNet is written.")] = Path("lpnet.safetensors"),
     samples: Annotated[
         int | None,
         typer.Option(min=8, help="Sub-networks to measure.", show_default="100; with --prior 30"),
     ] = None,
     samples_file: Annotated[
         Path | None,
-        typer.Option(help="Kept measurements.", show_default="beside the output"),
+        path_option("Kept measurements.", show_default="beside the output"),
     ] = None,
     structure: Annotated[
         str, typer.Option(help="layers, or mlp for the paper's plain form.")
     ] = "layers",
     prior: Annotated[
         Path | None,
-        typer.Option(help="An LPNet of this network on another runtime or thread count."),
+        path_option("An LPNet of this network on another runtime or thread count."),
     ] = None,
     active: Annotated[
         bool | None,
@@ -73,14 +74,14 @@ def fit_lpnet(
     profile: Annotated[
         bool, typer.Option("--profile/--no-profile", help="Take the layers' own times too.")
     ] = True,
-    report: Annotated[Path | None, typer.Option(help="Folder for a page about the fit.")] = None,
+    report: Annotated[Path | None, path_option("Folder for a page about the fit.")] = None,
     runtime: Annotated[str, typer.Option(help=f"{RUNTIME_HELP}.")] = DEFAULT,
     threads: Threads = 1,
     device: Device = "cpu",
     precision: Precision = "float32",
     runtime_options: RuntimeOptions = None,
     input_shape: Shape = None,
-    classes: Classes = 1000,
+    classes: Classes = None,
     weights: Weights = None,
     grid: Annotated[
         int | None,
@@ -96,7 +97,7 @@ def fit_lpnet(
     debug: Debug = False,
 ) -> None:
     """Measure sub-networks and fit LPNet; measured ones are kept and not measured again."""
-    kept = samples_file or out.with_name(out.stem + ".samples.jsonl")
+    kept = samples_file or out.parent / f"{out.stem}.samples.jsonl"
     count = samples or (SAMPLES_WITH_PRIOR if prior else SAMPLES)
     options_given = {
         "--out": out,

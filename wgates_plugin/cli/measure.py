@@ -21,6 +21,7 @@ from wgates_plugin.cli.options import (
     Shape,
     Threads,
     Weights,
+    path_option,
 )
 from wgates_plugin.cli.paths import check_out_files
 from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
@@ -187,11 +188,11 @@ def measure(
     precision: Precision = "float32",
     runtime_options: RuntimeOptions = None,
     input_shape: Shape = None,
-    classes: Classes = 1000,
+    classes: Classes = None,
     weights: Weights = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Timed inference each, s.")] = 3.0,
     grid: Annotated[bool, typer.Option("--grid", help="Also probe the channel grid.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the measurements as JSON.")] = None,
+    out: Annotated[Path | None, path_option("Write the measurements as JSON.")] = None,
     debug: Debug = False,
 ) -> None:
     """Latency of a network on one or several runtimes, with its spread."""

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from wgates_plugin.cli.runtimes import NAMES
-from wgates_plugin.cli.subject import DEFAULT_SHAPE
+from wgates_plugin.cli.subject import DEFAULT_CLASSES, DEFAULT_SHAPE
 
 RUNTIME_HELP = f"What executes the network: {', '.join(NAMES)}"
+
+
+def _home(words: str) -> Path:
+    """A shell leaves `~` as it is behind `--out=`."""
+    try:
+        return Path(words).expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{error}; write the path out") from error
+
+
+def path_option(help: str, **more: Any) -> Any:
+    """`typer.Option` of a path that may begin with `~`."""
+    return typer.Option(help=help, parser=_home, metavar="PATH", **more)
+
+
+def path_argument(help: str, *, metavar: str) -> Any:
+    """`typer.Argument` of a path that may begin with `~`."""
+    return typer.Argument(help=help, parser=_home, metavar=metavar)
+
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
@@ -32,8 +51,15 @@ Shape = Annotated[
         show_default=DEFAULT_SHAPE,
     ),
 ]
-Classes = Annotated[int, typer.Option(min=1, help="Number of classes of the network.")]
-Weights = Annotated[Path | None, typer.Option(help="A .safetensors file or a plain state dict.")]
+Classes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of classes of the network; an exported file has its own.",
+        show_default=str(DEFAULT_CLASSES),
+    ),
+]
+Weights = Annotated[Path | None, path_option("A .safetensors file or a plain state dict.")]
 Model = Annotated[
     str,
     typer.Argument(

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from wgates_plugin.cli.app import app, guarded, progress_console
-from wgates_plugin.cli.options import Debug
+from wgates_plugin.cli.options import Debug, path_argument
 from wgates_plugin.cli.running import print_summary
 
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run_folder: Annotated[Path, path_argument("Folder of a finished run.", metavar="RUN_FOLDER")],
     debug: Debug = False,
 ) -> None:
     """Make a finished run's page again and print its table."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wgates_plugin.latency.base import BaseRuntime, BaseSession
 
 DEFAULT_SHAPE = "1,3,224,224"
+DEFAULT_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Subject:
 
     model: str
     input_shape: str | None
-    classes: int
+    classes: int | None
     weights: Path | None
 
     @cached_property
@@ -54,8 +55,10 @@ class Subject:
                 raise FileFormatError(f"`{self.model}`: no such file; check the path")
             return False
         check_no_weights(path)
-        if self.weights is not None:
-            raise ConfigError("--weights", [f"`{self.model}` has weights of its own; leave it out"])
+        for option, given in (("--weights", self.weights), ("--classes", self.classes)):
+            if given is not None:
+                own = option.removeprefix("--")
+                raise ConfigError(option, [f"`{self.model}` has {own} of its own; leave it out"])
         return True
 
     @cached_property
@@ -134,7 +137,7 @@ class Subject:
             )
         network = load_model(
             self.model,
-            classes=self.classes,
+            classes=self.classes or DEFAULT_CLASSES,
             in_channels=int(self.shapes["input_0"][1]),
             weights=self.weights,
         )

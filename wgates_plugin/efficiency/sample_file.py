@@ -89,14 +89,11 @@ class SampleFile:
             FileFormatError: corrupt, of version 1, for another network, or of another runtime.
             FileInUseError: another process has it open for writing; `load` reads it all the same.
         """
-        path = Path(path)
+        path, kept = Path(path), _kept(identity)
         here = {
             **(describe_environment() if environment is None else environment),
             "device_name": identity.get("device_name"),
         }
-        # The chip is part of the environment: its samples are kept apart, not refused.
-        kept = {name: value for name, value in identity.items() if name != "device_name"}
-        kept = json.loads(json.dumps(kept))
         if not path.exists():
             create_text(path, new_header(space, kept))
         claimed = _claimed(path)
@@ -123,6 +120,15 @@ class SampleFile:
             FileFormatError: names the line, what is wrong with it and what to do.
         """
         return cls._read(Path(path), environment or describe_environment(), None)
+
+    @classmethod
+    def check(cls, path: str | Path, space: ChannelSpace, identity: Mapping[str, Any]) -> None:
+        """Refuse what `open` would; the file is left as it is.
+
+        Raises:
+            FileFormatError: no such file, corrupt, for another network, or of another runtime.
+        """
+        cls._read(Path(path), describe_environment(), (space, _kept(identity)))
 
     @classmethod
     def _read(
@@ -337,6 +343,14 @@ class SampleFile:
 def _size_of(path: Path) -> int | None:
     """Bytes; None where there is no such file."""
     return path.stat().st_size if path.exists() else None
+
+
+def _kept(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a runtime's identity the header holds. The chip is part of the environment: its samples
+    are kept apart, not refused."""
+    kept = {name: value for name, value in identity.items() if name != "device_name"}
+    found: dict[str, Any] = json.loads(json.dumps(kept))
+    return found
 
 
 def _claimed(path: Path) -> Claim:

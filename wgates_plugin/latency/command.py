@@ -15,6 +15,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from wgates_plugin.calling import informative
 from wgates_plugin.errors import ConfigError, ExportError, RuntimeUnavailableError
 from wgates_plugin.latency.base import (
     BaseRuntime,
@@ -162,9 +163,10 @@ class CommandRuntime(BaseRuntime):
         path = Path(path)
         self.exporter.save(network, example_inputs, path)
         if self.artefact == "pt2":  # the others compare while they export
-            with self.exporter.load_file(path, example_inputs) as session:
+            seen = informative(example_inputs)
+            with self.exporter.load_file(path, seen) as session:
                 plain = frozen_copy(network).to("cpu", torch.float32)
-                check_agreement(session.outputs(), plain, example_inputs, subject="pt2")
+                check_agreement(session.outputs(), plain, seen, subject="pt2")
         return path
 
     def load_file(self, path: str | Path, example_inputs: ExampleInputs) -> CommandSession:

@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from wgates_plugin.calling import informative
 from wgates_plugin.errors import (
     ExportError,
     FileFormatError,
@@ -111,8 +112,9 @@ class ExecuTorchRuntime(BaseRuntime):
                 f"({type(error).__name__}: {first_line(error)}); remove the operation named, or "
                 "choose another runtime"
             ) from error
-        with self._session(program, example_inputs) as session:
-            check_agreement(session.outputs(), frozen, example_inputs, subject="executorch")
+        seen = informative(example_inputs)
+        with self._session(program, seen) as session:
+            check_agreement(session.outputs(), frozen, seen, subject="executorch")
         return program
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wgates_plugin.calling import informative
 from wgates_plugin.errors import ExportError, FileFormatError, RuntimeUnavailableError
 from wgates_plugin.files import atomic_path
 from wgates_plugin.latency.base import (
@@ -116,12 +117,13 @@ class OnnxModelRuntime(BaseRuntime):
 
     def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
         exact = self.at_float32()
+        seen = informative(example_inputs)
 
         def run(model: bytes) -> list[Tensor]:
-            with exact.session_of(model, example_inputs) as session:
+            with exact.session_of(model, seen) as session:
                 return session.outputs()
 
-        return export_checked(network, example_inputs, run)
+        return export_checked(network, seen, run)
 
 
 def feeds_of(
@@ -264,5 +266,7 @@ class OnnxFamily:
 
         widths = halfway_widths(self._space)
         smaller = resize(self._network, self._space, widths).eval()
-        with self._sliced_session(template, widths, self._runtime.at_float32()) as session:
-            check_agreement(session.outputs(), smaller, self._example_inputs)
+        graph, beside = self._sliced(template, widths)
+        exact, seen = self._runtime.at_float32(), informative(self._example_inputs)
+        with exact.session_of(graph, seen, initializers=beside) as session:
+            check_agreement(session.outputs(), smaller, seen)

@@ -123,17 +123,13 @@ def check(job: Job) -> None:
     """Refuse, before anything is measured or trained, what would fail later.
 
     Raises:
-        ConfigError, TrainingError, MissingExtraError: labels that the network has no outputs for, data
-            of which no accuracy can be told, samples that are not there, more workers than there is
-            room for, a library that is missing.
+        ConfigError, TrainingError, FileFormatError, MissingExtraError: labels that the network has no
+            outputs for, data of which no accuracy can be told, samples that are not there or of
+            another network or runtime, more workers than there is room for, a library that is missing.
     """
     for loader in (job.train_loader, job.val_loader):
         batches_of(loader)
-    given, taken = job.settings.samples_file, job.folder.file(preparation.SAMPLES).exists()
-    if given is not None and not taken and not Path(given).is_file():
-        raise ConfigError(
-            "pruning settings", [f"samples_file is `{given}`, no such file; check the path"]
-        )
+    preparation.check_samples(job)
     if job.latency_target is not None:
         job.study.farm(job.settings.workers)
     if job.strategy.hands_over_untrained and not job.total_epochs:

@@ -45,16 +45,26 @@ def _is_held_there(value: Any) -> bool:
 
 
 def _digest(value: Any) -> str:
-    written = io.BytesIO()
     try:
-        _ByContent(written, protocol=5).dump(value)
+        return hashlib.sha256(_written(value)).hexdigest()[:16]
     except Exception:  # whatever an object's own `__reduce__` may raise
         return ""
-    return hashlib.sha256(written.getvalue()).hexdigest()[:16]
+
+
+def _written(value: Any) -> bytes:
+    written = io.BytesIO()
+    _ByContent(written, protocol=5).dump(value)
+    return written.getvalue()
 
 
 class _ByContent(pickle.Pickler):
-    """Writes tensors by what is in them: torch's own way names a storage after its address."""
+    """Writes tensors by what is in them, for torch's own way names a storage after its address, and sets
+    in an order of their own, for that of their items differs from process to process."""
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) in (set, frozenset):
+            return type(value).__name__, sorted(_written(item) for item in value)
+        return None
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

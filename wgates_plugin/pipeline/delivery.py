@@ -137,12 +137,7 @@ def remove_channels(
     def compute() -> dict[str, Any]:
         gated = network.cpu()
         smaller = remove(copy.deepcopy(gated), plan, job.example_inputs)
-        error = removal_error(gated, smaller, plan, job.example_inputs)
-        if not carried_out(gated, smaller, plan, job.example_inputs, error):
-            raise SurgeryError(
-                f"network {job.name}: gated and removed network differ by {error:.1e} relative; "
-                "the plan was not carried out, please report the network"
-            )
+        error = _compare(job, gated, smaller, plan)
         after_steps = job.strategy.finish(smaller, plan, job.example_inputs)
         smaller = apply_steps(smaller, after_steps)
         before = job.accuracy(smaller)
@@ -166,6 +161,17 @@ def remove_channels(
     assert state is not None
     plan = dataclasses.replace(plan, note={**plan.note, **facts.get("steps", {})})
     return plan, job.rebuilt(plan, state["network"])
+
+
+def _compare(job: Job, gated: nn.Module, smaller: nn.Module, plan: PruningPlan) -> float:
+    """Relative error of the smaller network. Raises SurgeryError where it is more than rounding."""
+    error = removal_error(gated, smaller, plan, job.example_inputs)
+    if not carried_out(gated, smaller, plan, job.example_inputs, error):
+        raise SurgeryError(
+            f"network {job.name}: gated and removed network differ by {error:.1e} relative; "
+            "the plan was not carried out, please report the network"
+        )
+    return error
 
 
 def deliver(
@@ -247,7 +253,9 @@ def _trim(
 def _cut_further(job: Job, network: nn.Module, plan: PruningPlan, smaller: PruningPlan) -> None:
     graph = DependencyTrace(network, job.example_inputs)
     space = graph.space(ignored_layers=job.settings.ignored_layers)
-    remove(network, closed_loop.relative_plan(smaller, plan, space), traced=graph)
+    whole, further = copy.deepcopy(network), closed_loop.relative_plan(smaller, plan, space)
+    remove(network, further, traced=graph)
+    _compare(job, whole, network, further)
     job.recalibrate(network)
     epochs = job.settings.trim_epochs
     if job.total_epochs and epochs:

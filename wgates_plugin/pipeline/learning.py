@@ -28,7 +28,7 @@ def decide(job: Job) -> Decision:
         return Decision(network, **{**state, "widths": tuple(state["widths"])})
     with job.folder.clock("gates"):
         decision = job.strategy.decide(task)
-    decision = dataclasses.replace(decision, network=decision.network.cpu())
+    decision = decision.plain(job.space, f"strategy `{job.settings.strategy}`")
     fields = {f.name: getattr(decision, f.name) for f in dataclasses.fields(decision)}
     job.folder.save_state(
         DECISION_STATE,

@@ -14,8 +14,9 @@ import torch
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.lpnet import LPNet
+from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import draw_widths
-from wgates_plugin.errors import InfeasibleTargetError
+from wgates_plugin.errors import ConfigError, InfeasibleTargetError
 from wgates_plugin.files import write_text
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.strategies.budgeting import check_feasible, fit_to_budget, uniform_widths
@@ -60,6 +61,23 @@ def find_grid(job: Job) -> None:
     job.grid = int(found["multiple"])
     if found["probed"]:
         job.done(f"probing the channel grid: multiples of {job.grid}", "grid")
+
+
+def check_samples(job: Job) -> None:
+    """Refuse samples that are of no use to the job, before they are copied into its folder.
+
+    Raises:
+        ConfigError: no such file. FileFormatError: as `SampleFile.check`.
+    """
+    given = job.settings.samples_file
+    if given is None or job.folder.file(SAMPLES).exists():
+        return
+    if not Path(given).is_file():
+        raise ConfigError(
+            "pruning settings", [f"samples_file is `{given}`, no such file; check the path"]
+        )
+    if job.latency_target is not None:
+        SampleFile.check(given, job.space, job.study.identity)
 
 
 def fit_lpnet(job: Job) -> None:

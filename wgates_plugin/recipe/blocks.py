@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from wgates_plugin.catalogue.data import BATCH_SIZE
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.targets import (
     LatencyTarget,
@@ -47,7 +49,7 @@ class DataBlock(_Block):
     """Which data: arguments of `catalogue.load_data`."""
 
     name: str
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=BATCH_SIZE, ge=1)
     image_size: int | None = Field(default=None, ge=1)
     limit: int | None = Field(default=None, ge=1)
     root: HomePath | None = None
@@ -151,7 +153,7 @@ class Recipe(_Block):
 
     @property
     def folder(self) -> Path:
-        return self.run_folder or Path("wgates-runs") / self.title.replace("/", "-")
+        return self.run_folder or Path("wgates-runs") / re.sub(r"[/\\:]", "-", self.title)
 
     @property
     def all_targets(self) -> list[TargetBlock]:

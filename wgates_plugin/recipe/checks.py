@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,31 @@ NO_EFFECT: dict[Place, str] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice: the last one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, Hashable) and name in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"`{name}` is given twice", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"`{twice}` is given twice")
+    return dict(pairs)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The file's content as plain values; nothing in it is executed.
 
@@ -40,10 +65,13 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        raw = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        is_json = path.suffix == ".json"
+        raw = (
+            json.loads(text, object_pairs_hook=_once_each) if is_json else yaml.load(text, _Loader)
+        )
     except FileNotFoundError:
         raise FileFormatError(f"recipe `{path}`: no such file; check the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
         raise FileFormatError(f"recipe `{path}`: cannot be read ({what}); correct it") from error
     if not isinstance(raw, dict):
@@ -283,17 +311,17 @@ def _data_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
     from wgates_plugin.catalogue.factories import is_factory_name
 
     name = _lookup(raw, ("data", "name"))
-    if not isinstance(name, str) or name in DATA or is_factory_name(name):
+    if not isinstance(name, str) or name in DATA:
         return
     if name.startswith("folder:"):
         if not Path(name.removeprefix("folder:")).expanduser().is_dir():
             yield ("data", "name"), f"no such folder `{name.removeprefix('folder:')}`"
-        return
-    yield (
-        ("data", "name"),
-        f"unknown data set `{name}`; choose from {', '.join(DATA)}, folder:PATH, "
-        "package.module:factory",
-    )
+    elif not is_factory_name(name):
+        yield (
+            ("data", "name"),
+            f"unknown data set `{name}`; choose from {', '.join(DATA)}, folder:PATH, "
+            "package.module:factory",
+        )
 
 
 def _target_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
@@ -323,7 +351,7 @@ def _target_problems(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
             if close:  # most likely a slip of the pen: what else is wrong is said with it
                 yield from _runtime_problems(place, block, RUNTIMES[close[0]])
         kind = block.get("kind") or next(
-            (k for k in ("macs", "parameters") if k in block), "latency"
+            (k for k in ("macs", "parameters") if block.get(k) is not None), "latency"
         )
         if kind in kinds:
             yield place, f"a second {kind} target; give each kind once"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.belonging import check_models
+from wgates_plugin.errors import ConfigError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.training.engine import LossFunction, Trainer
 from wgates_plugin.training.launch import default_fabric, share_loader
@@ -164,6 +167,36 @@ class Decision:
     history: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
+
+    def plain(self, space: ChannelSpace, subject: str) -> Decision:
+        """The same in plain values, on the CPU: what can be written down and read again.
+
+        Raises:
+            PlanError: widths that the space cannot have.
+            ConfigError: what it tells is no JSON, or not a number; names the keys.
+        """
+        told: dict[str, Any] = {}
+        problems = []
+        for name in ("monitor", "history", "facts"):
+            try:
+                text = json.dumps(getattr(self, name), default=_plain_number, allow_nan=False)
+                told[name] = json.loads(text)
+            except (TypeError, ValueError) as error:
+                problems.append(f"decision.{name}: {error}; give finite numbers, words and lists")
+        if problems:
+            raise ConfigError(subject, problems)
+        widths = space.check_widths(self.widths)
+        scores = self.scores.detach().cpu()
+        return dataclasses.replace(
+            self, network=self.network.cpu(), widths=widths, scores=scores, **told
+        )
+
+
+def _plain_number(value: Any) -> Any:
+    """Of an array or a tensor, or of one of their numbers."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} is no JSON")
 
 
 class Strategy(ABC):

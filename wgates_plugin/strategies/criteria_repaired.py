@@ -22,7 +22,7 @@ from torch_pruning.pruner.importance import (
 from wgates_plugin import modules as kinds
 from wgates_plugin.calling import call_with, device_of, left_as_found, map_tensors
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.training.evaluation import images_of, logits_of, unpack
+from wgates_plugin.training.evaluation import images_in, images_of, logits_of, unpack
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 
@@ -105,7 +105,7 @@ def gradients_of(
     Taylor gets the mean size of its batches' gradients, so that `|w * gradient|` is the mean of what
     each batch says: with their signs they all but cancel in a trained network. Only a `multivariable`
     one, which sums products within a filter, gets the gradient of the mean over batches. Hessian takes
-    the mean square of each sample's.
+    the mean square of each sample's, which is run by itself.
 
     Raises:
         TrainingError: no batch, or the loss is not finite.
@@ -141,19 +141,20 @@ def gradients_of(
 def _accumulate(network: nn.Module, batch: Any, loss: LossFunction, importance: Any) -> None:
     device = device_of(network)
     inputs, targets = unpack(map_tensors(lambda tensor: tensor.to(device), batch))
-    with torch.enable_grad():
-        logits = logits_of(call_with(network, inputs), network)
-        value = loss(logits, targets)
+    parts = [(inputs, targets)]
+    by_sample = isinstance(importance, GroupHessianImportance)
+    if by_sample:
+        count = images_in(inputs)
+        rows = [slice(row, row + 1) for row in range(count)]
+        parts = [(images_of(inputs, row, count), images_of(targets, row, count)) for row in rows]
+    for images, labels in parts:
+        network.zero_grad()
+        with torch.enable_grad():
+            value = loss(logits_of(call_with(network, images), network), labels)
         if not torch.isfinite(value):
             raise TrainingError(
                 f"criterion: the loss is {float(value.detach())} on a batch of `data`"
             )
-        if not isinstance(importance, GroupHessianImportance):
-            value.backward()
-            return
-        for row in range(len(logits)):
-            network.zero_grad()
-            part = slice(row, row + 1)
-            one = loss(logits[part], images_of(targets, part, len(logits)))
-            one.backward(retain_graph=row + 1 < len(logits))
+        value.backward()
+        if by_sample:
             importance.accumulate_grad(network)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wgates_plugin.calling import ExampleInputs, call_with, device_of, map_tensors, rng_kept
+from wgates_plugin.calling import ExampleInputs, call_with, device_of, map_tensors
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.training.as_found import modes_kept
+from wgates_plugin.training.as_found import modes_kept, random_state_kept
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ def cross_entropy(logits: Tensor, targets: Any, *, label_smoothing: float = 0.0)
     Raises:
         TrainingError: a label that the network has no output for (on the CPU, where it is noticed).
     """
+    if isinstance(targets, Tensor) and targets.dtype in (torch.int32, torch.int16, torch.int8):
+        targets = targets.long()
     try:
         return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     except IndexError as error:
@@ -136,7 +138,7 @@ def evaluate(
     """Accuracy and cross-entropy of `network` over the whole of `loader`, in eval mode.
 
     Batches go to `device` (by default where the network is; the network itself is not moved).
-    Modes and torch's random state are left as found.
+    Modes and random states, the loader's own too, are left as found.
 
     Raises:
         TrainingError: no batches, batches that are no pairs, an output that is no tensor, or
@@ -147,7 +149,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64 if where.type != "mps" else None, device=where)
     answers = torch.zeros_like(correct)
     images = 0
-    with modes_kept(network), rng_kept(where):
+    with modes_kept(network), random_state_kept(where, loader):
         network.eval()
         for batch in loader:
             logits, targets = answer(network, batch, where)

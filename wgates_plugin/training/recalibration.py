@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wgates_plugin.calling import call_with, device_of, rng_kept
+from wgates_plugin.calling import call_with, device_of
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.modules import BATCH_NORMS
-from wgates_plugin.training.as_found import modes_kept
+from wgates_plugin.training.as_found import modes_kept, random_state_kept
 from wgates_plugin.training.evaluation import images_in, to_device, unpack
 
 
@@ -26,8 +26,8 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
     "Universally Slimmable Networks", section 3.3), each weighed by its images, until at least `images`
     images were seen or the loader ends. A norm that runs several times in a forward pass takes the
     average over all its calls; one that never runs keeps its statistics. Only the norms run in train
-    mode, so dropout stays off. Modes, momenta and torch's random state are left as found; if anything
-    fails, so are the statistics.
+    mode, so dropout stays off. Modes, momenta and random states, the loader's own too, are left as
+    found; if anything fails, so are the statistics.
 
     Each process sees its own images alone, `SyncBatchNorm` too: one of several may recalibrate. A
     network without batch norm is left alone (0 images).
@@ -48,7 +48,7 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     seen = 0
     try:
-        with modes_kept(network), rng_kept(device), _averaging(norms):
+        with modes_kept(network), random_state_kept(device, loader), _averaging(norms):
             network.eval()
             for norm in norms:
                 norm.train()
