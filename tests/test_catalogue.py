@@ -270,6 +270,15 @@ def test_data_factory(factories: str) -> None:
         load_data("no_such_module:make")
 
 
+def test_data_options_without_effect_are_refused(factories: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"image_size: the factory has no such parameter") as told:
+        load_data(f"{factories}:triple", batch_size=3, image_size=32, root=tmp_path)
+    assert len(told.value.problems) == 2
+    for name in ("digits", f"folder:{tmp_path}"):
+        with pytest.raises(ConfigError, match="root: its files are not taken from there"):
+            load_data(name, root=tmp_path)
+
+
 def test_wrong_data_requests_say_what_there_is() -> None:
     with pytest.raises(ConfigError, match="digits, fashion-mnist, cifar10, cifar100"):
         load_data("mnist")
@@ -335,6 +344,10 @@ def test_weights_are_read_and_checked(tmp_path: Path) -> None:
         load_model("digits_resnet", classes=9, in_channels=1, weights=tmp_path / "w.pt")
     with pytest.raises(FileFormatError, match="no such file"):
         load_model("digits_resnet", classes=9, weights=tmp_path / "none.pt")
+    (tmp_path / "folder.safetensors").mkdir()
+    for folder in (tmp_path, tmp_path / "folder.safetensors"):
+        with pytest.raises(FileFormatError, match="cannot be read"):
+            load_model("digits_resnet", classes=9, weights=folder)
 
 
 class Harmful:

@@ -513,6 +513,36 @@ def test_removal_error_sees_a_wrong_removal() -> None:
     assert removal_error(network, other, plan, example()) > 1e-2
 
 
+def test_a_single_wrong_weight_is_no_rounding() -> None:
+    network = tiny("residual")
+    space = trace(network, example())
+    plan = random_plan(space, 0)
+    smaller = remove(copy.deepcopy(network), plan, example())
+    weight = max((p for p in smaller.parameters() if p.ndim == 4), key=torch.Tensor.numel)
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 1e-3 * weight.abs().max()
+    error = removal_error(network, smaller, plan, example())
+    assert TOLERANCE < error < 100 * TOLERANCE
+    assert not carried_out(network, smaller, plan, example(), error)
+
+
+def test_constant_inputs_hide_no_wrong_removal() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, bias=False),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    inputs = torch.zeros(1, 3, 8, 8)
+    space = trace(network, inputs)
+    plan = random_plan(space, 0)
+    smaller = remove(copy.deepcopy(network), plan, inputs)
+    assert removal_error(network, smaller, plan, inputs) <= TOLERANCE
+    nn.init.normal_(smaller[0].weight)  # type: ignore[index, arg-type]
+    assert removal_error(network, smaller, plan, inputs) > 1e-2
+
+
 def test_rounding_is_told_from_a_wrong_removal_in_float64() -> None:
     """Whatever float32 found: the right channels agree in float64, others do not."""
     network = tiny("residual")

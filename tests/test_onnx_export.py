@@ -58,10 +58,14 @@ def test_a_wrong_export_names_the_layer_where_it_departs(
         return bytes(whole.SerializeToString())
 
     network = nn.Sequential(conv(3, 4), nn.ReLU(inplace=True), conv(4, 5), nn.ReLU(), conv(5, 6))
+    for layer in network:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     for name in ("export_torchscript", "export_dynamo"):
         monkeypatch.setattr(onnx_export, name, doubling)
-    with pytest.raises(ExportError, match=r"first at `2` \(node `/2/Conv`\), off by"):
-        OnnxRuntime().load(network, example())
+    for inputs in (example(), torch.zeros_like(example())):  # zeros alone would hide it
+        with pytest.raises(ExportError, match=r"first at `2` \(node `/2/Conv`\), off by"):
+            OnnxRuntime().load(network, inputs)
 
 
 def test_agreement_is_judged_at_the_outputs_own_scale() -> None:

@@ -7,13 +7,14 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -48,13 +49,15 @@ from wgates_plugin.pipeline import (
 from wgates_plugin.pipeline.identity import settings_as_json
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.run_folder import LOCK, RunFolder, first_batch_digest
+from wgates_plugin.strategies.base import Decision, Task
+from wgates_plugin.strategies.criteria_strategy import criterion_strategies
 from wgates_plugin.strategies.wgates import WGatesSettings, WGatesStrategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
 from wgates_plugin.training import Trainer, TrainingSettings, evaluate
 from wgates_plugin.transforms.unification.settings import UnificationSettings
 from wgates_plugin.verification import relative_error
 
-EXAMPLE = torch.zeros(1, 1, 12, 12)
+EXAMPLE = torch.randn(1, 1, 12, 12, generator=torch.Generator().manual_seed(3))
 
 
 class Tiny(nn.Module):
@@ -429,6 +432,10 @@ class Interrupted(BaseException):
     """Stands for Ctrl-C at a chosen place."""
 
 
+def raise_interrupted(*_: Any, **__: Any) -> None:
+    raise Interrupted
+
+
 PLACES = {
     "baseline": (preparation, "find_grid"),
     "grid": (preparation, "check_target_is_feasible"),
@@ -700,7 +707,114 @@ def test_an_untouched_network_is_not_judged_by_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_latency_ratios(monkeypatch, [1.004] * 3)
-    assert run(tmp_path / "run", target=LatencyTarget(fraction=1.0, runtime="eager")).held
+    result = run(tmp_path / "run", target=LatencyTarget(fraction=1.0, runtime="eager"))
+    assert result.held
+    assert [attempt["verdict"] for attempt in result.report["attempts"]] == ["held"]
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_an_untouched_network_that_is_slow_is_not_held(
+    unified: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS
+    if unified:  # its weights are others: the measurement decides
+        quick = UnificationSettings(rho=(1e-3,), retrain_epochs=1)
+        settings = dataclasses.replace(SETTINGS, unification=quick)
+    with_latency_ratios(monkeypatch, [1.004 if unified else 1.6] * 6)
+    target = LatencyTarget(fraction=1.0, runtime="eager")
+    result = run(tmp_path / "run", target=target, settings=settings)
+    assert not result.held
+    assert result.report["attempts"][-1]["verdict"] == "over"
+
+
+class Keeping(Tiny):
+    """Keeps an activation, as hooks and visualisations do."""
+
+    kept: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = [self.bn(self.stem(x))]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("strategy", ["wgates", "metapruning", "l1"])
+def test_a_network_that_keeps_an_activation_is_pruned(strategy: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Keeping()
+    kept = network(make_data()[0][0]) is not None and network.kept[0]
+    settings = dataclasses.replace(SETTINGS, strategy=strategy)
+    result = run(tmp_path / strategy, network=network, settings=settings)
+    assert result.held
+    assert network.kept[0] is kept  # the user's own is as it was
+    assert kept.grad_fn is not None
+
+
+class NumpyWords(criterion_strategies()["l1"]):  # type: ignore[misc]
+    """A strategy as users write them: in numpy's numbers."""
+
+    said: ClassVar[Any] = np.float32(1.5)
+
+    def decide(self, task: Task) -> Decision:
+        found = super().decide(task)
+        widths = tuple(np.array(found.widths))
+        return dataclasses.replace(found, widths=widths, facts={"mean": self.said})
+
+
+def test_a_strategy_may_answer_in_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(SETTINGS, strategy=f"{__name__}:NumpyWords")
+    with monkeypatch.context() as patch:
+        patch.setattr(delivery, "settle", raise_interrupted)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", settings=settings)
+    result = run(tmp_path / "run", settings=settings, resume=True)
+    assert result.report["decision"]["facts"] == {"mean": 1.5}
+    monkeypatch.setattr(NumpyWords, "said", float("nan"))
+    with pytest.raises(ConfigError, match=r"decision.facts: .* give finite numbers"):
+        run(tmp_path / "other", settings=settings)
+
+
+def test_samples_of_another_network_do_not_spoil_the_folder(
+    tmp_path: Path, latency_run: PruningResult
+) -> None:
+    theirs = latency_run.run_folder / "samples.jsonl"
+    text = theirs.read_text().replace('"fingerprint": "', '"fingerprint": "0', 1)
+    (tmp_path / "theirs.jsonl").write_text(text)
+    settings = dataclasses.replace(SETTINGS, samples_file=tmp_path / "theirs.jsonl")
+    target = LatencyTarget(fraction=0.8, runtime="onnxruntime")
+    with pytest.raises(FileFormatError, match=r"theirs.jsonl` line 1: measured on another network"):
+        run(tmp_path / "run", target=target, settings=settings)
+    assert not (tmp_path / "run").exists()
+
+
+class Augmented(torch.utils.data.Dataset[Any]):
+    """Draws from Python's and numpy's random states, as many data sets do."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        noise = np.random.normal() + random.random()
+        return torch.full((1, 12, 12), float(noise)) * torch.rand(1, 12, 12), index % 3
+
+
+def test_all_random_states_are_left_as_found(tmp_path: Path) -> None:
+    loader: Any = torch.utils.data.DataLoader(Augmented(), batch_size=32)
+    random.seed(5)
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    prune_to_target(
+        make_network(),
+        EXAMPLE,
+        loader,
+        loader,
+        target=MacsTarget(fraction=0.5),
+        settings=SETTINGS,
+        run_folder=tmp_path / "run",
+        progress=False,
+    )
+    after = random.getstate(), np.random.get_state()[1]  # type: ignore[index]
+    assert after[0] == before[0]
+    assert (after[1] == before[1]).all()
 
 
 def test_a_run_is_not_resumed_on_other_data(uninterrupted: PruningResult) -> None:

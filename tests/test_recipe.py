@@ -22,6 +22,7 @@ from wgates_plugin.errors import (
 from wgates_plugin.files import write_json
 from wgates_plugin.pipeline.identity import identity_of_request
 from wgates_plugin.recipe import Recipe, dense, job, load_recipe, prepare, run_recipe
+from wgates_plugin.recipe.checks import read
 from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
@@ -325,6 +326,41 @@ def test_files_that_are_no_recipe(text: str, tmp_path: Path) -> None:
         load_recipe(path)
     with pytest.raises(FileFormatError, match="no such file"):
         load_recipe(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("recipe.yaml", "pruning: {gate_epochs: 7}\npruning: {fine_tune_epochs: 9}"),
+        ("recipe.yaml", "target: {fraction: 0.5, fraction: 0.6}"),
+        ("recipe.json", '{"seed": 1, "seed": 2}'),
+    ],
+)
+def test_a_key_given_twice_is_told(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FileFormatError, match="given twice"):
+        load_recipe(tmp_path / name)
+
+
+def test_yaml_may_share_blocks(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read(tmp_path / "r.yaml")["b"] == {"x": 1, "y": 3}
+
+
+def test_a_folder_of_images_is_looked_for(tmp_path: Path) -> None:
+    for name in ("folder:nowhere", "folder:/no/where"):
+        found = problems(sound(data={"name": name}), tmp_path)
+        assert "no such folder" in found["data.name"]
+
+
+def test_an_empty_amount_is_none(tmp_path: Path) -> None:
+    both = [{"macs": None, "fraction": 0.5}, {"macs": 1000}]
+    assert len(loaded(sound(target=None, targets=both), tmp_path).all_targets) == 2
+
+
+def test_a_default_folder_has_a_name_that_every_system_takes(tmp_path: Path) -> None:
+    recipe = loaded(sound(model={"name": "my_pkg.nets:make"}), tmp_path)
+    assert recipe.folder == Path("wgates-runs") / "my_pkg.nets-make"
 
 
 def test_prepare_is_reproducible_and_leaves_the_random_state(tmp_path: Path) -> None:

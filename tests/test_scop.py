@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -442,6 +443,22 @@ def test_tensors_are_told_by_their_content_in_every_process() -> None:
     assert other.stdout.strip() == name_of(weighted)
     assert name_of(weighted) != name_of(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])))
     assert name_of(weighted) != name_of(nn.CrossEntropyLoss(weight=torch.tensor([[1.0], [2.0]])))
+
+
+def test_sets_among_options_are_the_same_in_every_process() -> None:
+    code = (
+        "import functools; from wgates_plugin.pipeline.callables import name_of; "
+        "print(name_of(functools.partial(print, sep={'alpha', 'beta', 'gamma', 'delta'})))"
+    )
+    names = set()
+    for seed in "123":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        names.add(run.stdout.strip())
+    assert len(names) == 1
+    other = functools.partial(print, sep={"alpha", "beta"})
+    assert name_of(other) not in names
 
 
 def test_a_run_is_not_resumed_with_another_generator(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from wgates_plugin.training import (
     recalibrate_batchnorm,
 )
 from wgates_plugin.training.as_found import seed_epoch
+from wgates_plugin.training.evaluation import cross_entropy
 from wgates_plugin.training.progress import Bar
 
 CPU: dict[str, Any] = {"accelerator": "cpu"}
@@ -718,3 +719,9 @@ def test_a_part_of_the_schedule_counts_its_own_epochs(caplog: pytest.LogCaptureF
         trainer.run(first_epoch=1, epochs=2, progress=False)
     words = "gates: epoch 1 of 2 (epoch 2 of 3 on the learning-rate schedule), loss"
     assert any(record.message.startswith(words) for record in caplog.records)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_may_be_of_any_whole_type(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    assert torch.equal(cross_entropy(logits, labels.to(dtype)), cross_entropy(logits, labels))

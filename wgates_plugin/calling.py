@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,6 +49,28 @@ def left_as_found(network: nn.Module) -> Iterator[None]:
         for parameter, flag in grads.items():
             if parameter.requires_grad is not flag:
                 parameter.requires_grad_(flag)
+
+
+def copied(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of a network whose forward pass kept an activation with its gradient's history:
+    the copy's is without.
+
+    Args:
+        memo: as in `copy.deepcopy`.
+    """
+    kept = [
+        (vars(module), name, value)
+        for module in network.modules()
+        for name, value in vars(module).items()
+        if any(tensor.grad_fn is not None for tensor in _tensors(value))
+    ]
+    try:
+        for held, name, value in kept:
+            held[name] = map_tensors(Tensor.detach, value)
+        return copy.deepcopy(network, memo)
+    finally:
+        for held, name, value in kept:
+            held[name] = value
 
 
 def _moved(before: Tensor | None, now: Tensor | None) -> bool:

@@ -7,7 +7,6 @@ to rebuild a pruned network from its plan and a state dict.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.calling import ExampleInputs, copied
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import PlanError, SurgeryError
@@ -227,7 +226,7 @@ def resize(
             memo[id(original)] = nn.Parameter(value, requires_grad=original.requires_grad)
         else:
             memo[id(original)] = value
-    smaller = copy.deepcopy(network, memo)
+    smaller = copied(network, memo)
     found = dict(smaller.named_modules())
     for name, values in change.attributes.items():
         for attribute, number in values.items():
@@ -258,7 +257,7 @@ def rebuild(
     if not isinstance(state, Mapping):
         state = load_tensors(state, kind="weights")
     if before := plan.note.get("before"):
-        network = apply_steps(copy.deepcopy(network), before)
+        network = apply_steps(copied(network), before)
     check_shapes(network, plan.space)
     smaller = resize(network, plan.space, plan)
     smaller = apply_steps(smaller, plan.note.get("after", ()))

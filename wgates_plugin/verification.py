@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from wgates_plugin.calling import (
     ExampleInputs,
     call_with,
+    copied,
     informative,
     left_as_found,
     map_tensors,
@@ -85,7 +85,7 @@ def carried_out(
     if error <= TOLERANCE:
         return True
     try:
-        whole, cut = (copy.deepcopy(each).double() for each in (network, smaller))
+        whole, cut = (copied(each).double() for each in (network, smaller))
         return removal_error(whole, cut, plan, map_tensors(_doubled, example_inputs)) <= TOLERANCE
     except Exception:  # whatever a network's own code raises
         return error <= 100 * TOLERANCE

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.calling import ExampleInputs, copied
 from wgates_plugin.option_checks import is_whole
 from wgates_plugin.strategies.base import Strategy
 from wgates_plugin.strategies.criteria import CRITERIA
@@ -43,7 +42,7 @@ def preparation_problems(
     example_inputs: ExampleInputs,
 ) -> list[str]:
     """Strategies that change modules before the network is traced need a door that traces later."""
-    if not strategy.prepare(copy.deepcopy(model), example_inputs):
+    if not strategy.prepare(copied(model), example_inputs):
         return []
     return [
         f"options {dict(options or {})}: `{name}` would have to change the network's modules before it "

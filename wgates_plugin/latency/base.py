@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from wgates_plugin.calling import copied
 from wgates_plugin.errors import (
     ConfigError,
     ExportError,
@@ -304,7 +304,7 @@ def require(library: str, *, extra: str, purpose: str) -> ModuleType:
 
 def frozen_copy(network: nn.Module) -> nn.Module:
     """A deep copy in eval mode that needs no gradients; the original is only read."""
-    return copy.deepcopy(network).eval().requires_grad_(False)
+    return copied(network).eval().requires_grad_(False)
 
 
 def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import time
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wgates_plugin import closed_loop
+from wgates_plugin.calling import copied
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.lpnet import LPNet
@@ -136,7 +136,7 @@ def remove_channels(
 
     def compute() -> dict[str, Any]:
         gated = network.cpu()
-        smaller = remove(copy.deepcopy(gated), plan, job.example_inputs)
+        smaller = remove(copied(gated), plan, job.example_inputs)
         error = _compare(job, gated, smaller, plan)
         after_steps = job.strategy.finish(smaller, plan, job.example_inputs)
         smaller = apply_steps(smaller, after_steps)
@@ -253,7 +253,7 @@ def _trim(
 def _cut_further(job: Job, network: nn.Module, plan: PruningPlan, smaller: PruningPlan) -> None:
     graph = DependencyTrace(network, job.example_inputs)
     space = graph.space(ignored_layers=job.settings.ignored_layers)
-    whole, further = copy.deepcopy(network), closed_loop.relative_plan(smaller, plan, space)
+    whole, further = copied(network), closed_loop.relative_plan(smaller, plan, space)
     remove(network, further, traced=graph)
     _compare(job, whole, network, further)
     job.recalibrate(network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, refuse_other_device, to_cpu
+from wgates_plugin.calling import ExampleInputs, copied, refuse_other_device, to_cpu
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
 from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
@@ -113,7 +112,7 @@ class Job:
         self.fabric = default_fabric(settings.training)
         self.folder = RunFolder(run_folder, self.fabric)
         self.strategy = make_strategy(settings.strategy, settings.options)
-        self.dense = copy.deepcopy(network).cpu()
+        self.dense = copied(network).cpu()
         self.before = self.strategy.prepare(self.dense, self.example_inputs)
         self.dense = apply_steps(self.dense, self.before)
         self.space = trace(
@@ -231,7 +230,7 @@ class Job:
         """What the strategy is given: a copy of the network on the device of the training."""
         settings = self.settings
         return Task(
-            copy.deepcopy(self.dense).to(self.fabric.device),
+            copied(self.dense).to(self.fabric.device),
             self.space,
             self.strategy_budget(),
             self.example_inputs,
@@ -250,7 +249,7 @@ class Job:
         )
 
     def teacher(self, training: TrainingSettings) -> nn.Module | None:
-        return copy.deepcopy(self.dense) if training.distillation_weight > 0 else None
+        return copied(self.dense) if training.distillation_weight > 0 else None
 
     def done(self, words: str, *phases: str) -> None:
         """One line of the log: a stage is behind us. `phases` are those of its wall time."""

@@ -7,13 +7,13 @@ holds; the file is still exported and measured again, and that measurement decid
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from wgates_plugin.calling import copied
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.pipeline import delivery
 from wgates_plugin.pipeline.job import Job
@@ -116,7 +116,7 @@ def _finish(
 
 def _hand_over(job: Job, plan: PruningPlan, unified: Unified) -> tuple[PruningPlan, Unified]:
     """Give channels without effect to the plan, and cut them."""
-    network = copy.deepcopy(unified.network)
+    network = copied(unified.network)
     trace = DependencyTrace(network, job.example_inputs)
     space = trace.space(ignored_layers=job.settings.ignored_layers)
     floors = {group.name: group.floor for group in job.space.groups}

@@ -11,7 +11,6 @@ from one module to the next, and every step is carried out on a copy and compare
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found, map_tensors
+from wgates_plugin.calling import (
+    ExampleInputs,
+    call_with,
+    copied,
+    device_of,
+    left_as_found,
+    map_tensors,
+)
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import PlanError
 from wgates_plugin.training.evaluation import images_in, to_device
@@ -154,7 +160,7 @@ def find(network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs)
     if not silent:
         return []
     steps: list[Step] = []
-    current = copy.deepcopy(network)
+    current = copied(network)
     expected = _output(current, inputs)
     done: set[str] = set()
     chains = _chains(network, inputs, silent)
@@ -167,7 +173,7 @@ def find(network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs)
                 continue
             hollow = _only_feeding(network, space, chain, done)
             step = {"transform": "constant_branches", "chain": chain, "hollow": hollow}
-            trial = copy.deepcopy(current)
+            trial = copied(current)
             if _carries(trial, step, inputs, expected):
                 current = trial
                 steps.append(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.calling import ExampleInputs, copied
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni.asked import Efficiency
@@ -106,7 +105,7 @@ class StrategyPruner(WGatesPruner):
         ):
             raise ConfigError("StrategyPruner", problems)
         # NNI's wrappers take the parameters away; the strategy gets this, with the weights of then.
-        self._plain = copy.deepcopy(model)
+        self._plain = copied(model)
         self._example, self._data, self._epochs, self._seed = example_inputs, data, epochs, seed
         self._training, self._loss = training or TrainingSettings(), loss
         super().__init__(
@@ -140,7 +139,7 @@ class StrategyPruner(WGatesPruner):
 
     def _decide(self) -> None:
         epochs = self._epochs if self.strategy.has_phase else 0
-        network = copy.deepcopy(self._plain).to(next(self.bound_model.parameters()).device)
+        network = copied(self._plain).to(next(self.bound_model.parameters()).device)
         network.load_state_dict(
             unwrapped_state(self.bound_model, network.state_dict()), strict=False
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import warnings
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.calling import ExampleInputs, copied
 from wgates_plugin.errors import PlanError
 from wgates_plugin.integrations.strategy_checks import (
     data_problems,
@@ -198,7 +197,7 @@ class StrategyPruner(TracedPruner):
         budget = self._goal.budget(self.space, 1)
         decision = self.strategy.decide(
             Task(
-                copy.deepcopy(self.model),
+                copied(self.model),
                 self.space,
                 budget,
                 self._inputs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from wgates_plugin import modules as kinds
+from wgates_plugin.calling import copied
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.strategies.metapruning.generator import (
     KernelGenerator,
@@ -57,7 +57,7 @@ class PruningNet(nn.Module):
         self.space = space
         self.widths: tuple[int, ...] = space.full_widths
         where = next(network.parameters()).device
-        self.network = initialised(copy.deepcopy(network).cpu(), seed)
+        self.network = initialised(copied(network).cpu(), seed)
         found = dict(self.network.named_modules())
         self.generated: dict[str, tuple[int, ...]] = {}
         generators = []

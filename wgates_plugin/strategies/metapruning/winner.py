@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from wgates_plugin.calling import copied
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.strategies.criteria import criterion_scores
 from wgates_plugin.strategies.metapruning.pruning_net import initialised
@@ -24,7 +24,7 @@ def from_scratch(
     measurements settle on other widths by a few channels, these are there too.
     """
     where = next(network.parameters()).device
-    full = initialised(copy.deepcopy(network).cpu(), seed)
+    full = initialised(copied(network).cpu(), seed)
     change = resize_map(full, space, widths)
     small = initialised(resize(full, space, widths), seed)
     held = full.state_dict()

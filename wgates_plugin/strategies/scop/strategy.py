@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs
+from wgates_plugin.calling import ExampleInputs, copied
 from wgates_plugin.catalogue.factories import load_factory
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
@@ -119,7 +118,7 @@ class ScopStrategy(Strategy):
         if self.settings.residual != "scatter":
             return []
         steps = scatter_steps(network, example_inputs)
-        parted = apply_steps(copy.deepcopy(network), steps)
+        parted = apply_steps(copied(network), steps)
         left = coupled_by_sums(DependencyTrace(parted, example_inputs))
         words = (
             "sums of branches that end in something else than a convolution or its norm couple "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from wgates_plugin.calling import copied
 from wgates_plugin.strategies.base import Checkpoints, InMemory
 from wgates_plugin.training import StepContext, Trainer, TrainingSettings, recalibrate_batchnorm
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
@@ -82,7 +82,7 @@ def unify(
         ConfigError: the settings do not fit the network. TrainingError: training broke down.
     """
     run = _Run(
-        copy.deepcopy(network),
+        copied(network),
         train_loader,
         settings or UnificationSettings(),
         training or TrainingSettings(),
@@ -200,7 +200,7 @@ class _Run:
         history = self.trainer.history
         # Momentum of old would leave the structure; and parameters that were distributed once
         # keep the hooks of that.
-        self.network = copy.deepcopy(self.network)
+        self.network = copied(self.network)
         self.trainer = self._new_trainer()
         self.trainer.epoch, self.trainer.history = self.settings.admm_epochs, history
         if not self.settings.retrain_epochs:
