@@ -333,6 +333,17 @@ def test_experiments_compare_the_same_methods_alike() -> None:
     assert len(plain) == 5  # the others are for users who have the data
 
 
+def test_learned_gates_are_told_apart_by_their_scores_alone() -> None:
+    experiment = load_experiment("learned_gates_fashion_resnet20")
+    weights, free = experiment.methods["learned"], experiment.methods["free-gates"]
+    assert free.options == {**weights.options, "scores": "free"}
+    assert free.pruning == weights.pruning == {}
+    plain = load_experiment("fashion_resnet20").recipe  # whose dense networks and samples it takes
+    assert experiment.recipe["dense_training"] == plain["dense_training"]
+    same = {key: value for key, value in plain["pruning"].items() if not key.endswith("epochs")}
+    assert same.items() <= experiment.recipe["pruning"].items()
+
+
 def test_ablations_change_one_thing_of_ours() -> None:
     for task in ("emoji_mobilenet_v2", "fashion_resnet20"):
         experiment = load_experiment(f"ablations_{task}")

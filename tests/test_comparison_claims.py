@@ -264,6 +264,10 @@ def test_weights_against_free_gates_has_students_interval(tmp_path: Path) -> Non
     one = filled(tmp_path, runs, ours="wgates", ablations=["free-gates"], task="t")
     (claim,) = (c for c in comparison_claims([one]) if c.name.endswith("free_gates/t"))
     assert claim.bar is None
+    other = one.model_copy(update={"variant": "learned"})  # of which ours is not the default
+    names = [c.name for c in comparison_claims([one, other])]
+    assert len(set(names)) == len(names)
+    assert "weight_dependent_vs_free_gates/t/learned" in names
     assert claim.value(tmp_path / "results") == pytest.approx(2.0)
     assert claim.interval is not None
     half = 4.3026527 / math.sqrt(3)

@@ -301,7 +301,9 @@ def _of_task(experiment: Experiment) -> list[Claim]:
 
         claims.append(
             Claim(
-                f"weight_dependent_vs_free_gates/{task}",
+                "/".join(
+                    filter(None, ("weight_dependent_vs_free_gates", task, experiment.variant))
+                ),
                 None,
                 "higher",
                 f"{source}; no bar: points, paired over {len(experiment.seeds)} seeds, 95 % interval",

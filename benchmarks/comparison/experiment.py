@@ -72,6 +72,7 @@ class Experiment(_Block):
         rgb: whether the task is one of colour images.
         largest_limit: the largest `limit` that an experiment with this data has, where it is not this
             one's; held-out images beyond it judge nobody, see `other_images`.
+        variant: what ours is here where it is not the default; claims have it behind the task's name.
         tuned_on: defaults of ours were chosen on this task; what is claimed is then counted without
             its cells too.
     """
@@ -89,6 +90,7 @@ class Experiment(_Block):
     rgb: bool = False
     largest_limit: int | None = None
     tuned_on: bool = False
+    variant: str | None = None
 
     @property
     def ours(self) -> str | None:

@@ -306,8 +306,9 @@ def ablations_table(experiments: Sequence[Experiment], results: Path) -> str:
     for experiment in experiments:
         for cell in read_cells(experiment, results):
             there = cell.on_other_images()
+            task = experiment.task or experiment.name
             place = [
-                experiment.task or experiment.name,
+                f"{task}, `{cell.ours}`" if experiment.variant else task,
                 cell.runtime,
                 f"{round(100 * cell.target)} %",
             ]
