@@ -35,6 +35,7 @@ from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.counts import MacsModel, ParametersModel
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.strategies.base import Task
+from wgates_plugin.strategies.metapruning import MetaPruningStrategy
 from wgates_plugin.strategies.metapruning.fitness import Fitness
 from wgates_plugin.strategies.metapruning.genes import Genes, Widths
 from wgates_plugin.strategies.metapruning.held_out import batches_of, split
@@ -132,7 +133,7 @@ class Subject:
             seed=seed,
             progress=False,
         )
-        train(task, pruning_net, self.genes)
+        train(MetaPruningStrategy(), task, pruning_net, self.genes)
         judge = Fitness(pruning_net, batches_of(parts.train, seed, 1024), parts.held_out, seed)
         return {name: 1.0 - judge(widths) for name, widths in self.layouts.items()}
 

@@ -215,6 +215,96 @@ def test_random_has_a_seed() -> None:
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(
+    "criterion", [*CRITERIA, TaylorImportance(), HessianImportance(), FPGMImportance()]
+)
+def test_channels_that_the_loss_does_not_feel_are_the_first_to_go(criterion: Any) -> None:
+    """A branch whose last scale starts at 0, as ResNets are often made: its inner channels get no
+    gradient. No other score changes by the way they are brought to a mean of 1."""
+    network = tiny("residual")
+    with torch.no_grad():
+        network[1].main[2].weight.zero_()
+    space = trace(network, example())
+    inner = space.unit_slice(space.names.index("1.main.0.0"))
+    found = criterion_scores(network, space, criterion, data())
+    assert torch.isfinite(found).all()
+    if criterion in ("taylor", "hessian") or isinstance(
+        criterion, (TaylorImportance, HessianImportance)
+    ):
+        assert not found[inner].any()
+        plan = plan_by_criterion(network, space, criterion, budget_of(space), data=data())
+        assert plan.widths[space.names.index("1.main.0.0")] <= 2  # of 6: what room was left over
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "group-norm", "fpgm", "bn-scale"])
+def test_groups_of_zeros_score_zero(name: str) -> None:
+    network = tiny("plain")
+    with torch.no_grad():
+        for parameter in network[0].parameters():
+            parameter.zero_()
+        network[1][0].weight.zero_()
+    space = trace(network, example())
+    found = criterion_scores(network, space, name)
+    assert not found[space.unit_slice(0)].any()
+
+
+@pytest.mark.parametrize(
+    "name", ["l1", "l2", "group-norm", "fpgm", "bn-scale", "taylor", "hessian"]
+)
+def test_a_mean_of_one_is_torch_prunings(name: str) -> None:
+    network = tiny("residual")
+    space = trace(network, example())
+    found = criterion_scores(network, space, name, data())
+    raw: Any = CRITERIA[name].make()
+    raw.normalizer = lambda scores: scores / scores.mean()
+    assert torch.equal(found, criterion_scores(network, space, raw, data()))
+
+
+def test_scores_that_are_not_finite_are_told_as_such() -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+
+    def endless(group: Any) -> Tensor:
+        return torch.full((len(group[0].idxs),), float("inf"))
+
+    with pytest.raises(
+        PlanError, match=r"not finite for 2 groups \(`0\.0`, \.\.\.\); check weights"
+    ):
+        importance_scores(network, space, endless)
+
+
+class Signed(nn.Module):
+    """`torch.cat([relu(x), relu(-x)])`: one norm behind it has two scales for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.relu(x), torch.relu(-x)], dim=1)
+
+
+@pytest.mark.parametrize("behind", ["flatten", "concat"])
+def test_several_scales_of_a_channel_in_one_norm_count_by_their_mean(behind: str) -> None:
+    if behind == "flatten":
+        norm: Any = nn.BatchNorm1d(8 * 16)
+        body = [nn.Flatten(), norm, nn.ReLU(), nn.Linear(8 * 16, 5)]
+    else:
+        norm = nn.BatchNorm2d(16)
+        body = [Signed(), norm, conv_bn(16, 6), nn.Flatten(), nn.Linear(6 * 16, 5)]
+    first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+    network = randomised(nn.Sequential(first, *body), 0)
+    space = trace(network, example())
+    scales = norm.weight.detach().abs()
+    expected = scales.view(8, 16).mean(1) if behind == "flatten" else scales.view(2, 8).mean(0)
+    found = criterion_scores(network, space, "bn-scale")
+    assert torch.allclose(found[space.unit_slice(0)], expected / expected.mean())
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "grouped-two-ways"])
+def test_one_scale_of_a_channel_per_norm_counts_as_torch_pruning_has_it(name: str) -> None:
+    network = tiny(name)
+    space = trace(network, example())
+    shipped = importance_scores(network, space, tp.importance.BNScaleImportance())
+    assert torch.allclose(criterion_scores(network, space, "bn-scale"), shipped)
+
+
 def test_an_importance_of_ones_own() -> None:
     network = tiny("residual")
     space = trace(network, example())
@@ -291,6 +381,65 @@ def test_the_seed_decides_what_is_drawn_and_all_random_states_are_given_back(
     assert not torch.equal(found[0], found[2])
     after = (np.random.get_state()[1], torch.get_rng_state(), generator.get_state())
     assert all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_some_batches_are_the_first_ones(criterion: str) -> None:
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    some = criterion_scores(network, space, criterion, data(3), batches=2)
+    assert torch.equal(some, criterion_scores(network, space, criterion, data(2)))
+    assert not torch.equal(some, criterion_scores(network, space, criterion, data(3)))
+    found = [
+        plan_by_criterion(network, space, criterion, budget_of(space), data=batches, batches=1)
+        for batches in (data(3), data(1))
+    ]
+    assert found[0].kept == found[1].kept
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ConfigError, match=f"batches is {wrong}, needs a whole number"):
+            criterion_scores(network, space, criterion, data(), batches=wrong)  # type: ignore[arg-type]
+
+
+def test_some_batches_are_those_of_the_seed() -> None:
+    """Of a loader that shuffles, whose generator is given back."""
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    inputs, targets = (torch.cat(part) for part in zip(*data(4), strict=True))
+    own = torch.Generator()
+    loader = DataLoader(TensorDataset(inputs, targets), 4, shuffle=True, generator=own)
+    found = []
+    for state in (1, 2):
+        before = own.manual_seed(state).get_state()
+        found.append(criterion_scores(network, space, "taylor", loader, batches=1))
+        assert torch.equal(own.get_state(), before)
+    assert torch.equal(found[0], found[1])
+
+
+def test_hessian_leaves_out_samples_whose_labels_are_ignored() -> None:
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    (inputs, targets), second = data()
+    ignored = targets.clone()
+    ignored[1] = -100
+    kept = [0, 2, 3]
+    found = criterion_scores(network, space, "hessian", [(inputs, ignored), second])
+    without = criterion_scores(network, space, "hessian", [(inputs[kept], targets[kept]), second])
+    assert torch.allclose(found, without)
+    criterion_scores(network, space, "taylor", [(inputs, ignored), second])
+    with pytest.raises(TrainingError, match=r"labels of all samples are ones to ignore \(-100\)"):
+        criterion_scores(network, space, "hessian", [(inputs, torch.full((4,), -100))])
+
+
+def test_a_sample_without_a_finite_loss_is_named() -> None:
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    first, (inputs, targets) = data()
+    inputs[2] = float("nan")
+    broken = [first, (inputs, targets)]
+    with pytest.raises(TrainingError, match="loss is nan on sample 2 of batch 1 of `data`"):
+        criterion_scores(network, space, "hessian", broken)
+    with pytest.raises(TrainingError, match="loss is nan on batch 1 of `data`"):
+        criterion_scores(network, space, "taylor", broken)
 
 
 def test_hessian_takes_targets_of_any_form() -> None:
@@ -481,5 +630,5 @@ def test_gradients_need_data(criterion: Any) -> None:
 def test_a_criterion_without_an_opinion_says_so() -> None:
     network = tiny("biased")
     space = trace(network, example())
-    with pytest.raises(PlanError, match=r"BNScaleImportance: gives no finite score .* 2 groups"):
+    with pytest.raises(PlanError, match=r"BNScaleImportance: gives no score .* 2 groups"):
         plan_by_criterion(network, space, "bn-scale", budget_of(space))

@@ -336,6 +336,20 @@ def test_of_each_cluster_the_greatest_contribution_goes_last() -> None:
     assert order[2:].tolist() == [2, 0, 4, 5]
 
 
+def test_repeats_of_large_gains_keep_their_order() -> None:
+    """A gain is a sum over units: three and six copies are worth more than the greatest unit."""
+    cosines = torch.block_diag(*(torch.ones(size, size) for size in (1, 3, 6))).double()
+    contribution = torch.tensor([1.0] + [0.9] * 9)
+    scores = rank(cosines, torch.zeros(10).long(), contribution, repeats="coverage")
+    best = scores[1:].argsort(descending=True, stable=True)[:2] + 1
+    assert best.tolist() == [4, 1]
+    assert scores[best].tolist() == pytest.approx([1.0, 0.5])  # of gains 5.4 and 2.7
+    assert ((scores[1:] > 0) & (scores[1:] <= 1)).all()
+    # Gains below the greatest contribution count as they are.
+    small = rank(cosines, torch.zeros(10).long(), contribution**20, repeats="coverage")
+    assert small[4] == pytest.approx(6 * 0.9**20)
+
+
 def test_coverage_against_trying_every_unit() -> None:
     cosines = likeness([planted(5, 4, 0.7)])
     weight = torch.rand(20, dtype=torch.float64)

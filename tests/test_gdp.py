@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import logging
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from wgates_plugin.errors import (
 from wgates_plugin.integrations.torch_pruning import GDPImportance
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import Task
+from wgates_plugin.strategies.base import InMemory
 from wgates_plugin.strategies.budgeting import Descent, holds
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
 from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
@@ -321,6 +323,31 @@ def test_a_phase_cut_short_is_settled_before_it_is_absorbed(monkeypatch: Any) ->
         GDPStrategy().decide(task)
 
 
+def test_constant_example_inputs_do_not_blind_the_checks(monkeypatch: Any) -> None:
+    """Without biases in its convolutions, a network answers zeros by its last bias alone."""
+    torch.manual_seed(0)
+    network = nn.Sequential(conv(3, 12), nn.ReLU(), conv(12, 12), nn.ReLU(), Head(12))
+    space = trace(network, example())
+    model = MacsModel(space)
+    limit = Limit(model, 0.5 * float(model(torch.tensor(space.full_widths))))
+    task = Task(
+        network,
+        space,
+        Budget.of(limit),
+        torch.zeros(2, 3, 8, 8),
+        [(example(8, seed=seed), torch.arange(8) % 5) for seed in range(4)],
+        epochs=1,
+        training=TrainingSettings(learning_rate=0.01, accelerator="cpu"),
+        progress=False,
+    )
+    monkeypatch.setattr(Task, "steps", 40)
+    assert GDPStrategy().decide(task).facts["output_change_at_settling"] > 0
+    monkeypatch.setattr(PolarisedGates, "absorb", PolarisedGates.detach)
+    task = dataclasses.replace(task, checkpoints=InMemory())
+    with pytest.raises(SurgeryError, match="absorbed into the weights the outputs differ by"):
+        GDPStrategy().decide(task)
+
+
 def test_state_resumes_in_the_middle() -> None:
     whole = make(tiny("residual"))
     learn(whole, 20)
@@ -358,6 +385,50 @@ def test_a_branch_may_close_altogether_and_a_stem_may_not() -> None:
     assert kept.facts["closed_branches"] == []
     for index in range(len(kept.space.groups)):
         assert bool(kept.unit_scores()[kept.space.unit_slice(index)].any())
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_branches_that_close_together_open_again_while_there_is_room(
+    steps: int, monkeypatch: Any
+) -> None:
+    torch.manual_seed(0)
+    blocks = [
+        Add(nn.Sequential(conv_bn(16, 16), conv(16, 16), nn.BatchNorm2d(16))) for _ in range(5)
+    ]
+    network = randomised(nn.Sequential(conv_bn(3, 16), *blocks, Head(16)), 0)
+    gates = make(network, min_fraction=0.05, steps=steps)
+    together, seen = gates.branches.together, []
+    monkeypatch.setattr(
+        gates.branches,
+        "together",
+        lambda *told: seen.append(list(gates.branches.closed)) or together(*told),
+    )
+    learn(gates, steps)
+    (closed,) = seen
+    assert len(closed) == 5
+    model, target = gates.budget.limits[0].model, gates.budget.limits[0].target
+    cost = float(model(torch.tensor(gates.widths(), dtype=torch.float64)))
+    assert 0.9 * target < cost <= target
+    left = [gates.space.names.index(name) for name in gates.facts["closed_branches"]]
+    assert 1 <= len(left) < len(closed)
+    # What opens again is what the task would miss most, of branches and within them.
+    missed = {g: gates._fisher[gates.space.unit_slice(g)] for g in closed}
+    opened = [g for g in closed if g not in left]
+    for g in opened:
+        assert float(missed[g].sum()) >= max(float(missed[other].sum()) for other in left)
+        stays = gates.x[gates.space.unit_slice(g)] != 0
+        if not stays.all():
+            assert missed[g][stays].min() >= missed[g][~stays].max()
+
+
+def test_a_branch_that_leaves_much_room_by_itself_is_told(caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        learn(make(branchy(), share=0.2, min_fraction=0.0, steps=60), 60, rate=0.001)
+    assert "closed altogether, which leaves" in caplog.text
+    assert "`remove_branches`" in caplog.text
+    caplog.clear()
+    learn(make(branchy(), share=0.4, floors={"1.main.0.0": 4}, steps=60), 60, rate=0.001)
+    assert caplog.text == ""
 
 
 def test_what_a_closed_branch_leaves_is_measured_before_the_rest_is_trained() -> None:

@@ -18,7 +18,13 @@ import pytest
 import torch
 from networks import CLASSES, TINY, Head, conv_bn, example, tiny
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from wgates_plugin import ChannelSpace, PruningPlan, trace
 from wgates_plugin.catalogue.tensor_loader import TensorLoader
@@ -483,6 +489,21 @@ def test_batches_that_were_given_are_not_made_anew() -> None:
     assert sorted(seen_by(parts.train) + seen_by(parts.held_out)) == list(range(16))
 
 
+def test_what_draws_given_batches_is_seeded_and_given_back() -> None:
+    images, targets = numbered(24)
+    data_set, own = TensorDataset(images.float() / 255, targets), torch.Generator()
+    drawn = BatchSampler(RandomSampler(data_set, generator=own), 4, drop_last=False)
+    given = DataLoader(data_set, batch_sampler=drawn)
+    orders = []
+    for state in (1, 2):
+        before = own.manual_seed(state).get_state()
+        parts = split(given, 0.25, seed=0)
+        train = batches_of(parts.train, seed=0)
+        orders.append([seen_by([batch]) for batch in [*train, *parts.held_out]])
+        assert torch.equal(own.get_state(), before)
+    assert orders[0] == orders[1]
+
+
 @pytest.mark.parametrize("count", [101, 103, 17])
 def test_no_last_batch_of_one_is_made(count: int) -> None:
     for loader in (
@@ -702,7 +723,7 @@ def test_a_trained_pruning_net_tells_wide_from_starved() -> None:
     )
     fitness = Fitness(pruning_net, batches_of(parts.train, 0, 256), parts.held_out)
     untrained = fitness(space.full_widths)
-    train(task, pruning_net, genes)
+    train(MetaPruningStrategy(), task, pruning_net, genes)
     starved, middle, wide = (fitness(w) for w in (genes.least, (6, 9), space.full_widths))
     assert wide < 0.15 < 0.5 < untrained
     assert wide < middle < starved

@@ -20,12 +20,12 @@ from wgates_plugin.errors import (
     TraceError,
 )
 from wgates_plugin.files import write_json
-from wgates_plugin.pipeline.identity import identity_of_request
+from wgates_plugin.pipeline.identity import identity_of_request, options_in_full
 from wgates_plugin.recipe import Recipe, dense, job, load_recipe, prepare, run_recipe
 from wgates_plugin.recipe.checks import read
 from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.strategies import make_strategy
-from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget
+from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
 from wgates_plugin.training import TrainingSettings, default_fabric
 
 DEMO = Path(dense.__file__).parent / "demo.yaml"
@@ -444,6 +444,12 @@ def test_a_trained_network_is_taken_from_the_folder_but_not_for_another_recipe(
     (recipe.folder / dense.WEIGHTS).write_bytes(b"broken")
     with pytest.raises(FileFormatError, match="cannot be read"):
         train(recipe, Tiny())
+
+
+def test_options_that_ask_for_nothing_do_not_tell_runs_apart() -> None:
+    assert options_in_full(PruningSettings(strategy="taylor")) == {"scope": "global"}
+    some = PruningSettings(strategy="taylor", options={"batches": 3})
+    assert options_in_full(some) == {"scope": "global", "batches": 3}
 
 
 def test_a_run_begun_otherwise_is_told_before_the_dense_network(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,11 +25,11 @@ from torch.nn import functional
 from benchmarks.scop_promise import SCHEME, layer_aucs, scheme_falls
 from benchmarks.tools.planted_noise import train_planted
 from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_target, trace
+from wgates_plugin.callables import name_of, untold
 from wgates_plugin.catalogue import Data
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import ConfigError, RunFolderError, TrainingError
 from wgates_plugin.pipeline import PruningResult
-from wgates_plugin.pipeline.callables import name_of, untold
 from wgates_plugin.strategies import Task, make_strategy
 from wgates_plugin.strategies.scop import ScopSettings, ScopStrategy
 from wgates_plugin.strategies.scop.gaussian import fit_gaussian, ledoit_wolf
@@ -137,6 +139,22 @@ def test_a_good_generator_is_taken_as_it_is() -> None:
     assert torch.equal(make_source(lambda x: x.flip(0), images)(images), images.flip(0))
 
 
+def test_a_last_batch_of_one_may_be_its_own_knockoff() -> None:
+    images = example(4)
+    source = make_source(lambda x: x.flip(0), images)
+    assert torch.equal(source(images[:1]), images[:1])
+
+
+def test_a_batch_widens_the_range_that_the_first_images_had() -> None:
+    """The images looked at first were dark ones."""
+    images = example(4)
+    source = make_source(lambda x: x.flip(0), 0.01 * images)
+    assert torch.equal(source(images), images.flip(0))
+    told = re.escape(f"lie between {float(images.min()):.4g} and {float(images.max()):.4g}")
+    with pytest.raises(TrainingError, match=told):
+        make_source(lambda x: x * 200, 0.01 * images)(images)
+
+
 def test_a_generator_that_writes_on_its_batch_leaves_the_users_images() -> None:
     images = example(4)
     before = images.clone()
@@ -211,7 +229,7 @@ def test_betas_of_one_give_the_network_itself() -> None:
     assert torch.allclose(logits, net(example()), atol=1e-6)
 
 
-def test_channels_that_no_group_owns_stay_real() -> None:
+def test_producers_that_are_in_no_group_have_no_betas() -> None:
     net = tiny("residual")
     space = trace(net, example(), ignored_layers=["1.main.0.0"])
     betas = Betas(net, space)
@@ -224,6 +242,35 @@ def test_channels_that_no_group_owns_stay_real() -> None:
             value.fill_(3.0)
     betas.clamp(space.total_units)
     assert betas.mean(space.total_units) == 1.0
+
+
+def test_channels_that_no_group_owns_stay_real() -> None:
+    """On a space made by hand, whose first producer is a group's in all but its last two channels."""
+    net = Plain()
+    space = trace(net, example())
+    (slot,) = space.group("first").slots_as("producer")
+    units = slot.units.copy()
+    units[-2:] = -1
+    slots = tuple(
+        dataclasses.replace(one, units=units) if one is slot else one
+        for one in space.group("first").slots
+    )
+    first = dataclasses.replace(space.group("first"), slots=slots)
+    space = dataclasses.replace(space, groups=(first, *space.groups[1:]))
+    betas = Betas(net, space)
+    assert betas.values[0].tolist() == [0.5] * 4 + [1.0] * 2
+    assert betas.mean(space.total_units) == 0.5
+    with torch.no_grad():
+        betas.values[0].copy_(torch.tensor([-1.0, 0.25, 0.25, 2.0, 0.1, 0.2]))
+    betas.clamp(space.total_units)
+    assert betas.values[0].tolist() == [0.0, 0.25, 0.25, 1.0, 1.0, 1.0]
+    assert betas.mean(space.total_units) == pytest.approx((1.5 + 4 * 0.5) / 8)
+    # They have no say in the scores of those that are owned.
+    with torch.no_grad():
+        net.norm.weight.copy_(torch.tensor([1.0, 1.0, 1.0, 1.0, 50.0, 50.0]))
+    scores = unit_scores(space, betas, norms_behind(net, betas.names, example()))
+    # Over the mean |gamma| of all six units, of which two have no producer here.
+    assert scores[:6].tolist() == pytest.approx([-1.5, -0.75, -0.75, 1.5, 0.0, 0.0])
 
 
 def test_scores_are_the_papers_and_sum_over_coupled_producers() -> None:
@@ -385,6 +432,23 @@ def test_a_generator_is_found_by_its_name() -> None:
     assert strategy.decide(task).facts["knockoffs"] == "torch:zeros_like"
 
 
+def test_under_mixed_precision_a_generator_gets_float32_and_no_autocast() -> None:
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def mirrored(images: Tensor) -> Tensor:
+        made = functional.conv2d(images, torch.eye(3)[:, :, None, None])
+        seen.append((made.dtype, torch.is_autocast_enabled("cpu")))
+        return torch.from_numpy(made.numpy()[..., ::-1].copy())
+
+    loader = [(example(4, seed=seed), torch.arange(4)) for seed in range(2)]
+    task, _ = scop_task(tiny("plain"), loader, epochs=1)
+    mixed = TrainingSettings(accelerator="cpu", precision="bf16-mixed")
+    task = dataclasses.replace(task, training=mixed, fabric=None)
+    decision = ScopStrategy(ScopSettings(knockoffs=mirrored)).decide(task)
+    assert seen == [(torch.float32, False)] * 2
+    assert decision.scores.abs().max() > 0
+
+
 def test_a_generator_that_cannot_be_imported_is_refused_at_once() -> None:
     for name, words in (("nowhere.at_all:fn", "cannot be found"), ("math:pi", "no callable")):
         with pytest.raises(ConfigError, match=f"knockoffs is '{name}': .*{words}"):
@@ -434,7 +498,7 @@ def test_generators_are_told_apart_by_what_they_hold() -> None:
 def test_tensors_are_told_by_their_content_in_every_process() -> None:
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
     words = (
-        "import torch; from torch import nn; from wgates_plugin.pipeline.callables import name_of; "
+        "import torch; from torch import nn; from wgates_plugin.callables import name_of; "
         "print(name_of(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))))"
     )
     other = subprocess.run(
@@ -447,7 +511,7 @@ def test_tensors_are_told_by_their_content_in_every_process() -> None:
 
 def test_sets_among_options_are_the_same_in_every_process() -> None:
     code = (
-        "import functools; from wgates_plugin.pipeline.callables import name_of; "
+        "import functools; from wgates_plugin.callables import name_of; "
         "print(name_of(functools.partial(print, sep={'alpha', 'beta', 'gamma', 'delta'})))"
     )
     names = set()

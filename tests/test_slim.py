@@ -89,6 +89,25 @@ def test_without_epochs_the_scales_decide_as_they_are_and_it_is_said(
     assert "without epochs" not in caplog.text
 
 
+def test_without_epochs_nothing_of_a_training_is_asked_for() -> None:
+    subject = network()
+    given = task(subject, epochs=0)
+    given.train_loader = iter(batches())  # no length
+    decision = make_strategy("slim").decide(given)
+    assert torch.equal(decision.scores, scales(subject))
+    assert (decision.monitor, decision.history) == ([], [])
+
+
+def test_scales_behind_a_flatten_count_by_their_mean() -> None:
+    """Sixteen scales of each channel in one norm weigh as much as one would."""
+    norm = nn.BatchNorm1d(8 * 16)
+    body = (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Flatten(), norm, nn.Linear(128, CLASSES))
+    subject = randomised(nn.Sequential(*body), 0)
+    decision = make_strategy("slim", {"sparsity": 0.0}).decide(task(subject, epochs=0))
+    expected = norm.weight.detach().abs().view(8, 16).mean(1)
+    assert torch.allclose(decision.scores, expected)
+
+
 def test_frozen_weights_leave_the_scales_to_learn_alone() -> None:
     given = task(network(), train_weights=False)
     before = {name: value.clone() for name, value in given.network.named_parameters()}
@@ -98,7 +117,7 @@ def test_frozen_weights_leave_the_scales_to_learn_alone() -> None:
 
 
 def test_what_has_no_scale_is_said_before_training() -> None:
-    with pytest.raises(PlanError, match="gives no finite score"):
+    with pytest.raises(PlanError, match="gives no score"):
         make_strategy("slim").decide(task(tiny("biased")))
 
 

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_target, trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
-from wgates_plugin.errors import ConfigError, InfeasibleTargetError
+from wgates_plugin.errors import (
+    ConfigError,
+    FileFormatError,
+    InfeasibleTargetError,
+    RunFolderError,
+)
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import STRATEGIES, Decision, Task, make_strategy, plan_for_budget
 from wgates_plugin.strategies.base import InMemory
@@ -187,6 +192,69 @@ def test_an_interrupted_phase_ends_in_the_same_place(strategy: str, steps_left: 
         return
     checkpoints.alive = True
     assert same(case.decide(checkpoints), whole)
+
+
+OTHER_OPTIONS: dict[str, dict[str, Any]] = {
+    "wgates": {"learning_rate": 0.01},
+    "gdp": {"travel": 1.0},
+    "scop": {"learning_rate": 0.2},
+    "slim": {"sparsity": 1.0},
+    "metapruning": {"hidden": 8},
+    "functionality": {"step": 0.1},
+}
+"""Of strategies that keep checkpoints: an option that changes what they decide."""
+
+
+def test_a_table_of_all_strategies_that_keep_checkpoints() -> None:
+    for strategy in STRATEGIES:
+        checkpoints = InMemory()
+        Case(strategy, "plain").decide(checkpoints)
+        assert bool(checkpoints._states) == (strategy in OTHER_OPTIONS), strategy
+
+
+@pytest.mark.parametrize("strategy", OTHER_OPTIONS)
+def test_checkpoints_of_another_decision_are_refused(strategy: str) -> None:
+    checkpoints, case = InMemory(), Case(strategy, "residual")
+    whole = case.decide(checkpoints)
+    assert same(case.decide(checkpoints), whole)
+    (option,) = OTHER_OPTIONS[strategy]
+    case.strategy = make_strategy(strategy, OTHER_OPTIONS[strategy])
+    with pytest.raises(RunFolderError, match=rf"different: settings\.{option}\)"):
+        case.decide(checkpoints)
+    with pytest.raises(RunFolderError, match=r"different: seed\)"):
+        Case(strategy, "residual", seed=1).decide(checkpoints)
+    with pytest.raises(RunFolderError, match=r"different: network\)"):
+        Case(strategy, "plain").decide(checkpoints)
+    if case.strategy.has_phase:
+        with pytest.raises(RunFolderError, match=r"different: epochs\)"):
+            Case(strategy, "residual", epochs=2).decide(checkpoints)
+    (name, *_) = checkpoints._states
+    checkpoints._states[name].pop("identity")
+    with pytest.raises(FileFormatError, match=f"checkpoint `{name}`: its identity is None"):
+        Case(strategy, "residual").decide(checkpoints)
+
+
+def test_checkpoints_of_another_strategy_are_refused() -> None:
+    checkpoints = InMemory()
+    Case("slim", "residual").decide(checkpoints)
+    with pytest.raises(RunFolderError, match=r"`phase\.pt`: belongs to .*different: strategy\)"):
+        Case("gdp", "residual").decide(checkpoints)
+
+
+def test_generators_among_the_settings_are_told_apart() -> None:
+    checkpoints, case = InMemory(), Case("scop", "residual")
+    generator = nn.Conv2d(3, 3, 1)
+    with torch.no_grad():
+        generator.weight.mul_(0.1)
+    case.strategy = make_strategy("scop", {"knockoffs": generator})
+    first = case.decide(checkpoints)
+    case.strategy = make_strategy("scop", {"knockoffs": copy.deepcopy(generator)})
+    assert same(case.decide(checkpoints), first)
+    with torch.no_grad():
+        generator.weight.mul_(2)
+    case.strategy = make_strategy("scop", {"knockoffs": generator})
+    with pytest.raises(RunFolderError, match=r"different: settings\.knockoffs\)"):
+        case.decide(checkpoints)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

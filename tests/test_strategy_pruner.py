@@ -202,6 +202,26 @@ def test_criteria_of_weights_alone_need_no_data() -> None:
 # MetaPruning gives up the trained weights
 
 
+@pytest.mark.parametrize("strategy", ["taylor", "hessian", "knapsack"])
+def test_gradients_of_some_batches(strategy: str) -> None:
+    def looked_at(**options: Any) -> int:
+        pruner = pruner_of(strategy, target=3e4, options=options, loss=counted)
+        seen.clear()
+        pruner.step()
+        return len(seen)
+
+    seen: list[int] = []
+
+    def counted(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(len(logits))
+        return nn.functional.cross_entropy(logits, targets)
+
+    whole, some = looked_at(), looked_at(batches=2)
+    assert some * len(batches()) == whole * 2
+    with pytest.raises(ConfigError, match=r"options\.batches is 0"):
+        pruner_of(strategy, target=3e4, options={"batches": 0})
+
+
 def test_a_search_over_widths_takes_no_ratios() -> None:
     for ratios in ({"pruning_ratio": 0.5}, {}):
         with pytest.raises(ConfigError, match="searches widths within a budget"):

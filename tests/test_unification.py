@@ -605,6 +605,15 @@ def test_a_cut_that_changes_the_function_is_refused() -> None:
         cut_dead(Unified(network, {}), plan, example)
 
 
+def test_a_cut_is_checked_on_more_than_zeros() -> None:
+    """Without biases the first layers answer zeros by zeros, whatever is cut."""
+    body = (networks.conv(3, 12), nn.ReLU(), networks.conv(12, 12), nn.ReLU(), networks.Head(12))
+    network = nn.Sequential(*body).eval()
+    plan = PruningPlan.leading(trace(network, networks.example()), [4, 4])
+    with pytest.raises(SurgeryError, match="dead channels the outputs differ"):
+        cut_dead(Unified(network, {}), plan, torch.zeros(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize("name", sorted(networks.TINY))
 def test_masked_equals_removed_for_dead_channels_of_any_network(name: str) -> None:
     """Every second filter of every layer zeroed: whatever is found can be cut without a trace."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from wgates_plugin.callables import untold
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.pipeline import delivery, learning, preparation, record, unifying
-from wgates_plugin.pipeline.callables import untold
 from wgates_plugin.pipeline.job import Job, PruningResult
 from wgates_plugin.pipeline.labels import check_labels, check_scored
 from wgates_plugin.plan import PruningPlan

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from wgates_plugin.pipeline.callables import name_of
+from wgates_plugin.callables import name_of
 from wgates_plugin.run_folder import first_batch_digest
 from wgates_plugin.strategies import make_strategy
 from wgates_plugin.strategies.base import option_names
@@ -43,11 +43,13 @@ def identity_of_request(
 def options_in_full(settings: PruningSettings) -> dict[str, Any]:
     """The strategy's settings as plain values, those left at their defaults included: these change.
 
-    Without the channel grid, which is the job's and no strategy's.
+    Without the channel grid, which is the job's and no strategy's, and without those of None, which ask
+    for nothing: a run from before there was such an option is the same.
     """
     strategy = make_strategy(settings.strategy, settings.options)
     found = settings_as_json(strategy.settings)
-    return {name: found[name] for name in option_names(type(strategy))}
+    names = option_names(type(strategy))
+    return {name: found[name] for name in names if found[name] is not None}
 
 
 def settings_as_json(settings: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wgates_plugin.callables import name_of
 from wgates_plugin.calling import ExampleInputs, copied, refuse_other_device, to_cpu
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget, EfficiencyModel, Limit
@@ -21,7 +22,6 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.files import load_tensors, save_tensors
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency_study import LatencyStudy
-from wgates_plugin.pipeline.callables import name_of
 from wgates_plugin.pipeline.identity import identity_of_request, settings_as_json
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.run_folder import RunFolder, weights_digest

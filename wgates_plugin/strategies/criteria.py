@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,17 @@ from wgates_plugin.channels import ChannelSpace, Slot
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError
+from wgates_plugin.option_checks import is_whole
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.criteria_repaired import (
+    BNScaleImportance,
     FPGMImportance,
     HessianImportance,
     LossFunction,
     TaylorImportance,
     gradients_of,
+    mean_one,
 )
 from wgates_plugin.strategies.ratios import structure_of
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
@@ -69,15 +73,19 @@ class Criterion:
 
 CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(
-        lambda: tp.importance.GroupMagnitudeImportance(p=1, group_reduction="first"),
+        lambda: tp.importance.GroupMagnitudeImportance(
+            p=1, group_reduction="first", normalizer=mean_one
+        ),
         "L1 norm of the filters of the group's first producer (Li et al., ICLR 2017)",
     ),
     "l2": Criterion(
-        lambda: tp.importance.GroupMagnitudeImportance(p=2, group_reduction="first"),
+        lambda: tp.importance.GroupMagnitudeImportance(
+            p=2, group_reduction="first", normalizer=mean_one
+        ),
         "squared L2 norm of the filters of the group's first producer",
     ),
     "group-norm": Criterion(
-        lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=mean_one),
         "squared L2 norm over all coupled layers (DepGraph, Fang et al., CVPR 2023)",
     ),
     "fpgm": Criterion(
@@ -88,7 +96,7 @@ CRITERIA: dict[str, Criterion] = {
         tp.importance.LAMPImportance, "layer-adaptive magnitude (Lee et al., ICLR 2021)"
     ),
     "bn-scale": Criterion(
-        tp.importance.BNScaleImportance,
+        BNScaleImportance,
         "BatchNorm scales (Network Slimming, Liu et al., ICCV 2017)",
     ),
     "random": Criterion(tp.importance.RandomImportance, "chance"),
@@ -145,6 +153,7 @@ def plan_by_criterion(
     scope: str = "global",
     loss: LossFunction = functional.cross_entropy,
     seed: int = 0,
+    batches: int | None = None,
 ) -> PruningPlan:
     """A plan that keeps `budget`, with the channels that a torch-pruning criterion rates highest.
 
@@ -155,14 +164,26 @@ def plan_by_criterion(
             is made comparable by its own rule); "local" takes the same share from every group;
             "isomorphic" ranks groups of equal structure together, and takes the same share of each
             such set (Fang et al., ECCV 2024).
-        loss: of logits and targets, a mean over the batch. seed: of `random`.
+        loss: of logits and targets, a mean over the batch.
+        seed: of `random`, and of what data draw at random.
+        batches: that are taken of the data; None takes all. "hessian" runs every image by itself.
 
     Raises:
-        ConfigError: an unknown or refused criterion or scope, or data are missing.
+        ConfigError: an unknown or refused criterion or scope, no number of batches, or data are
+            missing.
         PlanError: the criterion says nothing about a group. InfeasibleTargetError: the budget.
     """
     plan, _ = decide_by_criterion(
-        network, space, criterion, budget, grid, data, scope=scope, loss=loss, seed=seed
+        network,
+        space,
+        criterion,
+        budget,
+        grid,
+        data,
+        scope=scope,
+        loss=loss,
+        seed=seed,
+        batches=batches,
     )
     return plan
 
@@ -178,6 +199,7 @@ def decide_by_criterion(
     scope: str = "global",
     loss: LossFunction = functional.cross_entropy,
     seed: int = 0,
+    batches: int | None = None,
 ) -> tuple[PruningPlan, Tensor]:
     """`plan_by_criterion`, and the scores (total_units,) it ranked by; arguments as there.
 
@@ -187,7 +209,9 @@ def decide_by_criterion(
     if scope not in SCOPES:
         raise ConfigError("criterion", [f"scope `{scope}`: known: {', '.join(SCOPES)}"])
     budgeting.check_feasible(space, budget, grid)
-    scores = criterion_scores(network, space, criterion, data, loss=loss, seed=seed)
+    scores = criterion_scores(
+        network, space, criterion, data, loss=loss, seed=seed, batches=batches
+    )
     name = criterion if isinstance(criterion, str) else type(criterion).__name__
     if scope == "local":
         ranks = _within_groups(space, scores, _ranks)
@@ -210,12 +234,15 @@ def criterion_scores(
     *,
     loss: LossFunction = functional.cross_entropy,
     seed: int = 0,
+    batches: int | None = None,
 ) -> Tensor:
     """The criterion's scores as torch-pruning gives them, (total_units,). The network is left as found.
 
     Raises:
         ConfigError, PlanError: see `plan_by_criterion`.
     """
+    if problems := batches_problems(batches):
+        raise ConfigError("criterion", problems)
     importance: Any = criterion
     needs_data = False
     if isinstance(criterion, str):
@@ -241,8 +268,15 @@ def criterion_scores(
         if not needs_data:
             return importance_scores(network, space, importance)
         assert data is not None
-        with gradients_of(network, data, loss, importance):
+        with gradients_of(network, islice(data, batches), loss, importance):
             return importance_scores(network, space, importance)
+
+
+def batches_problems(batches: int | None) -> list[str]:
+    """What is wrong with a number of batches, None of which means all."""
+    if batches is None or is_whole(batches, least=1):
+        return []
+    return [f"batches is {batches!r}, needs a whole number from 1, or None for all"]
 
 
 def flaw_of(importance: object) -> str:
@@ -269,7 +303,7 @@ def importance_scores(
     if reason := flaw_of(importance):
         raise ConfigError("importance", [f"{type(importance).__name__}: {reason}"])
     scores = torch.zeros(space.total_units)
-    silent = []
+    silent, not_finite = [], []
     for index, group in enumerate(space.groups):
         if traced is None:
             made = tp_group(network, space, index)
@@ -285,19 +319,31 @@ def importance_scores(
                 f"({type(error).__name__}: {error}); leave it out with `ignored_layers`, or choose "
                 "another criterion"
             ) from error
-        if found is None or found.shape != (group.channels,) or not torch.isfinite(found).all():
+        if found is None or found.shape != (group.channels,):
             silent.append(group.name)
+            continue
+        if not torch.isfinite(found).all():
+            not_finite.append(group.name)
             continue
         # Channel u + k * units belongs to unit u.
         scores[space.unit_slice(index)] = found.float().cpu().view(group.ties, -1).mean(0)
     if silent:
         raise PlanError(
-            f"{type(importance).__name__}: gives no finite score per channel for "
-            f"{len(silent)} groups (`{silent[0]}`{', ...' if silent[1:] else ''}), such as a "
+            f"{type(importance).__name__}: gives no score per channel for {_shown(silent)}, such as a "
             "BatchNorm criterion where there is none; leave them out with `ignored_layers`, or "
             "choose another"
         )
+    if not_finite:
+        raise PlanError(
+            f"{type(importance).__name__}: gives scores that are not finite for "
+            f"{_shown(not_finite)}; check weights, gradients and data for values that are not finite "
+            "or too large, or choose another criterion"
+        )
     return scores
+
+
+def _shown(groups: Sequence[str]) -> str:
+    return f"{len(groups)} groups (`{groups[0]}`{', ...' if groups[1:] else ''})"
 
 
 def tp_group(network: nn.Module, space: ChannelSpace, index: int) -> Group:

@@ -12,22 +12,61 @@ from torch_pruning.dependency.dependency import Dependency
 from torch_pruning.dependency.group import Group
 from torch_pruning.pruner import function
 from torch_pruning.pruner.importance import (
+    BNScaleImportance as ShippedBNScale,
+)
+from torch_pruning.pruner.importance import (
     FPGMImportance as ShippedFPGM,
 )
 from torch_pruning.pruner.importance import (
     GroupHessianImportance,
+    GroupMagnitudeImportance,
     GroupTaylorImportance,
 )
 
 from wgates_plugin import modules as kinds
 from wgates_plugin.calling import call_with, device_of, left_as_found, map_tensors
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.training.evaluation import images_in, images_of, logits_of, unpack
+from wgates_plugin.training.evaluation import IGNORED, images_in, images_of, logits_of, unpack
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 
 
-class FPGMImportance(ShippedFPGM):
+def mean_one(scores: Tensor) -> Tensor:
+    """Scores of one group (n,), none of them negative, over their mean: torch-pruning's "mean".
+
+    Where all are 0 they stay 0, which torch-pruning turns into no numbers: channels that the loss does
+    not feel are the first to go.
+    """
+    return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+class _MeanOne(GroupMagnitudeImportance):
+    """Whose normaliser "mean" is `mean_one`."""
+
+    def _normalize(self, group_importance: Tensor, normalizer: Any) -> Tensor:
+        if normalizer == "mean":
+            return mean_one(group_importance)
+        found: Tensor = super()._normalize(group_importance, normalizer)
+        return found
+
+
+class BNScaleImportance(_MeanOne, ShippedBNScale):
+    """Mean size of a channel's BatchNorm scales.
+
+    As shipped, channels are counted by the first BatchNorm's scales, of which there are more where it
+    comes behind a flatten or a concatenation of the same channels.
+    """
+
+    def _reduce(self, group_imp: list[Tensor], group_idxs: list[list[int]]) -> Tensor:
+        roots = torch.tensor([root for mine in group_idxs for root in mine])
+        sizes = torch.cat(group_imp)
+        total = sizes.new_zeros(int(roots.max()) + 1)
+        roots = roots.to(sizes.device)
+        count = total.index_add(0, roots, torch.ones_like(sizes))
+        return total.index_add(0, roots, sizes) / count.clamp_min(1)
+
+
+class FPGMImportance(_MeanOne, ShippedFPGM):
     """Distance of a filter from all others of its layer; those near the geometric median go first.
 
     As shipped, weights are squared before distances are taken, so that a filter and its negative
@@ -55,7 +94,7 @@ class FPGMImportance(ShippedFPGM):
         return found
 
 
-class TaylorImportance(GroupTaylorImportance):
+class TaylorImportance(_MeanOne, GroupTaylorImportance):
     """First-order Taylor importance, BatchNorm included.
 
     As shipped, the branch for BatchNorm asks for GroupNorm's pruning function, so that scales and
@@ -77,7 +116,7 @@ class TaylorImportance(GroupTaylorImportance):
         return found
 
 
-class HessianImportance(GroupHessianImportance):
+class HessianImportance(_MeanOne, GroupHessianImportance):
     """Diagonal Fisher importance over all samples.
 
     As shipped, squared gradients are looked up by name but kept by parameter, so that each sample
@@ -105,10 +144,11 @@ def gradients_of(
     Taylor gets the mean size of its batches' gradients, so that `|w * gradient|` is the mean of what
     each batch says: with their signs they all but cancel in a trained network. Only a `multivariable`
     one, which sums products within a filter, gets the gradient of the mean over batches. Hessian takes
-    the mean square of each sample's, which is run by itself.
+    the mean square of each sample's, which is run by itself; a sample without a loss, for all of its
+    labels are ignored, is left out.
 
     Raises:
-        TrainingError: no batch, or the loss is not finite.
+        TrainingError: no batch, no sample with a label, or the loss is not finite.
     """
     parameters = list(network.parameters())
     own = [parameter.grad for parameter in parameters]
@@ -121,7 +161,7 @@ def gradients_of(
             sums = [torch.zeros_like(parameter) for parameter in parameters]
             batches = 0
             for batch in data:
-                _accumulate(network, batch, loss, importance)
+                _accumulate(network, batch, loss, importance, batches)
                 batches += 1
                 for parameter, total in zip(parameters, sums, strict=True):
                     # A layer the loss does not reach has no say, rather than no gradient.
@@ -130,6 +170,11 @@ def gradients_of(
                     parameter.grad = None
             if not batches:
                 raise TrainingError("criterion: `data` gave no batch; give (inputs, targets) pairs")
+            if isinstance(importance, HessianImportance) and not importance._accu_grad:
+                raise TrainingError(
+                    f"criterion: the labels of all samples are ones to ignore ({IGNORED}); check the "
+                    "data set"
+                )
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.grad = total / batches
             yield
@@ -138,7 +183,9 @@ def gradients_of(
                 parameter.grad = grad
 
 
-def _accumulate(network: nn.Module, batch: Any, loss: LossFunction, importance: Any) -> None:
+def _accumulate(
+    network: nn.Module, batch: Any, loss: LossFunction, importance: Any, number: int
+) -> None:
     device = device_of(network)
     inputs, targets = unpack(map_tensors(lambda tensor: tensor.to(device), batch))
     parts = [(inputs, targets)]
@@ -147,14 +194,22 @@ def _accumulate(network: nn.Module, batch: Any, loss: LossFunction, importance: 
         count = images_in(inputs)
         rows = [slice(row, row + 1) for row in range(count)]
         parts = [(images_of(inputs, row, count), images_of(targets, row, count)) for row in rows]
-    for images, labels in parts:
+    for sample, (images, labels) in enumerate(parts):
         network.zero_grad()
         with torch.enable_grad():
             value = loss(logits_of(call_with(network, images), network), labels)
         if not torch.isfinite(value):
+            if by_sample and _all_ignored(labels):
+                continue
+            where = f"sample {sample} of batch {number}" if by_sample else f"batch {number}"
             raise TrainingError(
-                f"criterion: the loss is {float(value.detach())} on a batch of `data`"
+                f"criterion: the loss is {float(value.detach())} on {where} of `data` (both counted "
+                "from 0); check its inputs, its labels and your loss"
             )
         value.backward()
         if by_sample:
             importance.accumulate_grad(network)
+
+
+def _all_ignored(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())

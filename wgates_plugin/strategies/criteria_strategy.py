@@ -20,14 +20,20 @@ class CriterionSettings:
         scope: "global" ranks all groups together; "local" takes the same share of each, which are
             uniform widths; "isomorphic" takes the same share of each set of groups of one structure,
             ranked together.
+        batches: of training data for gradients; None takes all. Of no effect on criteria that need
+            none.
     """
 
     scope: str = "global"
+    batches: int | None = None
 
     def __post_init__(self) -> None:
+        problems = criteria.batches_problems(self.batches)
         if self.scope not in criteria.SCOPES:
             known = ", ".join(criteria.SCOPES)
-            raise ConfigError("criterion", [f"scope `{self.scope}`: unknown; known: {known}"])
+            problems.insert(0, f"scope `{self.scope}`: unknown; known: {known}")
+        if problems:
+            raise ConfigError("criterion", problems)
 
 
 class CriterionStrategy(Strategy):
@@ -50,6 +56,7 @@ class CriterionStrategy(Strategy):
             scope=self.settings.scope,
             loss=task.loss or functional.cross_entropy,
             seed=task.seed,
+            batches=self.settings.batches,
         )
         return Decision(task.network, scores.cpu(), plan.widths)
 

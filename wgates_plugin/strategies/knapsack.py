@@ -46,12 +46,16 @@ class KnapsackSettings:
         scale: "loss" compares channels of all groups by the loss they are worth, as published;
             "group" brings each group to a mean of 1 first.
         choices: most widths offered per group in one round; closer ones as the search narrows.
-        rounds: most integer programs, each linearised where the one before arrived.
+        rounds: most rounds from each of the two starting points. A round's integer program is
+            linearised where the one before arrived, and solved up to three times, with less room
+            where true costs break the budget.
+        batches: of training data for the saliency; None takes all.
     """
 
     scale: str = "loss"
     choices: int = 32
     rounds: int = 30
+    batches: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -61,18 +65,22 @@ class KnapsackSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problems.append(f"{name} {value!r}: must be a whole number from {least}")
+        problems += criteria.batches_problems(self.batches)
         if problems:
             raise ConfigError("knapsack settings", problems)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Widths (G,) and the shares of all saliency they keep: packed, and by the greedy fit alone."""
+    """Widths (G,) and the shares of all saliency they keep: packed, and by the greedy fit alone.
+
+    `programs` counts the integer programs that were solved.
+    """
 
     widths: tuple[int, ...]
     kept: float
     kept_greedily: float
-    rounds: int
+    programs: int
 
 
 class KnapsackStrategy(Strategy):
@@ -87,7 +95,7 @@ class KnapsackStrategy(Strategy):
     def decide(self, task: Task) -> Decision:
         require("scipy.optimize", extra="knapsack", purpose=_PURPOSE)
         budgeting.check_feasible(task.space, task.budget, task.grid)
-        saliency = taylor_saliency(task, scale=self.settings.scale)
+        saliency = taylor_saliency(task, scale=self.settings.scale, batches=self.settings.batches)
         packed = pack(
             task.space,
             saliency,
@@ -99,17 +107,18 @@ class KnapsackStrategy(Strategy):
         facts = {
             "saliency_kept": packed.kept,
             "saliency_kept_greedily": packed.kept_greedily,
-            "integer_programs": packed.rounds,
+            "integer_programs": packed.programs,
         }
         return Decision(task.network, saliency, packed.widths, facts=facts)
 
 
-def taylor_saliency(task: Task, *, scale: str) -> Tensor:
+def taylor_saliency(task: Task, *, scale: str, batches: int | None = None) -> Tensor:
     """Loss that a unit is worth to first order, (total_units,) float64 on the CPU, 0 or more.
 
     `sum |w * dL/dw|`, the mean over batches as in the paper, over all that goes with the unit (ours):
     every coupled filter but depthwise ones, the weights that read it, and its BatchNorm scale, where
-    the paper takes BatchNorm's scale and shift alone.
+    the paper takes BatchNorm's scale and shift alone. Of a grouped convolution that reads it, the
+    weights count once for each conv group, as in torch-pruning.
     """
     raw = TaylorImportance(group_reduction="sum", normalizer=None)
     found = criteria.criterion_scores(
@@ -119,6 +128,7 @@ def taylor_saliency(task: Task, *, scale: str) -> Tensor:
         task.train_loader,
         loss=task.loss or functional.cross_entropy,
         seed=task.seed,
+        batches=batches,
     )
     found = task.average(found.to(task.device)).cpu().double()
     # The criterion gives the mean of tied channels; they go together.
@@ -164,7 +174,8 @@ def pack(
     `cost_k(n) <= target_k` for each limit. Costs are not sums over groups: each round takes them
     linearised around the widths it stands at, one group moved at a time (the paper freezes the widths
     of the layers before), and offers widths within a radius that halves when the true costs give the
-    gain away (ours). It starts at greedy fits, and never ends below them (ours).
+    gain away (ours). It starts at two greedy fits, from one threshold and from uniform widths, and never
+    ends below them (ours). `rounds` holds for each start.
 
     Raises:
         MissingExtraError: scipy is not installed.
@@ -184,16 +195,16 @@ def pack(
         fitted(budgeting.threshold_widths(space, saliency, budget, grid)),
         fitted(budgeting.uniform_widths(space, budget, grid)),
     ]
-    done = 0
+    programs = 0
     arrived = []
     for start in dict.fromkeys(starts):
         here, radius = start, 1.0
         rounds_left = rounds
         while rounds_left:
             rounds_left -= 1
-            done += 1
             program = _Program(space, saliency, budget, grid, here, radius, choices)
             there = fitted(program.solve(optimize))
+            programs += program.solved
             if worth(there) > worth(here) + _LEAST_GAIN:
                 here = there
             elif program.nearest:
@@ -202,11 +213,11 @@ def pack(
                 radius /= 2
         arrived.append(here)
     best = max(arrived, key=worth)
-    return Packed(best, worth(best), max(map(worth, starts)), done)
+    return Packed(best, worth(best), max(map(worth, starts)), programs)
 
 
 class _Program:
-    """One round: the integer program around `here` (G,)."""
+    """One round: the integer program around `here` (G,), `solved` so many times so far."""
 
     def __init__(
         self,
@@ -218,7 +229,7 @@ class _Program:
         radius: float,
         choices: int,
     ) -> None:
-        self.budget, self.here = budget, here
+        self.budget, self.here, self.solved = budget, here, 0
         allowed = space.allowed_widths(grid)
         self.offered = [
             _around(mine, mine.index(width), radius, choices)
@@ -265,6 +276,7 @@ class _Program:
         return found
 
     def _solve_within(self, slack: Tensor, optimize: ModuleType) -> tuple[int, ...] | None:
+        self.solved += 1
         count = len(self.worth)
         one_each = torch.zeros(len(self.offered), count, dtype=torch.float64)
         ends = torch.tensor([len(mine) for mine in self.offered]).cumsum(0).tolist()

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.strategies.base import Task
+from wgates_plugin.strategies.base import Strategy, Task
+from wgates_plugin.strategies.own_checkpoints import OwnCheckpoints
 from wgates_plugin.training import StepContext, Trainer
 
 PHASE_STATE = "phase.pt"
@@ -22,6 +23,7 @@ class Stateful(Protocol):
 
 
 def run_phase(
+    strategy: Strategy,
     task: Task,
     trainer: Trainer,
     parts: Mapping[str, Stateful],
@@ -32,15 +34,18 @@ def run_phase(
     """Train for `task.epochs`, saving after each; returns the numbers of each step.
 
     Args:
+        strategy: whose phase it is; a phase of another one, or of other settings, is not gone on with.
         parts: what has state besides the trainer, by name; the network among them.
         step: called after each backward pass, before the optimizer's step; returns what to log.
         before: called before each forward pass.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the last good state is kept.
+        RunFolderError: the task's checkpoints hold another phase, see `own_checkpoints`.
     """
     monitor: list[dict[str, float]] = []
-    state = task.checkpoints.load_state(PHASE_STATE)
+    checkpoints = OwnCheckpoints(strategy, task)
+    state = checkpoints.load_state(PHASE_STATE)
     if state is not None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -51,7 +56,7 @@ def run_phase(
         monitor.append({"step": context.step, "loss": float(context.loss or 0.0), **step(context)})
 
     def save(name: str) -> None:
-        task.checkpoints.save_state(
+        checkpoints.save_state(
             name,
             {
                 **{name: part.state_dict() for name, part in parts.items()},

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.criteria import importance_scores
+from wgates_plugin.strategies.criteria_repaired import BNScaleImportance
 from wgates_plugin.strategies.phase import drop_frozen, run_phase
 from wgates_plugin.training import StepContext
 
@@ -61,13 +61,14 @@ class SlimStrategy(Strategy):
             and isinstance(module, nn.modules.batchnorm._BatchNorm)
             and module.affine  # one without scales has nothing to learn
         ]
-        importance = tp.importance.BNScaleImportance(normalizer=None)
-        importance_scores(network, space, importance)  # says before training what has no scale
+        importance = BNScaleImportance(normalizer=None)
+        scores = importance_scores(network, space, importance)  # says what has no scale
         if task.epochs == 0:
             logger.warning(
                 "slim: without epochs the scales are not trained towards zero; those of the network "
                 "as it is decide. Give it epochs, or choose `bn-scale`, which needs none"
             )
+            return Decision(network, scores, _widths(task, scores))
         trainer = task.trainer(network, "slim")
 
         @torch.no_grad()
@@ -78,8 +79,12 @@ class SlimStrategy(Strategy):
             drop_frozen(task, network, scales)
             return {"scales": float(torch.cat([s.detach().abs() for s in scales]).mean())}
 
-        monitor = run_phase(task, trainer, {"network": network}, step)
+        monitor = run_phase(self, task, trainer, {"network": network}, step)
         scores = importance_scores(network, space, importance)
-        start = budgeting.threshold_widths(space, scores, task.budget, task.grid)
-        widths = budgeting.fit_to_budget(space, scores, start, task.budget, task.grid)
-        return Decision(network, scores, widths, monitor, trainer.history)
+        return Decision(network, scores, _widths(task, scores), monitor, trainer.history)
+
+
+def _widths(task: Task, scores: Tensor) -> tuple[int, ...]:
+    """Of one threshold over all scores, then of what the budget has room for."""
+    start = budgeting.threshold_widths(task.space, scores, task.budget, task.grid)
+    return budgeting.fit_to_budget(task.space, scores, start, task.budget, task.grid)

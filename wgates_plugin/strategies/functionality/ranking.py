@@ -21,7 +21,8 @@ def rank(cosines: Tensor, labels: Tensor, contribution: Tensor, *, repeats: str)
     contribution of their whole cluster, for they are to stand in for it (ours). The others:
     repeats="contribution" by their own contribution, as in the paper; repeats="coverage" by what
     they add to what the units before them cover, see `covered_in_order` (ours). All are relative to
-    the layer's greatest contribution, so that a layer of many repeats has many low scores.
+    the layer's greatest contribution, or to the greatest gain where that is more: a gain is a sum over
+    units. So a layer of many repeats has many low scores.
 
     Args:
         cosines: (n, n) between patterns. labels: (n,) cluster or `SILENT`.
@@ -40,8 +41,10 @@ def rank(cosines: Tensor, labels: Tensor, contribution: Tensor, *, repeats: str)
     if repeats == "contribution":
         scores[rest] = weight[rest]
         return scores
+    greatest = 1.0
     for unit, gain in covered_in_order(cosines, weight, chosen, rest):
-        scores[unit] = min(max(gain, 1e-9), 1.0)
+        greatest = max(greatest, gain)  # the first gain, for gains only fall
+        scores[unit] = max(gain / greatest, 1e-9)
     return scores
 
 

@@ -37,6 +37,7 @@ from wgates_plugin.strategies.functionality.pictures import picture, thumbnails
 from wgates_plugin.strategies.functionality.points import Point, find_points
 from wgates_plugin.strategies.functionality.ranking import rank, representatives
 from wgates_plugin.strategies.functionality.settings import FunctionalitySettings
+from wgates_plugin.strategies.own_checkpoints import OwnCheckpoints
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.training.evaluation import to_device, unpack
 from wgates_plugin.training.progress import Bar
@@ -86,7 +87,8 @@ class FunctionalityStrategy(Strategy):
     def _judged(self, task: Task) -> dict[str, Any]:
         """Contributions of all units, and labels and scores of each group; from the checkpoint if
         one is there, which is written after each group."""
-        state = task.checkpoints.load_state(STATE) or {"contribution": None, "groups": {}}
+        checkpoints = OwnCheckpoints(self, task)
+        state = checkpoints.load_state(STATE) or {"contribution": None, "groups": {}}
         if len(state["groups"]) == len(task.space.groups):
             return state
         network = task.network
@@ -107,7 +109,7 @@ class FunctionalityStrategy(Strategy):
             if state["contribution"] is None:
                 loss = task.loss or functional.cross_entropy
                 state["contribution"] = contribution_index(network, task.space, points, data, loss)
-                task.checkpoints.save_state(STATE, state)
+                checkpoints.save_state(STATE, state)
             shown = _spread(len(points), self.settings.pictured)
             wanted = task.progress if writes else False
             with Bar("functions", len(points), wanted=wanted) as bar:
@@ -117,7 +119,7 @@ class FunctionalityStrategy(Strategy):
                         state["groups"][name] = self._judge(
                             network, points[index], image, grey, mine, task.seed, index in shown
                         )
-                        task.checkpoints.save_state(STATE, state)
+                        checkpoints.save_state(STATE, state)
                     bar.advance(name)
         return state
 

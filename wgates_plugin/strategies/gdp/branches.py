@@ -61,6 +61,19 @@ class Branches:
             after[kept] = before[kept].abs().clamp_min(smallest)
         return after
 
+    def together(self, closed_at: Tensor, missed: Tensor) -> list[int]:
+        """Those that closed in the last step that closed any, by what the task misses, without the
+        least one: in the long steps of a short phase more close at once than a budget asks for (ours).
+
+        Args:
+            closed_at: step in which each unit closed. missed: what the task loses by it. Both
+                (total_units,).
+        """
+        where = {index: self.space.unit_slice(index) for index in self.closed}
+        steps = {index: int(closed_at[units].max()) for index, units in where.items()}
+        last = [index for index, step in steps.items() if step == max(steps.values())]
+        return sorted(last, key=lambda index: float(missed[where[index]].sum()))[1:]
+
     def _removable(self, index: int) -> bool:
         """Whether a group may close altogether if the network computes on without it."""
         return self._output is not None and not self.space.groups[index].floor_is_own

@@ -7,6 +7,7 @@ exact zeros. What is ours is marked.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin.calling import ExampleInputs, call_with, device_of, left_as_found, map_tensors
+from wgates_plugin.calling import (
+    ExampleInputs,
+    call_with,
+    device_of,
+    informative,
+    left_as_found,
+    map_tensors,
+)
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.efficiency.constraint import AugmentedLagrangian
@@ -36,6 +44,8 @@ from wgates_plugin.strategies.wgates.scores import ranks_within
 from wgates_plugin.training.evaluation import to_device
 from wgates_plugin.verification import relative_error
 
+logger = logging.getLogger("wgates_plugin")
+
 MEMORY = 0.05
 """Share of the phase over which the gates' gradient and its size are averaged, 10 steps at least."""
 
@@ -44,6 +54,9 @@ LEAST_OPEN, REOPENED = 0.03, 1 / 3
 
 WIDEST = 30.0
 """Bound on a gate's curvature over the mean of all, and on its inverse."""
+
+MUCH_ROOM = 0.1
+"""Share of the budget that may stay unused without a word."""
 
 LARGEST_PUSH = 5.0
 """Bound on a gate's gradient over the mean size of all: one batch's outlier opens no gate alone."""
@@ -191,7 +204,10 @@ class PolarisedGates:
         return absorb(network, self.space, self.unit_scores())
 
     def output(self, *, closed_alone: bool = False) -> Tensor:
-        """Eval-mode output on the example inputs under the gates, or under those that are 0 alone."""
+        """Eval-mode output on the example inputs under the gates, or under those that are 0 alone.
+
+        Constant example inputs are replaced by noise, see `calling.informative`.
+        """
         gates = self.unit_scores()
         return self._output((gates != 0).to(gates) if closed_alone else gates)
 
@@ -341,6 +357,7 @@ class PolarisedGates:
     @torch.no_grad()
     def _output(self, gates: Tensor, seed: int | None = None) -> Tensor:
         """Eval-mode output under these gates, on the example inputs or on noise of their shape."""
+        assert self.example_inputs is not None
         generator = torch.Generator().manual_seed(seed or 0)
 
         def noise(value: Tensor) -> Tensor:
@@ -349,7 +366,7 @@ class PolarisedGates:
             return torch.randn(value.shape, generator=generator).to(value)
 
         attached = self.gating.attached
-        inputs = map_tensors(noise, to_device(self.example_inputs, self.x.device))
+        inputs = map_tensors(noise, to_device(informative(self.example_inputs), self.x.device))
         self._forced = gates
         try:
             with left_as_found(self.network):
@@ -368,7 +385,9 @@ class PolarisedGates:
 
         The proximal steps have done most of it. What is over the budget is closed from the smallest
         gate up; what the budget or the grid leaves room for is opened again at 1/10, the channel that
-        closed last first (ours). How much that changes the output is kept in `facts`.
+        closed last first (ours). Where all open groups are whole and there is room still, branches of
+        `Branches.together` open again, the one that the task would miss most first (ours). How much that
+        changes the output is kept in `facts`.
         """
         before = self.unit_scores()
         closed = self.x == 0
@@ -376,14 +395,16 @@ class PolarisedGates:
         ranks = ranks_within(self.space, self._fisher.cpu()).to(self.x)
         opened_so_far = torch.where(self._rigid, ranks, self.x.abs())
         merits = torch.where(closed, (self._closed_at + 1) / (self.steps + 1) - 1.0, opened_so_far)
-        limits = [
-            dataclasses.replace(group, cap=int(self._least[index]))
-            if index in self.branches.closed
-            else group
-            for index, group in enumerate(self.space.groups)
-        ]
-        space = dataclasses.replace(self.space, groups=tuple(limits))
-        settled = fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.grid)
+        settled = self._fitted(merits)
+        together = self.branches.together(self._closed_at, self._fisher)
+        while together and self._is_whole(settled):
+            index = together.pop()
+            self.branches.closed.remove(index)
+            # Most of it closed in one step: what the task would miss most opens first.
+            where = self.space.unit_slice(index)
+            merits[where] = (self._closed_at[where] + ranks[where]) / (self.steps + 1) - 1.0
+            settled = self._fitted(merits)
+        self._warn_of_room(settled)
         if self._measured is not None:
             measured, _ = self._measured(merits.cpu(), settled)
             settled = tuple(
@@ -412,6 +433,37 @@ class PolarisedGates:
         if self.example_inputs is not None:
             now = self._output(self.unit_scores())
             self.facts["output_change_at_settling"] = relative_error(now, self._output(before))
+
+    def _fitted(self, merits: Tensor) -> tuple[int, ...]:
+        """Widths (G,) that keep the budget, closed branches at their least."""
+        limits = [
+            dataclasses.replace(group, cap=int(self._least[index]))
+            if index in self.branches.closed
+            else group
+            for index, group in enumerate(self.space.groups)
+        ]
+        space = dataclasses.replace(self.space, groups=tuple(limits))
+        return fit_to_budget(space, merits.cpu(), self.widths(), self.budget, self.grid)
+
+    def _is_whole(self, widths: tuple[int, ...]) -> bool:
+        """Is every group but closed branches as wide as it may be? Then what is left is room."""
+        allowed = self.space.allowed_widths(self.grid)
+        return all(
+            width == mine[-1] or index in self.branches.closed
+            for index, (width, mine) in enumerate(zip(widths, allowed, strict=True))
+        )
+
+    def _warn_of_room(self, widths: tuple[int, ...]) -> None:
+        excess = float(self.budget.excess(torch.tensor(widths, dtype=torch.float64)))
+        if self.branches.closed and self._is_whole(widths) and excess < -MUCH_ROOM:
+            logger.warning(
+                "gdp: the branches %s closed altogether, which leaves %.0f %% of the budget unused with "
+                "all other channels open; if they are needed, give the phase more steps (it has %d), or "
+                "set `remove_branches` to false",
+                ", ".join(f"`{name}`" for name in self.branches.names),
+                -100 * excess,
+                self.steps,
+            )
 
     def _monitor(self) -> dict[str, float]:
         widths = torch.tensor(self.widths(), dtype=torch.float64)

@@ -57,7 +57,7 @@ class GDPStrategy(Strategy):
 
         gates.attach()
         try:
-            monitor = run_phase(task, trainer, {"network": network, "gates": gates}, step)
+            monitor = run_phase(self, task, trainer, {"network": network, "gates": gates}, step)
             gates.settle()  # a phase that was cut short must not be absorbed as it stands
             gated = gates.output()
             gates.absorb()

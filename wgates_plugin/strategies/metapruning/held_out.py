@@ -148,11 +148,12 @@ def _by_batches(loader: Any, share: float, seed: int) -> Split:
 
 
 class _Part:
-    """The batches of a loader with these numbers."""
+    """The batches of a loader with these numbers; what draws their order is where the loader has it."""
 
     def __init__(self, loader: Any, numbers: frozenset[int]) -> None:
         self.loader, self.numbers = loader, numbers
         self.sampler = getattr(loader, "sampler", None)
+        self.batch_sampler = getattr(loader, "batch_sampler", None)
         self.generator = getattr(loader, "generator", None)
 
     def __len__(self) -> int:

@@ -80,7 +80,7 @@ class MetaPruningStrategy(Strategy):
         )
         fitness.check()
         task = dataclasses.replace(task, train_loader=parts.train)
-        monitor, history = train(task, pruning_net, genes)
+        monitor, history = train(self, task, pruning_net, genes)
         search = self._search(task, fitness, genes)
         widths, error = search.best
         uniform = uniform_widths(task.space, task.budget, task.grid)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wgates_plugin.strategies.base import Task
+from wgates_plugin.strategies.base import Strategy, Task
 from wgates_plugin.strategies.metapruning.genes import Genes
 from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
 from wgates_plugin.strategies.phase import run_phase
@@ -14,7 +14,7 @@ from wgates_plugin.training import StepContext
 
 
 def train(
-    task: Task, pruning_net: PruningNet, genes: Genes
+    strategy: Strategy, task: Task, pruning_net: PruningNet, genes: Genes
 ) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """Stochastic width training for `task.epochs` (MetaPruning, section 3.2), in place, resumable.
 
@@ -32,5 +32,5 @@ def train(
     def step(where: StepContext) -> dict[str, float]:
         return {"step": where.step, "width_share": sum(pruning_net.widths) / total}
 
-    monitor = run_phase(task, trainer, {"network": pruning_net}, step, before=draw)
+    monitor = run_phase(strategy, task, trainer, {"network": pruning_net}, step, before=draw)
     return monitor, trainer.history

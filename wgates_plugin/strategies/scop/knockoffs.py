@@ -31,6 +31,9 @@ _LONGEST = 200
 class Checked:
     """A generator of the user's whose every answer is checked.
 
+    Args:
+        lowest, highest: range of the training images looked at; that of the batch at hand widens it.
+
     Raises:
         TrainingError: it fails, or its answer is no batch that the network could take for real.
     """
@@ -62,16 +65,19 @@ class Checked:
             return f"returns shape {tuple(made.shape)}, needed {tuple(images.shape)}"
         if made.dtype != images.dtype:
             return f"returns {made.dtype}, the images are {images.dtype}"
-        if torch.equal(made.to(images.device), images):
+        # One image may be its own knockoff by chance, as where a generator shuffles its batch.
+        if len(images) > 1 and torch.equal(made.to(images.device), images):
             return "returns the real images themselves, which are no control group"
         if not torch.isfinite(made).all():
             return "returns values that are not finite"
         lowest, highest = float(made.min()), float(made.max())
-        spare = _MARGIN * (self.highest - self.lowest)
-        if lowest < self.lowest - spare or highest > self.highest + spare:
+        least = min(self.lowest, float(images.min()))
+        most = max(self.highest, float(images.max()))
+        spare = _MARGIN * (most - least)
+        if lowest < least - spare or highest > most + spare:
             return (
                 f"returns values from {lowest:.4g} to {highest:.4g}, the training images lie "
-                f"between {self.lowest:.4g} and {self.highest:.4g}: normalise them alike"
+                f"between {least:.4g} and {most:.4g}: normalise them alike"
             )
         return None
 

@@ -180,7 +180,7 @@ class ScopStrategy(Strategy):
             trainer = task.trainer(streams, "scop", total_epochs=task.epochs)
             streams.attach()
             try:
-                monitor = run_phase(task, trainer, {"betas": betas, "adam": adam}, step)
+                monitor = run_phase(self, task, trainer, {"betas": betas, "adam": adam}, step)
             finally:
                 streams.detach()
         return monitor, trainer.history

@@ -24,6 +24,8 @@ from wgates_plugin.training.evaluation import logits_of
 START = 0.5
 """Of all betas: neither stream is preferred."""
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 class Betas(nn.Module):
     """One beta in [0, 1] per output channel of every producer; channels that no group owns stay
@@ -95,8 +97,7 @@ class TwoStream(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs: ExampleInputs = kwargs or (args[0] if len(args) == 1 else args)
         images = main_images(inputs)
-        made = self.source(images)
-        both = call_with(self.network, _doubled(inputs, images, made))
+        both = call_with(self.network, _doubled(inputs, images, self._made_for(images)))
         logits = logits_of(both, self.network)
         if logits.shape[0] != 2 * len(images):
             raise TrainingError(
@@ -104,6 +105,12 @@ class TwoStream(nn.Module):
                 f"batch of {2 * len(images)}; SCOP needs one output per image"
             )
         return logits[: len(images)]
+
+    def _made_for(self, images: Tensor) -> Tensor:
+        """Knockoffs, made in full precision whatever the network runs in, of the images' type."""
+        wide = images.float() if images.dtype in _HALVES else images
+        with torch.autocast(images.device.type, enabled=False):
+            return self.source(wide).to(images.dtype)
 
 
 def _mixer(module: nn.Module, beta: nn.Parameter) -> Any:

@@ -43,7 +43,7 @@ class WGatesStrategy(Strategy):
 
         gates.attach()
         try:
-            monitor = run_phase(task, trainer, {"network": network, "gates": gates}, step)
+            monitor = run_phase(self, task, trainer, {"network": network, "gates": gates}, step)
         finally:
             gates.detach()
         scores, widths = gates.decided_scores().cpu(), gates.widths()

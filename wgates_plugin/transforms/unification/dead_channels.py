@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
+from wgates_plugin.calling import ExampleInputs, call_with, informative, left_as_found
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.errors import SurgeryError
 from wgates_plugin.plan import PruningPlan
@@ -135,10 +135,12 @@ def _zero_reads(
 def cut_dead(unified: Unified, plan: PruningPlan, example_inputs: ExampleInputs) -> Unified:
     """The unified network without the plan's channels; its blocks are the blocks they were.
 
+    Constant example inputs are replaced by noise, see `calling.informative`.
+
     Raises:
         SurgeryError: the smaller network would compute something else.
     """
-    network = unified.network
+    network, example_inputs = unified.network, informative(example_inputs)
     smaller = resize(network, plan.space, plan)
     with left_as_found(network), left_as_found(smaller):
         expected = call_with(network.eval(), example_inputs)
