@@ -293,7 +293,8 @@ def test_tables_fill_the_readme(tmp_path: Path) -> None:
     filled = tables.rewritten(text, tmp_path)
     not_run = {name for name, table in tables.TABLES.items() if tables.NOT_RUN in table(tmp_path)}
     # No results of these are made up here.
-    assert not_run == {"strategy_cost", "promises", "comparison_methods", "nni_experiment"}
+    theirs = {"comparison_margins", "comparison_methods"}
+    assert not_run == {"strategy_cost", "promises", "nni_experiment", *theirs}
     assert "| mobilenet_v2 | 1.00 s | 1.200 ± 0.010 | 1.200 ± 0.010 |" in filled
     assert "| `gate_step_ratio/mobilenet_v2` | 1.2 | at most 1.05 | **no** |" in filled
     # LPNet was right within 2 % for every seed; mobilenet has no rival, and nothing was visited.

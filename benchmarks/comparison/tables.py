@@ -235,7 +235,8 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
 
 
 def margins_table(experiments: Sequence[Experiment], results: Path) -> str:
-    """One line per rival that runs everywhere: how far ours is ahead over all complete cells."""
+    """One line per rival that runs everywhere: how far ours is ahead over all complete cells; empty
+    without any."""
     head = ["rival", "cells", "ours ahead in", "margin", "95 % interval, over tasks",
             "on tasks that ours was not tuned on"]  # fmt: skip
     untuned = [experiment for experiment in experiments if not experiment.tuned_on]
@@ -257,7 +258,7 @@ def margins_table(experiments: Sequence[Experiment], results: Path) -> str:
                 "-" if elsewhere is None else f"{elsewhere.mean:+.2f}",
             ]
         )
-    return markdown(head, rows)
+    return markdown(head, rows) if rows else ""
 
 
 def matrix_text(experiment: Experiment, results: Path) -> str:

@@ -309,7 +309,7 @@ def comparison_ablations_table(folder: Path) -> str:
 
 
 def comparison_margins_table(folder: Path) -> str:
-    return margins_table(COMPARED, folder)
+    return margins_table(COMPARED, folder) or NOT_RUN
 
 
 def in_short(folder: Path) -> str:
