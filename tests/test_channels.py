@@ -16,6 +16,7 @@ from networks import TINY, Head, conv, conv_bn, example, randomised, tiny, torch
 from torch import Tensor, nn
 
 from wgates_plugin import ChannelGroup, ChannelSpace, PruningPlan, trace
+from wgates_plugin.calling import copied, informative
 from wgates_plugin.channels import _from_runs, _to_runs
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import FileFormatError, PlanError, TraceError
@@ -541,6 +542,47 @@ def test_constant_inputs_hide_no_wrong_removal() -> None:
     assert removal_error(network, smaller, plan, inputs) <= TOLERANCE
     nn.init.normal_(smaller[0].weight)  # type: ignore[index, arg-type]
     assert removal_error(network, smaller, plan, inputs) > 1e-2
+
+
+def test_noise_is_of_a_kind_that_the_network_takes() -> None:
+    class Logarithmic(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = super().forward(torch.log(x + 1e-6))
+            return found
+
+    network = Logarithmic(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    for inputs in (torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)):
+        seen = informative(network, inputs)
+        assert isinstance(seen, torch.Tensor)
+        assert 0 <= seen.min() < seen.max() < 1
+        space = trace(network, inputs)
+        plan = random_plan(space, 0)
+        smaller = remove(copy.deepcopy(network), plan, inputs)
+        assert removal_error(network, smaller, plan, inputs) <= TOLERANCE
+    given = example()
+    assert informative(network, given) is given
+    only_zeros = torch.zeros(
+        1, 4, 8, 8
+    )  # the network takes no input of this shape, whatever is in it
+    assert informative(network, only_zeros) is only_zeros
+
+
+class Wild(dict[str, int]):
+    """A mapping that may be copied and not looked into."""
+
+    def values(self) -> Any:
+        raise LookupError("a value is missing")
+
+
+def test_copies_look_into_no_attribute_without_need() -> None:
+    network: Any = tiny("plain")
+    network.settings, network.loop = Wild(a=1), []
+    network.loop.append(network.loop)
+    assert copied(network).settings == {"a": 1}
+    network.kept = [network(example())]
+    found: Any = copied(network)
+    assert torch.equal(found.kept[0], network.kept[0])
+    assert found.kept[0].grad_fn is None is not network.kept[0].grad_fn
 
 
 def test_rounding_is_told_from_a_wrong_removal_in_float64() -> None:

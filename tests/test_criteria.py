@@ -459,6 +459,44 @@ def test_hessian_takes_targets_of_any_form() -> None:
     assert torch.allclose(found, plain, rtol=1e-4)
 
 
+def test_hessian_of_a_network_that_squeezes() -> None:
+    """One image by itself loses its batch dimension there."""
+
+    class Squeezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.first(x).relu().mean((2, 3), keepdim=True).squeeze()
+            found: Tensor = self.head(features)
+            return found
+
+    class Plain(Squeezing):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.head(self.first(x).relu().mean((2, 3)))
+            return found
+
+    torch.manual_seed(0)
+    network, plain = Squeezing().eval(), Plain().eval()
+    plain.load_state_dict(network.state_dict())
+    inputs, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    found, expected = (
+        criterion_scores(each, trace(each, inputs), "hessian", [(inputs, targets)])
+        for each in (network, plain)
+    )
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_labels_of_32_bits(criterion: str) -> None:
+    network = tiny("plain").eval()
+    space = trace(network, example())
+    short = [(inputs, targets.int()) for inputs, targets in data()]
+    found = criterion_scores(network, space, criterion, short)
+    assert torch.equal(found, criterion_scores(network, space, criterion, data()))
+
+
 def test_hessian_as_shipped_keeps_the_last_sample_and_ours_accumulates() -> None:
     network = tiny("plain").eval()
     space = trace(network, example())

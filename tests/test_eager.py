@@ -102,6 +102,35 @@ def test_a_program_that_could_execute_code_is_refused(
         EagerRuntime().load_file(path, example())
 
 
+HALVED = torch.library.Library("wgates_plugin_tests", "DEF")
+HALVED.define("halve(Tensor x, str how='exactly') -> Tensor")
+HALVED.impl("halve", lambda x, how="exactly": x * 0.5, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "wgates_plugin_tests::halve", lambda x, how="exactly": torch.empty_like(x)
+)
+
+
+class Halving(nn.Module):
+    def __init__(self, *words: str) -> None:
+        super().__init__()
+        self.words, self.layer = words, nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halved: torch.Tensor = torch.ops.wgates_plugin_tests.halve(self.layer(x), *self.words)
+        return halved
+
+
+def test_an_operator_of_the_users_own_is_taken_without_words(tmp_path: Path) -> None:
+    inputs, path = torch.randn(1, 4), tmp_path / "own.pt2"
+    network = Halving().eval()
+    EagerRuntime().save(network, inputs, path)
+    with EagerRuntime().load_file(path, inputs) as session, torch.no_grad():
+        torch.testing.assert_close(session.outputs()[0], network(inputs))
+    EagerRuntime().save(Halving("/a/path").eval(), inputs, path)
+    with pytest.raises(FileFormatError, match=r"it calls `torch.ops.wgates_plugin_tests.halve"):
+        EagerRuntime().load_file(path, inputs)
+
+
 def test_a_program_with_foreign_members_is_refused(program: Path, tmp_path: Path) -> None:
     path = tmp_path / "more.pt2"
     shutil.copy(program, path)

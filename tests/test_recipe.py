@@ -318,7 +318,10 @@ def test_bad_overrides(override: str, words: str, tmp_path: Path) -> None:
     assert words in problems(raw, tmp_path, override)[f"--set {override}"]
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00", "!!python/object/apply:os.getcwd []"])
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "a: [", "\x00", "!!python/object/apply:os.getcwd []", "m: {{ m }}", "[a, b]: 1"],
+)
 def test_files_that_are_no_recipe(text: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -345,6 +348,18 @@ def test_a_key_given_twice_is_told(name: str, text: str, tmp_path: Path) -> None
 def test_yaml_may_share_blocks(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
     assert read(tmp_path / "r.yaml")["b"] == {"x": 1, "y": 3}
+    nested = """
+common: &base {epochs: 1, lr: 0.1}
+defaults:
+  training: &t
+    <<: *base
+    lr: 0.2
+training:
+  <<: *t
+  epochs: 5
+"""
+    (tmp_path / "r.yaml").write_text(nested)
+    assert read(tmp_path / "r.yaml")["training"] == {"epochs": 5, "lr": 0.2}
 
 
 def test_a_folder_of_images_is_looked_for(tmp_path: Path) -> None:

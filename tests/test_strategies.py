@@ -17,7 +17,6 @@ from wgates_plugin import ChannelSpace, MacsTarget, PruningSettings, prune_to_ta
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import (
     ConfigError,
-    FileFormatError,
     InfeasibleTargetError,
     RunFolderError,
 )
@@ -229,9 +228,8 @@ def test_checkpoints_of_another_decision_are_refused(strategy: str) -> None:
         with pytest.raises(RunFolderError, match=r"different: epochs\)"):
             Case(strategy, "residual", epochs=2).decide(checkpoints)
     (name, *_) = checkpoints._states
-    checkpoints._states[name].pop("identity")
-    with pytest.raises(FileFormatError, match=f"checkpoint `{name}`: its identity is None"):
-        Case(strategy, "residual").decide(checkpoints)
+    checkpoints._states[name].pop("identity")  # as an older version has left it in a run folder
+    assert same(Case(strategy, "residual").decide(checkpoints), whole)
 
 
 def test_checkpoints_of_another_strategy_are_refused() -> None:

@@ -27,7 +27,7 @@ def name_of(value: Any) -> str:
         raise TypeError(f"{value!r} is no plain value")
     named = value if hasattr(value, "__qualname__") else type(value)
     name = f"{named.__module__}:{named.__qualname__}"
-    return name if _is_held_there(value) else f"{name}#{_digest(value)}"
+    return name if _is_held_there(value) else f"{name}#{content_digest(value)}"
 
 
 def untold(options: Mapping[str, Any]) -> Iterator[str]:
@@ -44,7 +44,8 @@ def _is_held_there(value: Any) -> bool:
     return found is value
 
 
-def _digest(value: Any) -> str:
+def content_digest(value: Any) -> str:
+    """Of a pickled value; empty for what cannot be pickled."""
     try:
         return hashlib.sha256(_written(value)).hexdigest()[:16]
     except Exception:  # whatever an object's own `__reduce__` may raise

@@ -58,19 +58,33 @@ def copied(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Args:
         memo: as in `copy.deepcopy`.
     """
-    kept = [
-        (vars(module), name, value)
-        for module in network.modules()
-        for name, value in vars(module).items()
-        if any(tensor.grad_fn is not None for tensor in _tensors(value))
-    ]
+    try:
+        return copy.deepcopy(network, dict(memo or {}))
+    except RuntimeError:  # torch copies no tensor that has a history
+        kept = [
+            (vars(module), name, value)
+            for module in network.modules()
+            for name, value in vars(module).items()
+            if _has_history(value)
+        ]
+        if not kept:
+            raise
     try:
         for held, name, value in kept:
             held[name] = map_tensors(Tensor.detach, value)
-        return copy.deepcopy(network, memo)
+        return copy.deepcopy(network, dict(memo or {}))
     finally:
         for held, name, value in kept:
             held[name] = value
+
+
+def _has_history(value: Any, depth: int = 5) -> bool:
+    """Of a tensor, or of any in plain lists, tuples and dicts, one in another."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None
+    if depth and type(value) in (dict, list, tuple):
+        return any(_has_history(item, depth - 1) for item in _values(value))
+    return False
 
 
 def _moved(before: Tensor | None, now: Tensor | None) -> bool:
@@ -162,20 +176,43 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def informative(inputs: ExampleInputs) -> ExampleInputs:
-    """The inputs, with noise in place of constant tensors: what all images have in common with zeros,
-    such as an answer of biases alone, would let any mistake pass."""
-    found: ExampleInputs = map_tensors(_informative, inputs)
-    return found
+def informative(network: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs, with noise in place of constant tensors, which would let any mistake pass: to zeros,
+    many a network answers with its biases alone.
+
+    Of either sign, or from 0 to 1 where the network has no finite answer to that (it takes a logarithm);
+    where it has none to any noise, the inputs stay.
+    """
+    if not any(map(_is_constant, _tensors(inputs))):
+        return inputs
+    for draw in (torch.randn, torch.rand):
+
+        def noise(tensor: Tensor, draw: Callable[..., Tensor] = draw) -> Tensor:
+            if not _is_constant(tensor):
+                return tensor
+            return draw(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+
+        found: ExampleInputs = map_tensors(noise, inputs)
+        if _is_finite(network, found):
+            return found
+    return inputs
 
 
-def _informative(tensor: Tensor) -> Tensor:
+def _is_constant(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() < 2:
-        return tensor
-    if (tensor != tensor.flatten()[0]).any():
-        return tensor
-    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(tensor)
+        return False
+    return not bool((tensor != tensor.flatten()[0]).any())
+
+
+@torch.no_grad()
+def _is_finite(network: nn.Module, inputs: ExampleInputs) -> bool:
+    try:
+        with left_as_found(network):
+            network.eval()
+            found = call_with(network, inputs)
+    except Exception:  # whatever a network's own code raises
+        return False
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(found))
 
 
 def to_cpu(inputs: ExampleInputs) -> ExampleInputs:

@@ -59,7 +59,7 @@ def removal_error(
 
     Constant example inputs are replaced by noise, see `calling.informative`.
     """
-    example_inputs = informative(example_inputs)
+    example_inputs = informative(network, example_inputs)
     expected = masked_output(network, plan, example_inputs)
     with left_as_found(smaller):
         smaller.eval()
@@ -112,7 +112,7 @@ def check_traced(network: nn.Module, space: ChannelSpace, example_inputs: Exampl
         TraceError: they differ; the message names the groups that are at fault, and what the
             smaller network fails with where it does not run.
     """
-    example_inputs = informative(example_inputs)
+    example_inputs = informative(network, example_inputs)
     failure = _failure(network, _irregular(space, None), example_inputs)
     if failure is None:
         return

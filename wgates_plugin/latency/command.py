@@ -163,9 +163,9 @@ class CommandRuntime(BaseRuntime):
         path = Path(path)
         self.exporter.save(network, example_inputs, path)
         if self.artefact == "pt2":  # the others compare while they export
-            seen = informative(example_inputs)
+            plain = frozen_copy(network).to("cpu", torch.float32)
+            seen = informative(plain, example_inputs)
             with self.exporter.load_file(path, seen) as session:
-                plain = frozen_copy(network).to("cpu", torch.float32)
                 check_agreement(session.outputs(), plain, seen, subject="pt2")
         return path
 

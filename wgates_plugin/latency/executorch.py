@@ -112,7 +112,7 @@ class ExecuTorchRuntime(BaseRuntime):
                 f"({type(error).__name__}: {first_line(error)}); remove the operation named, or "
                 "choose another runtime"
             ) from error
-        seen = informative(example_inputs)
+        seen = informative(frozen, example_inputs)
         with self._session(program, seen) as session:
             check_agreement(session.outputs(), frozen, seen, subject="executorch")
         return program

@@ -117,7 +117,7 @@ class OnnxModelRuntime(BaseRuntime):
 
     def _export(self, network: nn.Module, example_inputs: ExampleInputs) -> bytes:
         exact = self.at_float32()
-        seen = informative(example_inputs)
+        seen = informative(network, example_inputs)
 
         def run(model: bytes) -> list[Tensor]:
             with exact.session_of(model, seen) as session:
@@ -267,6 +267,6 @@ class OnnxFamily:
         widths = halfway_widths(self._space)
         smaller = resize(self._network, self._space, widths).eval()
         graph, beside = self._sliced(template, widths)
-        exact, seen = self._runtime.at_float32(), informative(self._example_inputs)
+        exact, seen = self._runtime.at_float32(), informative(smaller, self._example_inputs)
         with exact.session_of(graph, seen, initializers=beside) as session:
             check_agreement(session.outputs(), smaller, seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +35,18 @@ NO_EFFECT: dict[Place, str] = {
 class _Loader(yaml.SafeLoader):
     """Plain values only, and no key twice: the last one would win in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
         for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, Hashable) and name in seen:
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"`{name}` is given twice", problem_mark=key.start_mark
+                    problem=f"`{key.value}` is given twice", problem_mark=key.start_mark
                 )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+            seen.add(key.value)
+        return node
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

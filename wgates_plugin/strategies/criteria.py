@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn import functional
 from torch_pruning.dependency.dependency import Dependency
 from torch_pruning.dependency.group import Group
 from torch_pruning.dependency.node import Node
@@ -51,6 +50,7 @@ from wgates_plugin.strategies.criteria_repaired import (
 )
 from wgates_plugin.strategies.ratios import structure_of
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
+from wgates_plugin.training.evaluation import cross_entropy
 from wgates_plugin.transforms.scatter import Scatter, ScatterPruner
 
 Importance = Callable[[Any], Tensor | None]
@@ -151,7 +151,7 @@ def plan_by_criterion(
     data: Iterable[Any] | None = None,
     *,
     scope: str = "global",
-    loss: LossFunction = functional.cross_entropy,
+    loss: LossFunction = cross_entropy,
     seed: int = 0,
     batches: int | None = None,
 ) -> PruningPlan:
@@ -197,7 +197,7 @@ def decide_by_criterion(
     data: Iterable[Any] | None = None,
     *,
     scope: str = "global",
-    loss: LossFunction = functional.cross_entropy,
+    loss: LossFunction = cross_entropy,
     seed: int = 0,
     batches: int | None = None,
 ) -> tuple[PruningPlan, Tensor]:
@@ -232,7 +232,7 @@ def criterion_scores(
     criterion: str | Importance,
     data: Iterable[Any] | None = None,
     *,
-    loss: LossFunction = functional.cross_entropy,
+    loss: LossFunction = cross_entropy,
     seed: int = 0,
     batches: int | None = None,
 ) -> Tensor:

@@ -58,8 +58,9 @@ class BNScaleImportance(_MeanOne, ShippedBNScale):
     """
 
     def _reduce(self, group_imp: list[Tensor], group_idxs: list[list[int]]) -> Tensor:
-        roots = torch.tensor([root for mine in group_idxs for root in mine])
-        sizes = torch.cat(group_imp)
+        known = [index for index, mine in enumerate(group_idxs) if None not in mine]
+        roots = torch.tensor([root for index in known for root in group_idxs[index]])
+        sizes = torch.cat([group_imp[index] for index in known])
         total = sizes.new_zeros(int(roots.max()) + 1)
         roots = roots.to(sizes.device)
         count = total.index_add(0, roots, torch.ones_like(sizes))
@@ -197,7 +198,13 @@ def _accumulate(
     for sample, (images, labels) in enumerate(parts):
         network.zero_grad()
         with torch.enable_grad():
-            value = loss(logits_of(call_with(network, images), network), labels)
+            logits = logits_of(call_with(network, images), network)
+            if by_sample and logits.shape[:1] != (
+                1,
+            ):  # a network that squeezes lost the batch of one
+                doubled = map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, images)
+                logits = logits_of(call_with(network, doubled), network)[:1]
+            value = loss(logits, labels)
         if not torch.isfinite(value):
             if by_sample and _all_ignored(labels):
                 continue

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.nn import functional
-
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import criteria
 from wgates_plugin.strategies.base import Decision, Strategy, Task
+from wgates_plugin.training.evaluation import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class CriterionStrategy(Strategy):
             task.grid,
             task.train_loader,
             scope=self.settings.scope,
-            loss=task.loss or functional.cross_entropy,
+            loss=task.loss or cross_entropy,
             seed=task.seed,
             batches=self.settings.batches,
         )

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
@@ -24,6 +23,7 @@ from wgates_plugin.latency.base import require
 from wgates_plugin.strategies import budgeting, criteria
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.criteria_repaired import TaylorImportance
+from wgates_plugin.training.evaluation import cross_entropy
 
 SCALES = ("loss", "group")
 _PURPOSE = "the strategy `knapsack`"
@@ -126,7 +126,7 @@ def taylor_saliency(task: Task, *, scale: str, batches: int | None = None) -> Te
         task.space,
         raw,
         task.train_loader,
-        loss=task.loss or functional.cross_entropy,
+        loss=task.loss or cross_entropy,
         seed=task.seed,
         batches=batches,
     )

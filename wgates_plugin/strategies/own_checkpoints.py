@@ -6,12 +6,13 @@ import dataclasses
 import json
 from typing import Any
 
-from wgates_plugin.callables import name_of
-from wgates_plugin.errors import FileFormatError, RunFolderError
+from wgates_plugin.callables import content_digest, name_of
+from wgates_plugin.errors import RunFolderError
 from wgates_plugin.strategies.base import Strategy, Task
 
 _ANEW = (
-    "give the task checkpoints of its own (`checkpoints=InMemory()`), or choose another run folder"
+    "give the task checkpoints of its own (`checkpoints=InMemory()`); in a run folder delete the file "
+    "below `stages`, and the phase is done again"
 )
 
 
@@ -33,8 +34,9 @@ class OwnCheckpoints:
             "seed": task.seed,
             "epochs": task.epochs,
             **{
-                f"settings.{field.name}": _told(getattr(settings, field.name))
-                for field in dataclasses.fields(settings)
+                f"settings.{name}": told
+                for name in (field.name for field in dataclasses.fields(settings))
+                if (told := _told(getattr(settings, name))) is not None
             },
         }
 
@@ -45,19 +47,18 @@ class OwnCheckpoints:
         """The state called `name`, or None when there is none yet.
 
         Raises:
-            FileFormatError: it does not say whose it is.
             RunFolderError: it is another strategy's, or of other settings, another network, seed or
                 number of epochs; names what differs.
         """
         state = self._held.load_state(name)
         if state is None:
             return None
-        theirs = state.get("identity")
-        if not isinstance(theirs, dict):
-            raise FileFormatError(
-                f"checkpoint `{name}`: its identity is {theirs!r:.60}, not a mapping; {_ANEW}"
-            )
         mine = self.identity
+        theirs = state.get(
+            "identity", mine
+        )  # an older one has none: its run folder knows whose it is
+        if not isinstance(theirs, dict):
+            theirs = {"strategy": repr(theirs)}
         changed = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if "strategy" in changed:  # whose settings have nothing to do with these
             changed = [key for key in changed if not key.startswith("settings.")]
@@ -69,6 +70,14 @@ class OwnCheckpoints:
         return state
 
 
-def _told(value: Any) -> str:
-    """A setting in words that any process finds for it."""
-    return json.dumps(value, default=lambda item: name_of(item) if callable(item) else repr(item))
+def _told(value: Any) -> str | None:
+    """A setting in words that any process finds for it; None for one that asks for nothing, and for one
+    that no words can tell from another."""
+    if value is None:
+        return None
+    if callable(value):
+        return name_of(value)
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError):
+        return content_digest(value) or None

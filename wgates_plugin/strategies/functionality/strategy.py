@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from wgates_plugin.calling import left_as_found
 from wgates_plugin.errors import TrainingError
@@ -39,7 +38,7 @@ from wgates_plugin.strategies.functionality.ranking import rank, representatives
 from wgates_plugin.strategies.functionality.settings import FunctionalitySettings
 from wgates_plugin.strategies.own_checkpoints import OwnCheckpoints
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
-from wgates_plugin.training.evaluation import to_device, unpack
+from wgates_plugin.training.evaluation import cross_entropy, to_device, unpack
 from wgates_plugin.training.progress import Bar
 
 STATE = "functionality.pt"
@@ -107,7 +106,7 @@ class FunctionalityStrategy(Strategy):
                 side=self.settings.side,
             )
             if state["contribution"] is None:
-                loss = task.loss or functional.cross_entropy
+                loss = task.loss or cross_entropy
                 state["contribution"] = contribution_index(network, task.space, points, data, loss)
                 checkpoints.save_state(STATE, state)
             shown = _spread(len(points), self.settings.pictured)

@@ -366,7 +366,8 @@ class PolarisedGates:
             return torch.randn(value.shape, generator=generator).to(value)
 
         attached = self.gating.attached
-        inputs = map_tensors(noise, to_device(informative(self.example_inputs), self.x.device))
+        inputs = to_device(self.example_inputs, self.x.device)
+        inputs = map_tensors(noise, informative(self.network, inputs))
         self._forced = gates
         try:
             with left_as_found(self.network):

@@ -140,7 +140,8 @@ def cut_dead(unified: Unified, plan: PruningPlan, example_inputs: ExampleInputs)
     Raises:
         SurgeryError: the smaller network would compute something else.
     """
-    network, example_inputs = unified.network, informative(example_inputs)
+    network = unified.network
+    example_inputs = informative(network, example_inputs)
     smaller = resize(network, plan.space, plan)
     with left_as_found(network), left_as_found(smaller):
         expected = call_with(network.eval(), example_inputs)
