@@ -17,6 +17,18 @@ from safetensors.torch import load_file, save_file
 from wgates_plugin.errors import FileFormatError
 
 
+def from_home(path: str | Path) -> Path:
+    """The path with a leading `~` written out.
+
+    Raises:
+        ValueError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error}; write the path out") from error
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds."""

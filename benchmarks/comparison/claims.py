@@ -156,12 +156,13 @@ def everyone_share(experiments: Sequence[Experiment]) -> Read:
     """Of all cells, the complete ones in which more than the core of the methods runs."""
 
     def read(folder: Path) -> float | None:
-        found = []
+        found, cells = [], []
         for experiment in experiments:
             core = {name for name, method in experiment.methods.items() if method.core}
             for cell in contests([experiment], folder):
+                cells.append(cell)
                 found.append(not set(cell.rivals_here) <= core and not cell.missing())
-        return share(found) if begun(contests(experiments, folder)) else None
+        return share(found) if begun(cells) else None
 
     return read
 
@@ -337,6 +338,16 @@ def interval_of(found: Difference | None) -> tuple[float, float] | None:
 
 def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
     return [
+        *_of_wins(experiments),
+        *_of_cells(experiments),
+        *_of_runs(experiments),
+        *(_over(experiments, rival) for rival in always_there(experiments)),
+        *(claim for experiment in experiments for claim in _of_task(experiment)),
+    ]
+
+
+def _of_wins(experiments: Sequence[Experiment]) -> list[Claim]:
+    return [
         Claim(
             "wgates_wins_share",
             1.0,
@@ -388,6 +399,11 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             f"{SOURCE}; of the same cells; error of the differences paired by seed",
             share_of(experiments, lambda one: one is Verdict.WON_BEYOND),
         ),
+    ]
+
+
+def _of_cells(experiments: Sequence[Experiment]) -> list[Claim]:
+    return [
         Claim(
             "comparison_cells_complete_share",
             1.0,
@@ -410,6 +426,11 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             "all, undecided by chance, or not at equal latency",
             decided_share(experiments),
         ),
+    ]
+
+
+def _of_runs(experiments: Sequence[Experiment]) -> list[Claim]:
+    return [
         Claim(
             "target_held_share/comparison",
             1.0,
@@ -432,8 +453,6 @@ def comparison_claims(experiments: Sequence[Experiment]) -> list[Claim]:
             f"{SOURCE}; the same runs at {TIGHT:.0%} of the target or more",
             final_share(experiments, lambda ratio, target: ratio >= TIGHT * target),
         ),
-        *(_over(experiments, rival) for rival in always_there(experiments)),
-        *(claim for experiment in experiments for claim in _of_task(experiment)),
     ]
 
 

@@ -65,10 +65,12 @@ def load_data(
     )
     given = root is not None
     request = DataRequest(name_or_path, batch_size, image_size, limit, seed, place, given)
-    given_names = {key for key, value in numbers.items() if value is not None} - {"batch_size"}
-    given_names |= {"root"} if given else set()
-    given_names |= {"batch_size"} if batch_size != BATCH_SIZE else set()
-    _refuse_unused(name_or_path, given_names)
+    asked = {
+        **numbers,
+        "batch_size": None if batch_size == BATCH_SIZE else batch_size,
+        "root": root,
+    }
+    _refuse_unused(name_or_path, {key for key, value in asked.items() if value is not None})
     if name_or_path in DATA:
         return DATA[name_or_path](request)
     if name_or_path.startswith("folder:"):

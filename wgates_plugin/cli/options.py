@@ -15,10 +15,12 @@ RUNTIME_HELP = f"What executes the network: {', '.join(NAMES)}"
 
 def _home(words: str) -> Path:
     """A shell leaves `~` as it is behind `--out=`."""
+    from wgates_plugin.files import from_home
+
     try:
-        return Path(words).expanduser()
-    except RuntimeError as error:
-        raise typer.BadParameter(f"{error}; write the path out") from error
+        return from_home(words)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def path_option(help: str, **more: Any) -> Any:

@@ -229,7 +229,8 @@ class OnnxFamily:
     def session(self, widths: Sequence[int]) -> BaseSession:
         if self._template is None:
             return self._slow.session(widths)
-        return self._sliced_session(self._template, widths, self._runtime)
+        graph, beside = self._sliced(self._template, widths)
+        return self._runtime.session_of(graph, self._example_inputs, initializers=beside)
 
     def layer_times_ms(
         self, widths: Sequence[int], *, runs: int = PROFILED_RUNS
@@ -244,12 +245,6 @@ class OnnxFamily:
         return self._runtime.layer_times_ms(
             graph, self._example_inputs, self._template.owners, initializers=beside, runs=runs
         )
-
-    def _sliced_session(
-        self, template: OnnxTemplate, widths: Sequence[int], runtime: OnnxModelRuntime
-    ) -> BaseSession:
-        graph, beside = self._sliced(template, widths)
-        return runtime.session_of(graph, self._example_inputs, initializers=beside)
 
     def _sliced(self, template: OnnxTemplate, widths: Sequence[int]) -> Sliced:
         """The template at `widths`; a sample asks for the same ones twice."""

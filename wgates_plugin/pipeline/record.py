@@ -123,22 +123,14 @@ def _decision(job: Job, decision: Decision | None) -> dict[str, Any]:
 
 def _holds(job: Job, plan: PruningPlan, final: dict[str, Any]) -> bool:
     """The delivered artefact decides."""
-    most_ms = _most_ms(job, plan)
-    return job.within_limits({**final, "latency_ms": 0.0}) and (
-        most_ms is None or final["latency_ms"] <= most_ms
-    )
+    return job.within_limits(final, noise=_noise(job, plan))
 
 
-def _most_ms(job: Job, plan: PruningPlan) -> float | None:
-    """The latency target. What is the untouched network still was within it at the baseline: noise of
-    up to the margin breaks nothing there."""
-    target_ms = job.limits["latency_ms"]
-    if target_ms is None:
-        return None
+def _noise(job: Job, plan: PruningPlan) -> float:
+    """Share of the latency target that breaks nothing: what is the untouched network still was within it
+    at the baseline, and may be over by the margin."""
     untouched = plan.widths == job.space.full_widths and job.settings.unification is None
-    if untouched and job.within_limits(job.baseline):
-        return target_ms * (1.0 + job.settings.margin)
-    return target_ms
+    return job.settings.margin if untouched and job.within_limits(job.baseline) else 0.0
 
 
 def _deliveries(job: Job) -> list[dict[str, Any]]:
@@ -150,11 +142,11 @@ def _deliveries(job: Job) -> list[dict[str, Any]]:
 def _attempts(
     job: Job, plan: PruningPlan, deliveries: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    most_ms = _most_ms(job, plan)
+    target_ms, noise = job.limits["latency_ms"], _noise(job, plan)
     settled = (job.folder.stage(stage) for stage in ("start", "plan"))
     rows = [attempt for found in settled if found is not None for attempt in found["attempts"]]
     for delivery in deliveries:
-        over = most_ms is not None and delivery["latency_ms"] > most_ms
+        over = target_ms is not None and delivery["latency_ms"] > target_ms * (1.0 + noise)
         rows.append(
             {
                 "stage": "delivery",

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from wgates_plugin.catalogue.data import BATCH_SIZE
 from wgates_plugin.errors import ConfigError
+from wgates_plugin.files import from_home
 from wgates_plugin.targets import (
     LatencyTarget,
     MacsTarget,
@@ -19,15 +20,7 @@ from wgates_plugin.targets import (
 )
 from wgates_plugin.training.settings import TrainingSettings
 
-
-def _from_home(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{error}; write the path out") from error
-
-
-HomePath = Annotated[Path, AfterValidator(_from_home)]
+HomePath = Annotated[Path, AfterValidator(from_home)]
 """A path that may begin with `~`."""
 
 

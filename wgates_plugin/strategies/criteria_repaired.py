@@ -199,9 +199,8 @@ def _accumulate(
         network.zero_grad()
         with torch.enable_grad():
             logits = logits_of(call_with(network, images), network)
-            if by_sample and logits.shape[:1] != (
-                1,
-            ):  # a network that squeezes lost the batch of one
+            if by_sample and (not logits.ndim or len(logits) != 1):
+                # A network that squeezes loses a batch of one.
                 doubled = map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, images)
                 logits = logits_of(call_with(network, doubled), network)[:1]
             value = loss(logits, labels)
