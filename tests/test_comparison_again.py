@@ -102,3 +102,21 @@ def test_a_refusal_that_another_method_did_not_meet_is_made_again(tmp_path: Path
         update={"methods": {**experiment.methods, second.method: own_samples}}
     )
     assert again.forget_refused(other, places, chosen) == []
+
+
+def test_a_page_says_when_its_runs_are_of_several_states_of_the_code(tmp_path: Path) -> None:
+    experiment = filled(tmp_path, {"random": [0.8] * 3})
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    first, second, third = runs_of(experiment)
+
+    def page_with(codes: dict[Run, str]) -> str:
+        for run, code in codes.items():
+            stored_run = json.loads(places.result(run).read_text())
+            write_json(places.result(run), {**stored_run, "code": code})
+        return page(experiment, tmp_path / "results")[1]
+
+    said = "Runs by state of the package's code"
+    assert said not in page_with({})
+    assert f"{said}: 2 by `new`, 1 before that was kept." in page_with({first: "new", third: "new"})
+    assert f"{said}: 2 by `new`, 1 by `old`." in page_with({second: "old"})
+    assert said not in page_with({second: "new"})

@@ -25,6 +25,7 @@ from benchmarks.comparison.experiment import (
     runs_of,
 )
 from benchmarks.comparison.other_images import other_images
+from benchmarks.tools.records import code_digest
 from wgates_plugin.catalogue import TensorLoader, load_data
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import load_tensors, write_json
@@ -56,6 +57,7 @@ def test_an_experiment_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(3 <= len(passes) <= 9 for passes in last["passes"].values())
     report = json.loads(places.result(Run("random", "eager", 0.8, 0)).read_text())
     assert report["strategy"] == "random"
+    assert report["code"] == code_digest()
     dense = json.loads(places.dense_result(0).read_text())
     assert dense["trained_on"]["epochs"] == 2
     samples = places.samples("eager").read_text()

@@ -20,6 +20,7 @@ from benchmarks.comparison.experiment import (
     runs_of,
     runtime_name,
 )
+from benchmarks.tools.records import code_digest
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
 from wgates_plugin.files import read_json, write_json
@@ -233,6 +234,7 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
                 "settings": _without_places(settings_as_json(recipe.pruning)),
                 "resolved_options": options_in_full(recipe.pruning),
                 "environment": describe_environment(),
+                "code": code_digest(),
             },
         )
         return
@@ -243,6 +245,7 @@ def do_run(experiment: Experiment, places: Places, run: Run) -> None:
     kept["before_cut"] = note.get("before", [])
     kept["after_cut"] = [step["transform"] for step in note.get("after", [])]
     kept["resolved_options"] = options_in_full(recipe.pruning)
+    kept["code"] = code_digest()
     kept["dense_weights"] = read_json(folder / "run.json", kind="run description")["weights"]
     if isinstance(kept.get("lpnet"), dict):
         kept["lpnet"] = {k: v for k, v in kept["lpnet"].items() if k != "predictions"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def page(experiment: Experiment, results: Path) -> tuple[Path, str]:
     if words:
         about += "\n\nAll methods take their defaults, but:\n\n" + "\n".join(words)
     about += _made_again(home / "replaced.json") + _disturbed(experiment, home)
-    about += _led_astray(experiment, results)
+    about += _led_astray(experiment, results) + _made_by(home)
     if experiment.ours and experiment.with_role("rival"):
         about += f"\n\n{verdicts_table([experiment], results)}"
     return home / "README.md", f"{about}\n\n{experiment_text(experiment, results)}\n"
@@ -152,6 +153,18 @@ def _made_again(path: Path) -> str:
     if not why:
         return ""
     return f"\n\nMade again: {', '.join(why)}; `replaced.json` has what they had found."
+
+
+def _made_by(home: Path) -> str:
+    """By how many states of the package's code the runs were made; empty for one."""
+    stored = [read_json(path, kind="run") for path in sorted((home / "runs").glob("*.json"))]
+    known = Counter(one["code"] for one in stored if "code" in one)
+    untold = len(stored) - known.total()
+    if len(known) + bool(untold) < 2:
+        return ""
+    words = [f"{count} by `{code}`" for code, count in known.most_common()]
+    words += [f"{untold} before that was kept"] if untold else []
+    return f"\n\nRuns by state of the package's code: {', '.join(words)}."
 
 
 def _disturbed(experiment: Experiment, home: Path) -> str:

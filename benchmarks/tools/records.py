@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import wgates_plugin
 from wgates_plugin.errors import FileFormatError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.environment import describe_environment
@@ -25,6 +28,17 @@ def parser(name: str, about: str | None, *, seed: int = 0) -> argparse.ArgumentP
     options.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON")
     options.add_argument("--seed", type=int, default=seed)
     return options
+
+
+@functools.cache
+def code_digest() -> str:
+    """Short hash of the package's sources: settings alone do not say what a result was made by."""
+    home = Path(wgates_plugin.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(home.rglob("*.py")):
+        digest.update(f"{path.relative_to(home).as_posix()}\0".encode())
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
 
 
 def write_record(
@@ -53,6 +67,7 @@ def write_record(
         "settings": dict(settings),
         "seed": seed,
         "environment": describe_environment(),
+        "code": code_digest(),
     }
     write_json(path, value)
     print(f"wrote {path}")
