@@ -18,10 +18,11 @@ from rich.console import Console
 
 from wgates_plugin.errors import FileFormatError, MissingExtraError
 from wgates_plugin.report import headline, load_report, summary_table, write_report
-from wgates_plugin.report.curves import smooth
+from wgates_plugin.report.curves import SHARES, draw_training, smooth
 from wgates_plugin.report.page import render
 from wgates_plugin.report.plots import save_images
 from wgates_plugin.report.tables import comparison_rows
+from wgates_plugin.report.theme import LIGHT
 
 VOID = {"meta", "img", "source", "br", "link", "hr"}
 
@@ -237,6 +238,29 @@ def test_load_refuses_missing_and_cut_off_files(tmp_path: Path) -> None:
         load_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("noted", "titles", "lines", "caption"),
+    [
+        ({"violation": 0.01, "open_share": 0.6, "dead_share": 0.0}, 4, ["gates open"], True),
+        ({"mean_beta": 0.5}, 3, ["weight of the real feature maps"], False),
+        ({"width_share": 0.5}, 3, ["channels of the network drawn"], False),
+        ({}, 2, [], False),
+    ],
+)
+def test_only_what_a_strategy_noted_is_drawn_of_its_phase(
+    tmp_path: Path, noted: dict[str, float], titles: int, lines: list[str], caption: bool
+) -> None:
+    report = made_up(gates=[{"step": n, "loss": 0.4, **noted} for n in range(3)])
+    figure = draw_training(report, LIGHT)
+    assert figure is not None
+    axes = [axis for axis in figure.axes if axis.lines]
+    assert len([axis for axis in axes if axis.axison]) == titles
+    labels = [str(line.get_label()) for axis in axes for line in axis.lines]
+    assert [label for label in labels if label in SHARES.values()][: len(lines)] == lines
+    assert ("target" in labels) == ("violation" in noted)
+    assert ("Out of reach" in page_of(report, tmp_path).text) == caption
+
+
 def test_page_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
     page = page_of(made_up(), tmp_path)
     for piece in (
@@ -245,7 +269,7 @@ def test_page_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
         "exported file",
         "over",
         "3.1 %",
-        "learning the gates",
+        "deciding which channels go",
         "torch 2.13.0",
         "input_0 1x3x32x32",
         "options.spread",

@@ -22,7 +22,7 @@ PHASES = {
     "sampling": "measuring sub-networks",
     "lpnet": "fitting LPNet",
     "feasibility": "checking that the target can be reached",
-    "gates": "learning the gates",
+    "gates": "deciding which channels go",
     "start": "settling the widths to learn at",
     "plan": "settling the widths",
     "removal": "removing channels",

@@ -1,4 +1,4 @@
-"""The picture of the training: the gate phase by step, accuracy by epoch."""
+"""The picture of the training: the strategy's own phase by step, accuracy by epoch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FEW_STEPS = 40
+"""Up to as many are drawn as they are; more are smoothed."""
+
+SHARES = {
+    "open_share": "gates open",
+    "dead_share": "gates out of reach",
+    "mean_beta": "weight of the real feature maps",
+    "width_share": "channels of the network drawn",
+}
+"""What a phase may note of a step as a share of all channels -> its label."""
+
+
 def draw_training(report: dict[str, Any], theme: Theme) -> Figure | None:
-    """Gate phase step by step, and training accuracy epoch by epoch."""
+    """What the strategy's own phase noted of its steps, and training accuracy epoch by epoch."""
     gates, epochs = report["gates"], report["training"]
     panels: list[Callable[[Axes], None]] = []
-    if gates:
-        panels.append(lambda axis: _curve(axis, gates, "loss", "Loss in the gate phase", theme))
+    if noted(gates, "loss"):
+        panels.append(lambda axis: _curve(axis, gates, "loss", "Loss while deciding", theme))
+    if noted(gates, "violation"):
         panels.append(lambda axis: _violation(axis, gates, theme))
+    if any(noted(gates, key) for key in SHARES):
         panels.append(lambda axis: _shares(axis, gates, theme))
     if any(epoch.get("accuracy") is not None for epoch in epochs):
         panels.append(lambda axis: _accuracy_by_epoch(axis, epochs, theme))
@@ -36,6 +50,10 @@ def draw_training(report: dict[str, Any], theme: Theme) -> Figure | None:
     return figure
 
 
+def noted(points: Sequence[dict[str, Any]], key: str) -> bool:
+    return any(point.get(key) is not None for point in points)
+
+
 def _series(points: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     known = [point for point in points if point.get(key) is not None]
     return [point["step"] for point in known], [point[key] for point in known]
@@ -44,13 +62,13 @@ def _series(points: list[dict[str, Any]], key: str) -> tuple[list[float], list[f
 def _curve(axis: Axes, points: list[dict[str, Any]], key: str, title: str, theme: Theme) -> None:
     steps, values = _series(points, key)
     marker = "o" if len(values) == 1 else ""
-    if len(values) > 40:
+    if len(values) > FEW_STEPS:
         axis.plot(steps, values, color=theme.after, linewidth=0.8, alpha=0.3)
         axis.plot(steps, smooth(values), color=theme.after, linewidth=1.8)
     else:
         axis.plot(steps, values, color=theme.after, linewidth=1.8, marker=marker)
     axis.set_title(title)
-    axis.set_xlabel("gate step")
+    axis.set_xlabel("step")
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -71,22 +89,20 @@ def _violation(axis: Axes, gates: list[dict[str, Any]], theme: Theme) -> None:
         steps, scaled, color=theme.after, linewidth=1.4, marker="o" if len(scaled) == 1 else ""
     )
     axis.set_title("Predicted cost over the target, %")
-    axis.set_xlabel("gate step")
+    axis.set_xlabel("step")
     axis.legend(loc="best")
 
 
 def _shares(axis: Axes, gates: list[dict[str, Any]], theme: Theme) -> None:
-    for key, label, colour in (
-        ("open_share", "open", theme.after),
-        ("dead_share", "out of reach", theme.target),
-    ):
+    found = [key for key in SHARES if noted(gates, key)]
+    for key, colour in zip(found, (theme.after, theme.target, theme.second), strict=False):
         steps, values = _series(gates, key)
         marker = "o" if len(values) == 1 else ""
         scaled = [100 * value for value in values]
-        axis.plot(steps, scaled, color=colour, linewidth=1.8, label=label, marker=marker)
+        axis.plot(steps, scaled, color=colour, linewidth=1.8, label=SHARES[key], marker=marker)
     axis.set_ylim(-3, 103)
-    axis.set_title("Gates, % of all channels")
-    axis.set_xlabel("gate step")
+    axis.set_title("% of all channels")
+    axis.set_xlabel("step")
     axis.legend(loc="best")
 
 

@@ -13,6 +13,7 @@ from wgates_plugin.errors import MissingExtraError
 from wgates_plugin.files import write_text
 from wgates_plugin.report import blocks
 from wgates_plugin.report.contents import load_report
+from wgates_plugin.report.curves import FEW_STEPS, noted
 from wgates_plugin.report.plots import Picture, draw_pictures
 from wgates_plugin.report.tables import headline, targets_of
 
@@ -22,9 +23,11 @@ CAPTIONS = {
     "lpnet": "Sampled networks were measured before the search and are shown as predicted unseen, "
     "by cross-validation; visited ones are those that the search came by. Vertical lines are 90 % "
     "intervals. Error figures are in the table below.",
-    "training": "Out of reach: gates so far from their threshold that hardly any gradient gets "
-    "through. Pale lines are single steps, strong lines their moving average.",
 }
+OUT_OF_REACH = (
+    "Out of reach: gates so far from their threshold that hardly any gradient gets through."
+)
+SMOOTHED = "Pale lines are single steps, strong lines their moving average."
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -130,10 +133,16 @@ def _figure(picture: Picture, report: dict[str, Any]) -> str:
     caption = CAPTIONS.get(picture.name)
     if picture.name == "summary" and not report["after_removal"]:
         caption = None
-    if picture.name == "training" and not report["gates"]:
-        caption = None
+    if picture.name == "training":
+        caption = _of_training(report["gates"])
     inside = image(picture, caption)
     return inside if picture.name == "summary" else blocks.section(picture.title, inside)
+
+
+def _of_training(gates: Sequence[dict[str, Any]]) -> str | None:
+    words = [OUT_OF_REACH] if noted(gates, "dead_share") else []
+    words += [SMOOTHED] if len(gates) > FEW_STEPS else []
+    return " ".join(words) or None
 
 
 def image(picture: Picture, caption: str | None = None) -> str:
