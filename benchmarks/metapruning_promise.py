@@ -38,7 +38,7 @@ from wgates_plugin.strategies.base import Task
 from wgates_plugin.strategies.metapruning import MetaPruningStrategy
 from wgates_plugin.strategies.metapruning.fitness import Fitness
 from wgates_plugin.strategies.metapruning.genes import Genes, Widths
-from wgates_plugin.strategies.metapruning.held_out import batches_of, split
+from wgates_plugin.strategies.metapruning.held_out import gathered, split
 from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
 from wgates_plugin.strategies.metapruning.training import train
 from wgates_plugin.strategies.metapruning.winner import from_scratch
@@ -134,7 +134,7 @@ class Subject:
             progress=False,
         )
         train(MetaPruningStrategy(), task, pruning_net, self.genes)
-        judge = Fitness(pruning_net, batches_of(parts.train, seed, 1024), parts.held_out, seed)
+        judge = Fitness(pruning_net, gathered(parts.train, seed, 1024), parts.held_out, seed)
         return {name: 1.0 - judge(widths) for name, widths in self.layouts.items()}
 
 

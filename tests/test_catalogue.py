@@ -74,6 +74,27 @@ def test_shards_are_disjoint_equal_and_of_one_permutation(world: int) -> None:
         assert part == whole[rank::world][: 20 // world]
 
 
+def test_a_part_has_no_last_batch_of_one_that_the_whole_has_not() -> None:
+    def sizes(count: int, world: int = 1) -> list[int]:
+        images = torch.zeros(count, 1, 2, 2, dtype=torch.uint8)
+        part = TensorLoader(images, torch.zeros(count), 8).shard(0, world)
+        assert len(part) == len(list(part))
+        return [len(targets) for _, targets in part]
+
+    assert sizes(18) == [8, 8, 2]
+    assert sizes(18, 2) == [8]
+    assert sizes(17) == [8, 8, 1]
+    assert sizes(50, 2) == [8, 8, 8]
+    assert sizes(33, 3) == [8, 3]
+    assert sizes(2, 2) == [1]
+
+
+def test_images_that_are_no_squares_are_made_squares() -> None:
+    images = torch.zeros(2, 1, 6, 8, dtype=torch.uint8)
+    (batch, _), *_ = TensorLoader(images, torch.zeros(2), 2, image_size=8)
+    assert batch.shape == (2, 1, 8, 8)
+
+
 def test_drop_last_leaves_out_a_small_batch_but_never_everything() -> None:
     images, targets = torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.zeros(10)
     assert [len(t) for _, t in TensorLoader(images, targets, 4, drop_last=True)] == [4, 4]
@@ -228,6 +249,15 @@ def test_image_folder(tmp_path: Path) -> None:
     for images, targets in data.val_loader:
         redder = images[:, 0].mean((1, 2)) > images[:, 2].mean((1, 2))
         assert torch.equal(redder, targets == 1)
+    for part in ("train", "val"):
+        (tmp_path / part / "blue" / "._0.png").write_bytes(b"what macOS leaves beside 0.png")
+    data = load_data(f"folder:{tmp_path}", batch_size=2, image_size=16)
+    assert [len(targets) for _, targets in data.val_loader] == [2, 2, 2]
+    assert len(list(data.train_loader)) == 3
+    whole = (tmp_path / "train" / "red" / "1.png").read_bytes()
+    (tmp_path / "train" / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FileFormatError, match=r"image `.*red/1\.png`: cannot be read; delete or"):
+        list(data.train_loader)
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "green")
     with pytest.raises(ConfigError, match="green, red"):
         load_data(f"folder:{tmp_path}")
@@ -268,6 +298,21 @@ def test_data_factory(factories: str) -> None:
         load_data(f"{factories}:missing")
     with pytest.raises(ConfigError, match="`no_such_module` cannot be found"):
         load_data("no_such_module:make")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("import torch\nfrom torch import no_such_thing\n", 2), ("def make(:\n", 1)],
+)
+def test_a_factory_that_cannot_be_imported_is_named_with_its_line(
+    text: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"broken_factory_{line}.py"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"{file.name}, line {line}: ") as caught:
+        load_data(f"{file.stem}:make")
+    assert f"module `{file.stem}` cannot be imported" in str(caught.value)
 
 
 def test_data_options_without_effect_are_refused(factories: str, tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_plan
-from networks import TINY, Head, conv, conv_bn, example, randomised, tiny, torchvision_network
+from networks import (
+    TINY,
+    Head,
+    SqueezeExcite,
+    conv,
+    conv_bn,
+    example,
+    randomised,
+    tiny,
+    torchvision_network,
+)
 from torch import Tensor, nn
 
 from wgates_plugin import ChannelGroup, ChannelSpace, PruningPlan, trace
@@ -162,7 +172,54 @@ def _half(m: Any, x: Tensor) -> Tensor:
     return m[2](m[1](first * torch.sigmoid(second)))
 
 
+def _gated_by(attention: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def wire(m: Any, x: Tensor) -> Tensor:
+        y = m[1](m[0](x))
+        return m[3](y * torch.sigmoid(attention(m[2], y)))
+
+    return wire
+
+
+def _over_channels(layer: Any, y: Tensor) -> Tensor:
+    """Efficient channel attention: one kernel slides over the means of neighbouring channels."""
+    return layer(y.mean((2, 3))[:, None])[:, 0, :, None, None]
+
+
 EXCLUDED: dict[str, tuple[nn.Module, str, str]] = {
+    "spatial attention": (
+        Wired(
+            _gated_by(lambda layer, y: layer(y)),
+            *(conv_bn(3, 8), conv_bn(8, 16), conv(16, 1, 1), Head(16)),
+        ),
+        "m.1.0",
+        "`m.2` has one channel, which is spread over all of them",
+    ),
+    "channel attention by one kernel": (
+        Wired(
+            _gated_by(_over_channels),
+            *(conv_bn(3, 8), conv_bn(8, 16), nn.Conv1d(1, 1, 3, padding=1), Head(16)),
+        ),
+        "m.1.0",
+        "`m.2` has one channel, which is spread over all of them",
+    ),
+    "local response norm": (
+        nn.Sequential(conv(3, 8), nn.ReLU(), nn.LocalResponseNorm(3), conv_bn(8, 6), Head(6)),
+        "0",
+        "`2` (LocalResponseNorm) mixes channels",
+    ),
+    "a local response norm that serves twice": (
+        Wired(
+            lambda m, x: m[4](m[3](m[2](m[1](m[2](m[0](x)))))),
+            *(conv(3, 8), conv(8, 12), nn.LocalResponseNorm(3), conv_bn(12, 6), Head(6)),
+        ),
+        "m.1",
+        "`m.2` (LocalResponseNorm) mixes channels",
+    ),
+    "local response norm across maps": (
+        nn.Sequential(conv(3, 8), nn.CrossMapLRN2d(3), conv_bn(8, 6), Head(6)),
+        "0",
+        "`1` (CrossMapLRN2d) mixes channels",
+    ),
     "concatenation into conv groups": (
         Wired(
             lambda m, x: m[3](m[2](torch.cat([m[0](x), m[1](x)], 1))),
@@ -366,7 +423,48 @@ def _read_backwards(m: Any, x: Tensor) -> Tensor:
     return m[2](m[1](m[0](x).flip(1)))
 
 
+def _ending_in(end: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Wired(lambda m, x: end(m[0](x)), TINY["plain"]())
+
+
+def _with_normed_neighbours(m: Any, x: Tensor) -> Tensor:
+    return m[2](m[1](nn.functional.local_response_norm(m[0](x), 3)))
+
+
+def _poisoned() -> nn.Module:
+    network = nn.Sequential(conv_bn(3, 8), nn.Upsample(scale_factor=2), conv_bn(8, 6), Head(6))
+    nn.init.constant_(network[0][0].weight, float("nan"))
+    return network
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a detached output": (lambda: _ending_in(Tensor.detach), "the output carries no gradient: det"),
+    "an argmax": (lambda: _ending_in(lambda y: y.argmax(1)), "the output carries no gradient"),
+    "a network under no_grad": (
+        lambda: Wired(torch.no_grad()(lambda m, x: m[0](x)), TINY["plain"]()),
+        "the output carries no gradient",
+    ),
+    "a network under inference_mode": (
+        lambda: Wired(torch.inference_mode()(lambda m, x: m[0](x)), TINY["plain"]()),
+        "the output carries no gradient",
+    ),
+    "a network made under inference_mode": (
+        torch.inference_mode()(TINY["plain"]),
+        r"`0\.0\.weight` was made under torch\.inference_mode .* outside of it",
+    ),
+    "weights without a shape": (
+        lambda: nn.Sequential(nn.LazyConv2d(8, 3), conv_bn(8, 6), Head(6)),
+        "`0`: is a LazyConv2d whose weight has no shape yet; run the network once",
+    ),
+    "a scripted part": (
+        lambda: nn.Sequential(conv_bn(3, 8), torch.jit.script(conv_bn(8, 6)), Head(6)),
+        "`1`: is compiled by torch.jit",
+    ),
+    "weights that are not finite": (_poisoned, "its output is not finite on the example inputs"),
+    "a function that mixes neighbouring channels a little": (
+        lambda: Wired(_with_normed_neighbours, conv_bn(3, 8), conv_bn(8, 4), Head(4)),
+        "disagree for `m.0.0`;",
+    ),
     "no weighted layer": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "no convolution"),
     "no parameter": (lambda: nn.Flatten(), "no convolution"),
     "only an output": (lambda: nn.Conv2d(3, 4, 1), "no prunable channel group"),
@@ -466,6 +564,71 @@ def test_example_inputs_as_tuple_and_as_keywords() -> None:
     assert trace(whole, {"x": example()}).fingerprint == expected
 
 
+@pytest.mark.parametrize(
+    ("network", "inputs", "name"),
+    [
+        (nn.Sequential(conv(3, 8), conv(8, 6)), torch.rand(3, 8, 8), "0"),
+        (nn.Sequential(nn.ConvTranspose1d(3, 8, 3), nn.Conv1d(8, 6, 3)), torch.rand(3, 8), "0"),
+        (nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 6)), torch.rand(7), "0"),
+    ],
+    ids=["convolutions", "one dimension", "linear layers"],
+)
+def test_example_inputs_need_a_batch(network: nn.Module, inputs: Tensor, name: str) -> None:
+    with pytest.raises(TraceError, match=rf"`{name}`: .* give a batch: `x\.unsqueeze\(0\)`"):
+        trace(network, inputs)
+    assert len(trace(network, inputs.unsqueeze(0)).groups) == 1
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    by_place, by_keyword = (
+        Wired(wire, conv_bn(3, 6), nn.ConvTranspose2d(6, 8, 2), Head(8))
+        for wire in (
+            lambda m, x: m[2](m[1](m[0](x))),
+            lambda m, x: m[2](m[1](input=m[0](x))),
+        )
+    )
+    assert trace(by_keyword, example()).fingerprint == trace(by_place, example()).fingerprint
+
+
+@pytest.mark.parametrize("name", ["plain", "squeeze-excite"])
+def test_tracing_works_under_inference_mode(name: str) -> None:
+    network = tiny(name)
+    expected = trace(network, example()).fingerprint
+    with torch.inference_mode():
+        assert trace(network, example()).fingerprint == expected
+    assert not any(parameter.is_inference() for parameter in network.parameters())
+
+
+def test_a_scripted_function_is_no_obstacle() -> None:
+    network = nn.Sequential(conv_bn(3, 8), torch.jit.script(nn.ReLU()), Head(8))
+    assert trace(network, example()).names == ("0.0",)
+
+
+class Unhookable(nn.Conv2d):
+    def register_forward_hook(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no hooks here")
+
+
+def test_hooks_that_cannot_be_set_leave_none_behind() -> None:
+    network = nn.Sequential(conv_bn(3, 8), Unhookable(8, 6, 3), Head(6))
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        trace(network, example())
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_inputs_of_any_size_prove_networks_right(size: float) -> None:
+    """Exponentials overflow on large inputs, sigmoids saturate: neither is a wrong order."""
+    network = randomised(
+        Wired(
+            lambda m, x: m[2](m[1](torch.exp(m[0](x)).transpose(2, 3))),
+            *(conv(3, 8), SqueezeExcite(8, 4), Head(8)),
+        ),
+        0,
+    )
+    assert trace(network, size * example()).names == ("m.0", "m.1.reduce")
+
+
 def test_an_attached_network_is_refused() -> None:
     network = tiny("plain")
     space = trace(network, example())
@@ -484,7 +647,7 @@ def test_auxiliary_heads_are_refused() -> None:
 
 
 def test_shufflenet_is_refused() -> None:
-    with pytest.raises(TraceError, match="ShuffleNetV2"):
+    with pytest.raises(TraceError, match=r"ShuffleNetV2: .* such as a channel shuffle; take a"):
         trace(torchvision_network("shufflenet_v2_x0_5"), example(1, 64))
 
 

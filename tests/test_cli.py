@@ -196,7 +196,9 @@ def test_measure_takes_several_runtimes_and_writes_json(tmp_path: Path) -> None:
     assert [row["runtime"] for row in found["results"]] == ["eager", "onnxruntime"]
     for row in found["results"]:
         ms = row["measurement"]["latency_ms"]
-        assert row["per_second"] == pytest.approx(1000 / ms)
+        measured = row["measurement"]
+        seconds = measured["inference_seconds"] / measured["inferences"]
+        assert row["per_second"] == pytest.approx(1 / seconds)
         assert row["measurement"]["identity"]["library_version"] in in_one_line(result.stdout)
         assert f"{ms:.4g}" in result.stdout
     assert found["results"][0]["measurement"]["identity"]["options"] == {"channels_last": True}
@@ -252,6 +254,37 @@ def test_drift_is_the_later_half_over_the_earlier() -> None:
     row = Row("fake", found=found)
     assert row.drift == 0.0
     assert row.per_second == pytest.approx(8 * 1000 / REFERENCE_MS)
+
+
+def test_inputs_per_second_are_over_all_inferences() -> None:
+    from fake_bench import SteadySession
+
+    from wgates_plugin.cli.measure import Row
+    from wgates_plugin.latency import measure
+
+    found = measure(SteadySession(1.0, 3.0), seconds=0.0, min_rounds=4, identity={"batch": 1})
+    assert found.latency_ms == 1.0
+    assert found.inferences == 4 * 15
+    assert Row("fake", found=found).per_second == pytest.approx(500, rel=0.02)
+
+
+def test_a_grid_that_cannot_be_probed_leaves_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wgates_plugin.errors import ExportError
+
+    def broken(runtime: Any) -> Any:
+        raise ExportError("no chains here")
+
+    monkeypatch.setattr("wgates_plugin.latency.probe_grid", broken)
+    out = tmp_path / "found.json"
+    result = run("measure", "digits_resnet", *DIGITS, "--runtime", "eager", "--grid", "--out", out)
+    assert result.exit_code == 2
+    assert "no chains here" in result.stderr
+    assert "per s" in result.stdout
+    (row,) = json.loads(out.read_text())["results"]
+    assert "no chains here" in row["error"]
+    assert row["measurement"]["latency_ms"] > 0
 
 
 @pytest.mark.parametrize("command", ["measure", "fit-lpnet"])

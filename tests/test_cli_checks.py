@@ -97,6 +97,33 @@ def test_an_output_that_cannot_be_written(command: str, option: str, tmp_path: P
 
 
 @pytest.mark.usefixtures("untimed")
+def test_what_is_read_or_kept_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prior = tmp_path / "run" / "lpnet.safetensors"
+    prior.parent.mkdir()
+    prior.write_bytes(b"learned")
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"trained")
+    common = ("digits_resnet", *DIGITS, "--runtime", "eager")
+    for asked, option in (
+        (("--out", "a", "--samples-file", tmp_path / "b" / ".." / "a"), "--samples-file"),
+        (("--prior", prior, "--out", "run/lpnet.safetensors"), "--prior"),
+        (("--prior", "run", "--out", prior), "--prior"),
+        (("--weights", weights, "--out", "weights.safetensors"), "--weights"),
+    ):
+        words = refused("fit-lpnet", *common, *asked)
+        assert f"--out: 1 problem - `{asked[asked.index('--out') + 1]}` is the file of" in words
+        assert f"the file of {option} too; give another path" in words
+    words = refused("measure", *common, "--weights", weights, "--out", weights)
+    assert "is the file of --weights too" in words
+    words = refused("fit-lpnet", *common, "--prior", prior, "--samples-file", prior)
+    assert f"--samples-file: 1 problem - `{prior}` is the file of --prior too" in words
+    assert (prior.read_bytes(), weights.read_bytes()) == (b"learned", b"trained")
+
+
+@pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -172,6 +199,24 @@ def test_a_file_may_take_whole_numbers(runtime: str, name: str, tmp_path: Path) 
     assert input_sides(tmp_path / name) == {"input_0": ((1, 5), torch.int64)}
     result = run("measure", tmp_path / name, "--runtime", runtime, "--seconds", 0.1)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("runtime", "advice"),
+    [
+        ("onnxruntime", "give the --device that it was exported for, or export it again"),
+        ("openvino", "give the --precision that it was exported for, or export it again"),
+    ],
+)
+def test_a_file_that_fails_is_advised_on_what_its_runtime_knows(
+    runtime: str, advice: str, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(RUNTIMES[runtime], "load_file", broken)
+    words = refused("measure", exported / "model.onnx", "--runtime", runtime)
+    assert f"inputs of its own shape, 1,1,8,8 (no kernel); {advice}" in words
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

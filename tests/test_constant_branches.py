@@ -257,3 +257,18 @@ def test_a_step_for_another_network_is_refused() -> None:
         )
     with pytest.raises(PlanError, match="does not fit"):
         apply_steps(tiny("plain"), [{"transform": "constant_branches", "links": []}])
+
+
+def test_a_scripted_function_ends_a_chain() -> None:
+    """It takes no hooks; what stands before it is found all the same."""
+    main = nn.Sequential(conv_bn(8, 6), conv(6, 8), nn.BatchNorm2d(8))
+    blocks = (Add(main, act=torch.jit.script(nn.ReLU())), torch.jit.script(nn.ReLU()))
+    network = randomised(nn.Sequential(conv_bn(3, 8), *blocks, Head(8)), 0)
+    silence(network, "1.main.1")
+    steps = constant_branches.find(network, trace(network, example()), example())
+    assert [step["chain"] for step in steps] == [["1.main.1", "1.main.2"]]
+    assert not any(
+        module._forward_hooks
+        for module in network.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    )

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from fake_bench import IDENTITY, FarmBench, staircase_ms
+from fake_bench import (
+    IDENTITY,
+    REFERENCE_MS,
+    FarmBench,
+    SteadyFamily,
+    SteadySession,
+    staircase_ms,
+)
 from networks import example, tiny
 
 from wgates_plugin import ChannelSpace, trace
@@ -19,6 +29,8 @@ from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active
 from wgates_plugin.errors import ConfigError, MeasurementError
 from wgates_plugin.latency import RuntimeSettings, get_runtime
+from wgates_plugin.latency_study import LatencyStudy
+from wgates_plugin.targets import LatencyTarget
 
 OPTIONS: dict[str, Any] = {"grid": 1, "seed": 3, "seconds_per_sample": 0.0}
 
@@ -85,7 +97,22 @@ def test_without_ray_one_process_samples(
     monkeypatch.setitem(sys.modules, "ray", None)
     collect_on_farm(file, space, FarmBench(space), Farm(workers=4), count=10, **OPTIONS)
     assert file.widths == alone.widths
-    assert "wgates-plugin[ray]" in caplog.text
+    assert caplog.text.count("wgates-plugin[ray]") == 1
+
+
+def test_without_ray_the_baseline_is_looked_at_again_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    network = tiny("plain")
+    space = trace(network, example())
+    study = LatencyStudy(network, space, example(), LatencyTarget(fraction=1.0, runtime="eager"))
+    study._family, study._reference = SteadyFamily(space), SteadySession(REFERENCE_MS)
+    study.reference_ms = 1.1 * REFERENCE_MS
+    study.open_samples(tmp_path / "samples")
+    study.sample(count=8, farm=Farm(workers=2), retime=True, profile=False, **OPTIONS)
+    assert study.reference_ms == pytest.approx(REFERENCE_MS)
+    assert caplog.text.count("this process samples alone") == 1
 
 
 def check_complete(file: SampleFile, alone: SampleFile, space: ChannelSpace) -> None:
@@ -106,6 +133,7 @@ def test_two_workers_measure_the_same_widths(
     check_complete(file, alone, space)
     assert counts == list(range(1, 11))
     assert cost.inference_seconds > 0
+    assert cost.workers == 2
     assert {source.worker for source in file.sources.values()} <= {"worker-0", "worker-1"}
     assert ray.is_initialized()  # a Ray that was there stays
 
@@ -135,6 +163,76 @@ def test_a_killed_workers_sample_goes_to_another(
     check_complete(file, alone, space)
 
 
+@pytest.mark.parametrize(
+    ("farm", "room"),
+    [
+        (Farm(workers=3), "got 3 of CPU 1 each, Ray has room for 2"),
+        (Farm(workers=2, resources={"num_cpus": 2.0}), "got 2 of CPU 2 each, Ray has room for 1"),
+        (Farm(workers=2, resources={"num_gpus": 1.0}), "got 2 of GPU 1 each, Ray has room for 0"),
+    ],
+)
+def test_workers_that_ray_has_no_room_for_are_refused(
+    ray: Any, space: ChannelSpace, file: SampleFile, farm: Farm, room: str
+) -> None:
+    with pytest.raises(ConfigError, match=room):
+        collect_on_farm(file, space, FarmBench(space), farm, count=10, **OPTIONS)
+
+
+def test_a_worker_without_a_place_is_not_waited_for(
+    ray: Any, space: ChannelSpace, file: SampleFile, alone: SampleFile
+) -> None:
+    """Another job has one of the two cores, and keeps it."""
+
+    class Other:
+        def there(self) -> None: ...
+
+    other = ray.remote(Other).options(num_cpus=1).remote()
+    try:
+        ray.get(other.there.remote())
+        fits: list[int] = []
+        active = Active(
+            fit=lambda found: fits.append(found.distinct),
+            uncertainty=lambda rows: torch.arange(len(rows), dtype=torch.float64),
+            covering=8,
+        )
+        collect_on_farm(
+            file, space, FarmBench(space), Farm(workers=2), count=10, active=active, **OPTIONS
+        )
+    finally:
+        ray.kill(other)
+    assert fits == [8]
+    assert file.distinct == 10
+    assert file.widths[:8] == alone.widths[:8]
+    assert len(file.sources) == 1
+
+
+def test_a_cluster_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore of it.")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = cast(Any, SimpleNamespace(init=nobody, is_initialized=lambda: False))
+    monkeypatch.setattr(farm_module, "_ray", lambda: ray)
+    words = r"`10.0.0.1:6379` \(Could not find any running Ray instance.\); start it"
+    with pytest.raises(ConfigError, match=words), farm_module._connected(Farm(2)):
+        pass
+
+
+class DiesAtOnce(FarmBench):
+    def __call__(self) -> Any:
+        os._exit(1)
+
+
+def test_a_death_while_setting_up_is_told_as_such(
+    ray: Any, space: ChannelSpace, file: SampleFile
+) -> None:
+    with pytest.raises(MeasurementError, match="the last one while it was set up; 0 samples"):
+        collect_on_farm(
+            file, space, DiesAtOnce(space), Farm(workers=2, restarts=0), count=10, **OPTIONS
+        )
+
+
 @pytest.mark.slow
 def test_a_farm_that_dies_out_says_so_and_goes_on_later(
     ray: Any, space: ChannelSpace, file: SampleFile, alone: SampleFile
@@ -161,19 +259,29 @@ def test_an_error_of_a_worker_is_the_users_to_see(
 
 
 class Unlike(FarmBench):
-    """Each worker calls its processor by another name."""
+    """Each worker calls its processor by another name, and leaves a file of that name."""
 
     def __call__(self) -> Any:
-        import os
-
         self.cpu = f"chip {os.getpid()}"
-        return super().__call__()
+        made = super().__call__()
+        assert self.marker is not None
+        self.marker.with_name(self.cpu).touch()
+        return made
 
 
 @pytest.mark.slow
-def test_workers_must_be_alike(ray: Any, space: ChannelSpace, file: SampleFile) -> None:
+def test_workers_must_be_alike(
+    ray: Any, space: ChannelSpace, file: SampleFile, tmp_path: Path
+) -> None:
+    def until_both_are_there(*_: object) -> None:
+        while len(list(tmp_path.glob("chip *"))) < 2:
+            time.sleep(0.05)
+
     with pytest.raises(MeasurementError, match="no machine like the first one"):
-        collect_on_farm(file, space, Unlike(space), Farm(workers=2), count=100, **OPTIONS)
+        collect_on_farm(
+            file, space, Unlike(space, marker=tmp_path / "none"), Farm(workers=2), count=90,
+            on_sample=until_both_are_there, **OPTIONS,
+        )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -123,6 +123,27 @@ def test_a_forked_process_has_no_claim(path: Path) -> None:
     assert claim(path) is mine  # the child's end took nothing away
 
 
+@needs_locks
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_claim_ends_though_a_forked_process_lives_on(path: Path) -> None:
+    path.touch()
+    mine = claim(path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        del mine
+        claim(path)
+    finally:
+        os.write(writing, b".")
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+
+
 def test_without_locks_nothing_is_claimed(
     space: ChannelSpace, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

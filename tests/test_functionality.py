@@ -202,7 +202,27 @@ def test_the_sign_of_a_batchnorm_turns_a_function_round() -> None:
     (point,) = points_of(network, trace(tiny("plain"), example()))[0]
     assert (point.layer, point.module) == ("0.0", "0.1")
     found = patterns(network, point, ImageInput.of(example()), GREY, QUICK, seed=0)
-    assert float(likeness([found])[0, 1]) < -0.3
+    assert float(likeness(found)[0, 1]) < -0.3
+
+
+class ByKeyword(nn.Module):
+    """Calls its layers and norms by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Conv2d(8, 6, 3, padding=1), nn.Linear(6, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = torch.relu(self.norm(input=self.first(input=images)))
+        logits: Tensor = self.head(input=self.second(input=seen).mean((2, 3)))
+        return logits
+
+
+def test_a_norm_that_is_called_by_keyword_is_seen() -> None:
+    network = frozen(ByKeyword())
+    (point,) = points_of(network, trace(ByKeyword(), example()))[0]
+    assert (point.layer, point.module) == ("first", "norm")
 
 
 def test_smaller_inputs_where_the_layer_allows_them() -> None:
@@ -292,12 +312,13 @@ def planted(clusters: int, each: int, spread: float) -> Tensor:
 
 
 def test_the_silhouette_finds_how_many_clusters() -> None:
-    found = cluster(likeness([planted(7, 6, 0.2)]), largest=64, tried=6, seed=0)
-    assert found.count == 7
+    found = cluster(likeness(planted(7, 6, 0.2)), largest=64, tried=6, seed=0)
+    assert int(found.labels.max()) == 6
     assert torch.equal(found.labels, torch.arange(7).repeat_interleave(6))
     assert found.silhouette is not None
     assert found.silhouette > 0.6
-    assert cluster(likeness([planted(7, 6, 0.2)]), largest=3, tried=6, seed=0).count <= 3
+    few = cluster(likeness(planted(7, 6, 0.2)), largest=3, tried=6, seed=0)
+    assert int(few.labels.max()) <= 2
 
 
 @pytest.mark.parametrize(
@@ -310,7 +331,7 @@ def test_the_silhouette_finds_how_many_clusters() -> None:
     ],
 )
 def test_clusters_where_there_is_little_to_cluster(rows: Any, labels: list[int]) -> None:
-    found = cluster(likeness([torch.tensor(rows)]), largest=8, tried=4, seed=0)
+    found = cluster(likeness(torch.tensor(rows)), largest=8, tried=4, seed=0)
     assert found.labels.tolist() == labels
     assert found.silhouette is None
 
@@ -319,13 +340,14 @@ def test_distances_are_those_of_patterns_side_by_side() -> None:
     parts = [torch.randn(5, 3, 4), torch.randn(5, 2)]
     rows = [functional.normalize(part.flatten(1), dim=1) / 2**0.5 for part in parts]
     joint = torch.cat(rows, dim=1)
-    assert torch.allclose(distances(likeness(parts)).float(), torch.cdist(joint, joint), atol=1e-3)
+    averaged = sum(likeness(part) / 2 for part in parts)
+    assert torch.allclose(distances(averaged).float(), torch.cdist(joint, joint), atol=1e-3)
 
 
 def test_of_each_cluster_the_greatest_contribution_goes_last() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, SILENT])
     contribution = torch.tensor([0.2, 0.9, 0.3, 0.4, 0.1, 5.0])
-    cosines = likeness([torch.randn(6, 30)])
+    cosines = likeness(torch.randn(6, 30))
     for repeats in ("coverage", "contribution"):
         scores = rank(cosines, labels, contribution, repeats=repeats)
         assert set(scores.argsort(descending=True)[:2].tolist()) == {1, 3}
@@ -351,7 +373,7 @@ def test_repeats_of_large_gains_keep_their_order() -> None:
 
 
 def test_coverage_against_trying_every_unit() -> None:
-    cosines = likeness([planted(5, 4, 0.7)])
+    cosines = likeness(planted(5, 4, 0.7))
     weight = torch.rand(20, dtype=torch.float64)
     rest = torch.ones(20, dtype=torch.bool)
     rest[[3, 9]] = False
@@ -411,6 +433,8 @@ def test_what_the_strategy_cannot_work_on() -> None:
         FunctionalityStrategy(QUICK).decide(
             task_of(tiny("plain"), loss=lambda logits, _: logits.sum() * math.nan)
         )
+    with pytest.raises(TrainingError, match=r"functionality: the loss gave \(4, 5\), needed"):
+        FunctionalityStrategy(QUICK).decide(task_of(tiny("plain"), loss=lambda logits, _: logits))
     with pytest.raises(TraceError, match="floating-point"):
         ImageInput.of(torch.zeros(2, 3, dtype=torch.long))
 

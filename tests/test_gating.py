@@ -173,21 +173,39 @@ def test_another_network_is_refused_and_left_as_found() -> None:
     assert snapshot(other) == before
 
 
-def test_a_deep_copy_of_an_attached_network_is_gated_on_its_own() -> None:
+def test_a_deep_copy_of_an_attached_network_is_the_plain_one() -> None:
     network = tiny("residual")
     space = trace(network, example())
-    mask = random_plan(space, 0).mask.float()
-    with torch.no_grad(), Gating(network, space, lambda: mask) as gating:
-        gated = network(example())
-        twin = copy.deepcopy(network)
-        for parameter in twin.parameters():
-            parameter.mul_(0.5)
-        changed = twin(example())
+    plain = network(example())
+    gates = (
+        random_plan(space, 0).mask.float().requires_grad_()
+    )  # a gradient's history is no hindrance
+    twins = []
+    with Gating(network, space, lambda: gates * 1.0):
+        for _ in range(2):
+            twins.append(copy.deepcopy(network))
+            gated = network(example())
+        assert not torch.allclose(gated, plain)
+        for twin in twins:
+            assert torch.equal(twin(example()), plain)
         assert torch.equal(network(example()), gated)
-        assert not torch.equal(changed, gated)
-        gating.detach()
-        assert torch.equal(twin(example()), changed)
-        assert not torch.equal(network(example()), gated)
+    for twin in (*twins, copy.deepcopy(twins[0])):
+        found = trace(twin, example())
+        assert found.to_json() == space.to_json()
+        with torch.no_grad(), Gating(twin, found, lambda: gates):  # gates of its own act on it
+            assert torch.equal(twin(example()), gated)
+        assert torch.equal(twin(example()), plain)
+
+
+@pytest.mark.parametrize("use", [Gating.attach, Gating.detach])
+def test_a_deep_copy_of_gates_is_refused(use: Any) -> None:
+    network = tiny("residual")
+    space = trace(network, example())
+    with (
+        Gating(network, space, lambda: torch.ones(space.total_units)) as gating,
+        pytest.raises(PlanError, match="make new gates for it"),
+    ):
+        use(copy.deepcopy(gating))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

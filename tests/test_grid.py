@@ -36,6 +36,14 @@ def test_a_clean_staircase_gives_its_step(grid: int) -> None:
     assert choose_grid(penal, CANDIDATES, tolerance=0.001) >= grid
 
 
+@pytest.mark.parametrize(
+    ("candidates", "grid"), [((8,), 8), ((8, 16), 8), ((4, 8), 8), ((16, 32), 1)]
+)
+def test_candidates_need_not_hold_the_smallest_ones(candidates: tuple[int, ...], grid: int) -> None:
+    times = staircase(8, candidates)
+    assert choose_grid(times, candidates) == grid
+
+
 def test_one_disturbed_timing_does_not_change_the_grid() -> None:
     times = staircase(16, CANDIDATES)
     times[66] *= 0.9

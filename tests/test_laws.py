@@ -21,6 +21,7 @@ from networks import (
     Concat,
     Head,
     bottleneck,
+    conv,
     conv_bn,
     example,
     inverted,
@@ -86,6 +87,71 @@ def assert_counts_are_exact(
 def test_masked_equals_removed(name: str) -> None:
     network, space = _traced(name)
     assert largest_law_1_error(network, space, example(), plans=5) <= TOLERANCE
+
+
+class Ghost(nn.Module):
+    """Half of the outputs are cheap copies of the other half (GhostNet)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.primary = conv_bn(inputs, outputs // 2, 1)
+        self.cheap = conv_bn(outputs // 2, outputs // 2, groups=outputs // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.primary(x)
+        return torch.cat([first, self.cheap(first)], 1)
+
+
+class Decoder(nn.Module):
+    """Fine and coarse features concatenated, then read by a separable convolution (DeepLabV3+)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = conv_bn(3, 8), conv_bn(3, 14, stride=2)
+        self.read = nn.Sequential(conv_bn(22, 22, groups=22), conv_bn(22, 10, 1))
+        self.out = conv(10, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        upsampled = nn.functional.interpolate(self.coarse(x), scale_factor=2.0)
+        found: torch.Tensor = self.out(self.read(torch.cat([self.fine(x), upsampled], 1)))
+        return found
+
+
+class ConcatenatedSum(nn.Module):
+    """`cat(a, b) + c`: the wide layer shares its channels with both narrow ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv_bn(3, 8), conv_bn(3, 6), conv_bn(3, 14)
+        self.head = nn.Sequential(conv_bn(14, 7), Head(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(torch.cat([self.a(x), self.b(x)], 1) + self.c(x))
+        return found
+
+
+def ghost() -> nn.Module:
+    layers = (conv_bn(3, 8), Ghost(8, 24), conv_bn(24, 24, groups=24, stride=2), Ghost(24, 16))
+    return nn.Sequential(*layers, Head(16))
+
+
+CONCATENATED = {
+    "ghost": (ghost, ("0.0", "1.primary.0", "3.primary.0")),
+    "separable decoder": (Decoder, ("fine.0", "coarse.0", "read.1.0")),
+    "sum with a concatenation": (ConcatenatedSum, ("a.0", "b.0", "head.0.0")),
+}
+
+
+@pytest.mark.parametrize("case", CONCATENATED)
+def test_what_is_concatenated_keeps_its_own_groups(case: str) -> None:
+    """Whatever follows the concatenation: a depthwise convolution, or a sum with a wider layer."""
+    make, names = CONCATENATED[case]
+    torch.manual_seed(0)
+    network = randomised(make(), 0)
+    space = trace(network, example())
+    assert space.names == names
+    assert largest_law_1_error(network, space, example(), plans=5) <= TOLERANCE
+    assert_counts_are_exact(network, space, example(), plans=3)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -342,6 +342,90 @@ def test_a_batch_that_is_skipped_steps_no_gates(tmp_path: Path) -> None:
     assert gates.plan is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*SWA")
+def test_a_pass_without_a_backward_steps_no_gates(tmp_path: Path) -> None:
+    """Weight averaging ends `fit` with one, in which the norms are updated."""
+    averaging = lightning.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    module, gates = Module(), callback()
+    trainer(tmp_path, 2, gates, averaging).fit(module, loader())
+    assert gates.monitor["step"] == 6.0
+    assert module.net[0][0].out_channels == 4
+
+
+class Pair(Module):
+    """Two networks, whose logits add up."""
+
+    def __init__(self) -> None:
+        super().__init__("residual")
+        self.other = tiny("concat").train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x) + self.other(x)
+        return out
+
+
+def test_two_networks_of_one_module_are_pruned_in_one_fit(tmp_path: Path) -> None:
+    def both() -> list[WGatesCallback]:
+        return [callback(network="net"), callback(network="other", pruning_ratio=0.25)]
+
+    def shapes(module: Pair) -> list[Any]:
+        return [parameter.shape for parameter in module.parameters()]
+
+    module, gates = Pair(), both()
+    runner = trainer(tmp_path, 3, *gates, enable_checkpointing=True)
+    runner.fit(module, loader())
+    for each, share in zip(gates, (0.5, 0.25), strict=True):
+        assert each.plan is not None
+        kept = sum(each.plan.widths) / sum(each.plan.space.full_widths)
+        assert kept == pytest.approx(1 - share, abs=0.1)
+    assert {f"gates/{name}/step" for name in ("net", "other")} <= runner.logged_metrics.keys()
+    assert "on_load_checkpoint" not in vars(module)
+    # Resumed in the gate phase.
+    broken = Pair()
+    broken.fail_at = 4
+    saves = lightning.callbacks.OnExceptionCheckpoint(tmp_path, "broken")
+    with pytest.raises(RuntimeError, match="power"):
+        trainer(tmp_path, 3, *both(), saves, enable_checkpointing=True).fit(broken, loader())
+    resumed, again = Pair(), both()
+    trainer(tmp_path, 3, *again).fit(resumed, loader(), ckpt_path=tmp_path / "broken.ckpt")
+    assert [each.monitor["step"] for each in again] == [9.0, 9.0]
+    assert shapes(resumed) == shapes(module)
+    assert "on_load_checkpoint" not in vars(resumed)
+    # And restored when both are pruned.
+    runner.save_checkpoint(tmp_path / "pruned.ckpt")
+    fresh, tuned = Pair(), both()
+    trainer(tmp_path, 4, *tuned).fit(fresh, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+    assert len(fresh.losses) == 3
+    assert shapes(fresh) == shapes(module)
+    for restored, each in zip(tuned, gates, strict=True):
+        assert restored.plan is not None
+        assert each.plan is not None
+        assert restored.plan.kept == each.plan.kept
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_state_without_the_networks_name_is_read(tmp_path: Path, pruned: bool) -> None:
+    module, gates = Module(), callback()
+    if not pruned:
+        module.fail_at = 4
+    saves = lightning.callbacks.OnExceptionCheckpoint(tmp_path, "saved")
+    runner = trainer(tmp_path, 3, gates, saves, enable_checkpointing=True)
+    if pruned:
+        runner.fit(module, loader())
+        runner.save_checkpoint(tmp_path / "saved.ckpt")
+    else:
+        with pytest.raises(RuntimeError, match="power"):
+            runner.fit(module, loader())
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    saved["callbacks"]["WGatesCallback"] = saved["callbacks"].pop(gates.state_key)
+    torch.save(saved, tmp_path / "unnamed.ckpt")
+    resumed, again = Module(), callback()
+    trainer(tmp_path, 3 + pruned, again).fit(resumed, loader(), ckpt_path=tmp_path / "unnamed.ckpt")
+    assert again.plan is not None
+    assert again.monitor.get("step") == (None if pruned else 9.0)
+    assert resumed.net[0][0].out_channels == 4
+
+
 def test_a_network_that_is_not_called_is_no_skipped_batch(tmp_path: Path) -> None:
     module = Module()
     module.other = tiny("residual")

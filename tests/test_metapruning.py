@@ -7,10 +7,12 @@ import itertools
 import json
 import logging
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,10 +48,11 @@ from wgates_plugin.strategies.metapruning import (
     MetaPruningStrategy,
     PruningNet,
 )
+from wgates_plugin.strategies.metapruning import fitness as fitness_module
 from wgates_plugin.strategies.metapruning.fitness import Fitness, judges
 from wgates_plugin.strategies.metapruning.generator import KernelGenerator, bases_for
 from wgates_plugin.strategies.metapruning.genes import crossed, draw_within, shares
-from wgates_plugin.strategies.metapruning.held_out import batches_of, split
+from wgates_plugin.strategies.metapruning.held_out import gathered, split
 from wgates_plugin.strategies.metapruning.pruning_net import initialised
 from wgates_plugin.strategies.metapruning.training import train
 from wgates_plugin.strategies.metapruning.winner import from_scratch
@@ -498,7 +501,7 @@ def test_what_draws_given_batches_is_seeded_and_given_back() -> None:
     for state in (1, 2):
         before = own.manual_seed(state).get_state()
         parts = split(given, 0.25, seed=0)
-        train = batches_of(parts.train, seed=0)
+        train = gathered(parts.train, seed=0)
         orders.append([seen_by([batch]) for batch in [*train, *parts.held_out]])
         assert torch.equal(own.get_state(), before)
     assert orders[0] == orders[1]
@@ -577,6 +580,63 @@ def test_a_loss_of_ones_own_judges_the_candidates() -> None:
     assert fitness(widths) == pytest.approx(expected, rel=1e-5)
     lost = Fitness(pruning_net, data[:3], data[4:], loss=lambda out, _: out.sum() / 0)
     assert math.isfinite(lost(widths))
+
+
+def test_losses_that_are_not_finite_are_counted_and_can_be_written_down() -> None:
+    network = tiny("residual")
+    space = trace(network, example())
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        found = nn.functional.cross_entropy(logits, targets)
+        return found if torch.is_grad_enabled() else found * math.inf
+
+    decision = MetaPruningStrategy(SMALL).decide(task_for(network, space, loss=loss))
+    search = decision.plain(space, "metapruning").facts["search"]
+    assert search["best_loss"] is search["uniform_loss"] is None
+    for generation in search["generations"]:
+        assert generation["not_finite"] == generation["candidates"] > 0
+        assert generation["least"] is generation["median"] is None
+
+
+class InPlace(nn.Module):
+    """Normalises the very images that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny("residual")
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.body(images.sub_(0.5).div_(0.5))
+        return logits
+
+
+def test_candidates_of_a_network_that_works_in_place_all_see_the_same_images() -> None:
+    network = InPlace()
+    pruning_net = PruningNet(network, trace(network, example()), hidden=8)
+    data, loss = batches(4), nn.functional.cross_entropy
+    fitness = Fitness(pruning_net, data[:2], data[2:], loss=loss)
+    widths = trace(network, example()).full_widths
+    assert fitness(widths) == fitness(widths)
+    assert all(map(torch.equal, (x for x, _ in data), (x for x, _ in batches(4))))
+
+
+def test_rays_store_has_room_for_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        asked.update(options)
+        raise Interrupted
+
+    ray = SimpleNamespace(init=init, is_initialized=lambda: False, cloudpickle=pickle)
+    monkeypatch.setattr(fitness_module, "_ray", lambda *_: ray)
+    network = tiny("plain")
+    pruning_net = PruningNet(network, trace(network, example()), hidden=8)
+    images, targets = torch.zeros(1000, 3, 32, 32, dtype=torch.uint8), torch.zeros(1000).long()
+    held_out, recalibration = TensorLoader(images, targets, 64), batches()
+    with pytest.raises(Interrupted), judges(Fitness(pruning_net, recalibration, held_out), 2):
+        pass
+    cached = sum(part.nbytes for batch in recalibration for part in batch)
+    assert asked["object_store_memory"] >= fitness_module._STORE_BYTES + images.nbytes + cached
 
 
 def test_without_ray_one_process_judges(monkeypatch: Any, caplog: Any) -> None:
@@ -721,7 +781,7 @@ def test_a_trained_pruning_net_tells_wide_from_starved() -> None:
         training=TrainingSettings(learning_rate=0.05, warmup_epochs=1, accelerator="cpu"),
         progress=False,
     )
-    fitness = Fitness(pruning_net, batches_of(parts.train, 0, 256), parts.held_out)
+    fitness = Fitness(pruning_net, gathered(parts.train, 0, 256), parts.held_out)
     untrained = fitness(space.full_widths)
     train(MetaPruningStrategy(), task, pruning_net, genes)
     starved, middle, wide = (fitness(w) for w in (genes.least, (6, 9), space.full_widths))

@@ -109,3 +109,18 @@ def test_a_target_counts_what_is_closed_already(fraction: float, steps: int) -> 
     smaller = trace(network, example())
     full = float(cost(torch.tensor(space.full_widths)))
     assert float(MacsModel(smaller)(torch.tensor(smaller.full_widths))) <= fraction * full
+
+
+def test_channels_masked_without_their_bias_count_too() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)
+    )
+    config = [{"op_names": ["0"], "target_names": ["weight"], "sparse_ratio": 0.5}]
+    earlier = L1NormPruner(network, config)
+    _, before = earlier.compress()
+    pruner = WGatesPruner.from_compressor(
+        earlier, [{"op_names": ["0"], "sparse_ratio": 0.25}], 0, example_inputs=example()
+    )
+    _, masks = pruner.compress()
+    assert torch.equal(closed(masks, "0"), closed(before, "0"))
+    assert torch.equal(masks["0"]["bias"] == 0, closed(masks, "0"))

@@ -85,6 +85,60 @@ def test_a_global_ratio_is_shared_out_by_the_gates() -> None:
     assert first >= 2
 
 
+def test_a_dependency_id_goes_before_a_global_one_as_in_nni() -> None:
+    """The weights of one layer are tiny, which a rank over both ids' layers would take first."""
+    config = [
+        {"op_names": ["0.0", "1.main.1"], "dependency_group_id": "sum"},
+        {"op_names": ["1.main.0.0"]},
+    ]
+    config = [{**entry, "global_group_id": "all", "sparse_ratio": 0.5} for entry in config]
+    ours, theirs = tiny("residual"), tiny("residual")
+    for network in (ours, theirs):
+        network[1].main[0][0].weight.data.mul_(0.01)
+    _, expected = L1NormPruner(theirs, config).compress()
+    _, masks = pruner_of(ours, config).compress()
+    for name in ("0.0", "1.main.0.0", "1.main.1"):
+        assert float(masks[name]["weight"].mean()) == float(expected[name]["weight"].mean()) == 0.5
+
+
+def test_an_exact_ratio_holds_beside_a_global_one_of_a_coupled_layer() -> None:
+    config = [
+        {"op_names": ["0.0"], "sparse_ratio": 0.5},
+        {"op_names": ["1.main.1", "1.main.0.0"], "sparse_ratio": 0.5, "global_group_id": 1},
+    ]
+    pruner = pruner_of(tiny("residual"), config)
+    pruner.compress()
+    assert pruner.plan is not None
+    assert dict(zip(pruner.space.names, pruner.plan.widths, strict=True))["0.0"] == 4
+
+
+def test_depthwise_convolutions_follow_named_or_not() -> None:
+    network = tiny("depthwise")
+    space = trace(network, example())
+    makers = [s.module for group in space.groups for s in group.slots_as("producer")]
+    others = {layer.name for layer in space.layers if layer.kind == "depthwise"}
+    assert others
+    pruner = pruner_of(network, [{"op_names": makers, "sparse_ratio": 0.5}])
+    assert pruner.left_out == {}
+    _, masks = pruner.compress()
+    assert others <= set(masks)
+    check_exact(pruner, masks, network)
+
+
+def test_bounds_of_a_named_depthwise_convolution_count() -> None:
+    network = tiny("depthwise")
+    space = trace(network, example())
+    slim = next(layer.name for layer in space.layers if layer.kind == "depthwise")
+    config = [{"op_types": ["Conv2d"], "exclude_op_names": [slim]}]
+    config.append({"op_names": [slim], "max_sparse_ratio": 0.25})
+    pruner = pruner_of(network, config, steps=1, target=MacsTarget(fraction=0.6))
+    index, _ = pruner.space.slots_of[slim, "out"][0]
+    group = pruner.space.groups[index]
+    assert group.floor == group.channels - group.channels // 4
+    with pytest.raises(ConfigError, match=f"`{slim}`: it shares its channels with"):
+        pruner_of(tiny("depthwise"), [{"op_names": [slim], "sparse_ratio": 0.5}])
+
+
 def test_a_global_ratio_over_norms_counts_their_channels() -> None:
     config = [{"op_types": ["BatchNorm2d"], "global_group_id": "all", "sparse_ratio": 0.5}]
     pruner = pruner_of(tiny("plain"), config)
@@ -141,6 +195,7 @@ FORMS: list[tuple[Any, list[int]]] = [
     ([{**HALF[0], "granularity": "out_channel"}], [4, 3, 4]),
     ([{**HALF[0], "granularity": [1, -1, -1, -1]}], [4, 3, 4]),
     ([{**HALF[0], "dependency_group_id": "all"}], [4, 3, 4]),
+    ([{**HALF[0], "dependency_group_id": "all", "global_group_id": "b"}], [4, 3, 4]),
     ([{"op_types": ["Conv2d"], "target_settings": {"weight": {"sparse_ratio": 0.5}}}], [4, 3, 4]),
 ]
 
@@ -178,6 +233,8 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (HALF, {"training_steps": -1}, "whole number"),
     (HALF, {"evaluator": None}, "no evaluator"),
     (HALF, {"evaluator": training_func()}, "evaluator is a function"),
+    (HALF, {"existed_wrappers": 1e-4}, "existed_wrappers is 0.0001, .* `regular_scale`"),
+    (HALF, {"loss_scale": 1024.0}, "loss_scale is 1024.0, needs a function"),
     (
         [
             {"op_names": ["0.0"], "sparse_ratio": 0.5},
@@ -198,11 +255,6 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
         [{"op_names": ["0.0", "1.main.0.0", "1.main.1"], "dependency_group_id": "a"}],
         {"target": 1e4},
         "dependency_group_id 'a': `0.0`, `1.main.0.0` do not have all of their channels in common",
-    ),
-    (
-        [{**HALF[0], "dependency_group_id": "a", "global_group_id": "b"}],
-        {},
-        "dependency_group_id 'a': .* do not have all of their channels in common",
     ),
     (
         [{"op_names": ["0.0"], "sparse_ratio": 0.5}, {"op_names": ["0.0"], "sparse_ratio": 0.2}],

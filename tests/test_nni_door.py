@@ -171,6 +171,40 @@ def test_without_an_evaluator_norms_decide_and_it_is_told() -> None:
         WGatesPruner(Digits(), FREE, target=MacsTarget(fraction=0.5))
 
 
+def test_equal_shares_of_a_global_ratio_are_told_of() -> None:
+    together = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "global_group_id": 1}]
+    with pytest.warns(UserWarning, match="layers of one global_group_id lose equal shares"):
+        pruner = WGatesPruner(Digits(), together)
+    pruner.compress()
+    assert pruner.plan is not None
+    assert pruner.plan.widths[:2] == (3, 8)
+
+
+@pytest.mark.filterwarnings("ignore:WGatesPruner. no evaluator")
+@pytest.mark.parametrize(
+    ("duration", "words"),
+    [
+        ({"max_steps": 5}, "max_steps: nothing is trained without an evaluator"),
+        ({"max_epochs": 1}, "max_epochs: nothing is trained without an evaluator"),
+        ({"max_steps": 0}, "max_steps is 0, needs a whole number from 1"),
+        ({"max_epochs": True}, "max_epochs is True, needs a whole number from 1"),
+    ],
+)
+def test_durations_without_an_evaluator_are_refused(duration: Any, words: str) -> None:
+    pruner = WGatesPruner(Digits(), HALF)
+    with pytest.raises(ConfigError, match=f"WGatesPruner.compress: (?s:.)*{words}"):
+        pruner.compress(**duration)
+    pruner.compress()
+
+
+def test_a_duration_shorter_than_the_gates_is_refused() -> None:
+    pruner = pruner_of(tiny("plain"), steps=3)
+    with pytest.raises(ConfigError, match="max_steps 2 end before training_steps 3"):
+        pruner.compress(max_steps=2)
+    with pytest.raises(ConfigError, match="how long may the gates learn"):
+        pruner_of(tiny("plain"), steps=None).compress()
+
+
 def trained_quick_start(pruner_class: Any, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """The steps of NNI's example `taylor_pruning.py`, on a small network."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02)

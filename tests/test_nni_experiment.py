@@ -26,6 +26,7 @@ from benchmarks import nni_experiment
 from benchmarks.nni_experiment import subject, trial
 from benchmarks.tools.records import read_record
 from wgates_plugin import trace
+from wgates_plugin.catalogue.models import load_model
 from wgates_plugin.efficiency import MacsModel, ParametersModel
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError
 from wgates_plugin.integrations.nni import PRUNERS, build_pruner, make_config, remove
@@ -72,6 +73,25 @@ def test_every_pruner_takes_a_ratio(name: str) -> None:
     pruner.unwrap_model()
     remove(network, masks, example())
     assert [network[0][0].out_channels, network[1][0].out_channels] == [6, 9]
+
+
+@pytest.mark.parametrize("name", ["wgates", "group-norm"])
+@pytest.mark.parametrize("amount", [{"sparse_ratio": 0.5}, {"target_fraction": 0.5}])
+def test_depthwise_layers_keep_nothing_whole(name: str, amount: dict[str, float]) -> None:
+    network = load_model("mobilenet_small", classes=4, in_channels=3)
+    pruner = build_pruner(
+        {"pruner": name, **amount},
+        model=network,
+        evaluator=evaluator(network),
+        example_inputs=example(2, 32),
+        data=batches(),
+    )
+    assert pruner.left_out == {}
+    groups = pruner.space.groups
+    if "sparse_ratio" in amount:
+        assert all(group.cap == group.floor == group.channels // 2 for group in groups)
+    else:
+        assert all(group.floor < group.cap == group.channels for group in groups)
 
 
 def test_slim_factors_would_be_lost_without_us() -> None:

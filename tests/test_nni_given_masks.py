@@ -13,10 +13,18 @@ pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI impo
 import torch
 from helpers import snapshot
 from networks import example, tiny
+from nni.compression.pruning import L1NormPruner
+from nni_pruner_helpers import HALF
 from torch import nn
 
 from wgates_plugin.errors import ConfigError, FileFormatError
-from wgates_plugin.integrations.nni import ModelSpeedup, remove, speedup
+from wgates_plugin.integrations.nni import (
+    ModelSpeedup,
+    WGatesPruner,
+    make_config,
+    remove,
+    speedup,
+)
 
 KEPT = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1])
 
@@ -51,6 +59,27 @@ def test_model_speedup_reads_files_too(tmp_path: Path) -> None:
     network = tiny("plain")
     ModelSpeedup(network, example(), str(tmp_path / "masks.pt")).speedup_model()
     assert network[0][0].out_channels == int(KEPT.sum())
+
+
+@pytest.mark.parametrize("pruner_class", [WGatesPruner, L1NormPruner])
+@pytest.mark.filterwarnings("ignore:WGatesPruner. no evaluator")
+def test_a_file_of_what_compress_returns_will_do(pruner_class: Any, tmp_path: Path) -> None:
+    network = tiny("plain")
+    config = make_config(network, example(), sparse_ratio=0.5)
+    pruner = pruner_class(network, config)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    torch.save(masks, tmp_path / "masks.pt")
+    remove(network, tmp_path / "masks.pt", example())
+    assert network[0][0].out_channels == 4
+
+
+@pytest.mark.filterwarnings("ignore:WGatesPruner. no evaluator")
+def test_our_masks_are_plain_dicts_that_any_torch_load_reads(tmp_path: Path) -> None:
+    _, masks = WGatesPruner(tiny("plain"), HALF).compress()
+    assert {type(masks), *map(type, masks.values())} == {dict}
+    torch.save(masks, tmp_path / "masks.pt")
+    assert list(torch.load(tmp_path / "masks.pt", weights_only=True)) == list(masks)
 
 
 class Payload:

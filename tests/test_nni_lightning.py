@@ -53,7 +53,7 @@ class Batches(pl.LightningDataModule):
         return torch.utils.data.DataLoader([batch(seed) for seed in range(4)], batch_size=None)
 
 
-def evaluator() -> LightningEvaluator:
+def evaluator(**options: Any) -> LightningEvaluator:
     trainer = nni.trace(pl.Trainer)(
         max_epochs=1,
         accelerator="cpu",
@@ -61,6 +61,7 @@ def evaluator() -> LightningEvaluator:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     return LightningEvaluator(trainer, Batches())
 
@@ -80,6 +81,34 @@ def test_gates_learn_inside_the_trainer(duration: dict[str, int]) -> None:
         remove(module, masks, example())
         assert relative_error(module.eval()(example(4)), masked) <= TOLERANCE
     assert module.net[0][0].out_channels == 4
+
+
+@pytest.mark.parametrize("growth", [1, 1000])
+def test_the_scale_of_the_trainers_scaler_is_taken_out_of_the_gates(growth: int) -> None:
+    """The CPU's mixed precision has no scaler; with one, of whatever course, gates learn as without."""
+    states, kept = [], []
+    for scaled in (False, True):
+        plugin = pl.plugins.MixedPrecision("bf16-mixed", "cpu")
+        if scaled:
+            plugin.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth)
+        module = Module()
+        pruner = WGatesPruner(
+            module,
+            [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
+            evaluator(plugins=[plugin]),
+            4,
+            settings=SETTINGS,
+        )
+        pruner.compress()
+        pruner.unwrap_model()
+        assert pruner.plan is not None
+        kept.append(pruner.plan.kept)
+        states.append(module.state_dict())
+        if scaled:
+            assert plugin.scaler.get_scale() == (2.0**14 if growth == 1 else 1024.0)
+    assert kept[0] == kept[1]
+    for name, value in states[0].items():
+        assert torch.allclose(states[1][name], value, rtol=1e-2, atol=1e-3), name
 
 
 class Broken(Exception):

@@ -13,9 +13,10 @@ pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI impo
 import torch
 from helpers import snapshot
 from networks import example, tiny
-from nni.compression.pruning import FPGMPruner, L1NormPruner, LevelPruner
+from nni.compression.pruning import FPGMPruner, L1NormPruner, LevelPruner, SlimPruner
+from nni_helpers import evaluator
 from nni_pruner_helpers import HALF, output, width
-from torch import nn
+from torch import Tensor, nn
 
 from wgates_plugin import trace
 from wgates_plugin.errors import ConfigError, SurgeryError
@@ -104,9 +105,85 @@ def test_what_cannot_be_removed_stays_as_zeros() -> None:
     half = tiny("residual")
     one_sided = {"0.0": {"weight": torch.ones(8, 3, 3, 3)}}
     one_sided["0.0"]["weight"][:4] = 0  # coupled layers disagree
-    remove(half, one_sided, example())
+    with pytest.warns(UserWarning, match="stay in the network, as zeros: 4 of `0.0`; a coupled"):
+        remove(half, one_sided, example())
     assert width(half, "0.0") == 8
     assert not half[0][0].weight[:4].any()
+
+
+def slim_masks(network: nn.Module, *, biases: bool) -> Any:
+    """Masks of norms alone, as the usual config of SlimPruner leaves them; `biases` masks those too."""
+    config = [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]
+    pruner = SlimPruner(network, config, evaluator(network), training_steps=3)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    if biases:
+        for targets in masks.values():
+            targets["bias"] = targets["weight"].clone()
+    return masks
+
+
+def test_masks_of_norms_alone_close_what_is_read_behind_them() -> None:
+    network = tiny("plain")
+    masks = slim_masks(network, biases=True)
+    remove(network, masks, example())
+    assert [width(network, name) for name in ("0.0", "1.0")] == [4, 6]
+
+
+def test_norms_masked_without_their_biases_are_refused() -> None:
+    network = tiny("plain")
+    masks = slim_masks(network, biases=False)
+    for block in network[:2]:
+        block[1].bias.data.fill_(0.5)
+    before = snapshot(network)
+    with pytest.raises(SurgeryError, match=r"`1.0`: read by `2.fc`, not masked: the bias of `1.1`"):
+        remove(network, masks, example())
+    assert snapshot(network) == before
+    remove(network, masks, example(), align=True)
+    assert [width(network, name) for name in ("0.0", "1.0")] == [4, 6]
+
+
+class Normed(nn.Module):
+    """A residual sum whose one branch ends in a norm; the other brings the channels to life again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        scores: Tensor = self.fc((x + self.norm(self.conv(x))).relu().mean((2, 3)))
+        return scores
+
+
+@pytest.mark.parametrize("shift", [0.0, -50.0])
+def test_a_norm_on_one_branch_closes_nothing(shift: float) -> None:
+    """Not even where the example's channels happen to be dead behind it."""
+    network = Normed()
+    network.norm.bias.data.fill_(shift)
+    mask = torch.ones(8)
+    mask[:4] = 0
+    with pytest.warns(UserWarning, match="as zeros: 4 of `norm`; a coupled layer keeps them"):
+        remove(network, {"norm": {"weight": mask}}, example(), align=True)
+    assert width(network, "stem") == 8
+
+
+def test_a_bias_that_is_left_open_is_refused() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)
+    )
+    network[0].bias.data.fill_(0.5)
+    config = [{"op_names": ["0"], "target_names": ["weight"], "sparse_ratio": 0.5}]
+    pruner = L1NormPruner(network, config)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    before = snapshot(network)
+    with pytest.raises(SurgeryError, match=r"`0`: read by `2`, not masked: the bias of `0`"):
+        remove(network, masks, example())
+    assert snapshot(network) == before
+    remove(network, masks, example(), align=True)
+    assert network[0].out_channels == 4
 
 
 @pytest.mark.parametrize(

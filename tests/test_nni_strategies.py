@@ -32,7 +32,7 @@ from wgates_plugin.targets import MacsTarget
 from wgates_plugin.training import TrainingSettings
 from wgates_plugin.verification import masked_output, relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore:WGatesPruner. layers that stay whole")
+pytestmark = pytest.mark.filterwarnings("ignore:.*Pruner. layers that stay whole")
 
 THEIRS = ("l1", "l2", "fpgm", "taylor", "slim")
 """Names that stand for NNI's own pruners."""
@@ -272,6 +272,22 @@ def test_data_are_asked_for_before_anything_is_wrapped(data: Any) -> None:
         assert snapshot(network) == before
 
 
+@pytest.mark.parametrize("data", [None, [], iter([])])
+def test_a_search_space_asks_for_data_too(data: Any) -> None:
+    model = tiny("residual")
+    words = {
+        "model": model,
+        "evaluator": evaluator(model),
+        "example_inputs": example(),
+        "data": data,
+    }
+    with pytest.raises(ConfigError, match=r"data: got .*; `gdp` needs batches") as caught:
+        build_pruner({"pruner": "gdp", "sparse_ratio": 2.0}, **words)
+    assert len(caught.value.problems) == 2
+    _, masks = build_pruner({"pruner": "lamp", "sparse_ratio": 0.5}, **words).compress()
+    assert masks  # LAMP looks at weights alone
+
+
 def test_problems_come_at_once() -> None:
     wrong: dict[str, Any] = {"epochs": -2, "seed": 1.5, "training": {"epochs": 1}, "loss": "mean"}
     with pytest.raises(ConfigError) as caught:
@@ -302,13 +318,10 @@ def test_what_is_wrong_is_said() -> None:
     with pytest.raises(ConfigError, match="before it is traced"):
         pruner_of("scop", options={"residual": "scatter"})
     model = tiny("residual")
-    with pytest.raises(ConfigError, match="give `data=loader`"):
-        build_pruner(
-            {"pruner": "scop", "target_fraction": 0.5},
-            model=model,
-            evaluator=evaluator(model),
-            example_inputs=example(),
-        )
+    with pytest.raises(ConfigError, match=r"StrategyPruner: .*\n.*neither `target` nor any"):
+        StrategyPruner(model, CONVOLUTIONS, "l1", batches())
+    with pytest.warns(UserWarning, match="StrategyPruner: layers that stay whole"):
+        pruner_of("l1", config_list=[{"op_names": ["0.0", "1.main.0.0"], "sparse_ratio": 0.5}])
     pruner = pruner_of("l1", config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     with pytest.raises(ConfigError, match="epochs"):
         pruner.compress(max_steps=3)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from latency_helpers import assert_close, expected
@@ -23,8 +26,11 @@ from wgates_plugin.latency import (
     RuntimeSettings,
     base,
     onnx_export,
+    onnx_runtime,
 )
 from wgates_plugin.latency.onnx_export import check_agreement, export_torchscript
+from wgates_plugin.latency.onnx_model import OnnxModelRuntime
+from wgates_plugin.latency.onnx_runtime import CudaOnnxSession
 from wgates_plugin.tracing import trace
 
 
@@ -140,6 +146,85 @@ def test_weights_in_a_file_beside_the_model_are_read(tmp_path: Path) -> None:
     beside.unlink()
     with pytest.raises(FileFormatError, match=r"model\.onnx.*cannot be loaded.*model\.onnx\.data"):
         OnnxRuntime().load_file(path, example())
+
+
+def convolution(path: Path, kind: str, *, fed: str | None = None, ir_version: int = 9) -> Path:
+    """A file with one convolution of numbers of this kind, made of those that are fed."""
+    onnx = pytest.importorskip("onnx")
+    number = getattr(onnx.TensorProto, kind)
+    values = np.ones((4, 3, 3, 3), onnx.helper.tensor_dtype_to_np_dtype(number))
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Cast", ["x"], ["x of its kind"], to=number),
+            onnx.helper.make_node("Conv", ["x of its kind", "w"], ["y"]),
+        ],
+        "one convolution",
+        [
+            onnx.helper.make_tensor_value_info(
+                "x", getattr(onnx.TensorProto, fed or kind), [1, 3, 8, 8]
+            )
+        ],
+        [onnx.helper.make_tensor_value_info("y", number, None)],
+        [onnx.numpy_helper.from_array(values, "w")],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[opset], ir_version=ir_version), str(path)
+    )
+    return path
+
+
+@pytest.mark.parametrize("runtime", [OnnxRuntime, OpenVinoRuntime])
+@pytest.mark.parametrize("kind", ["FLOAT16", "DOUBLE", "BFLOAT16"])
+def test_inputs_of_other_floats_are_refused_by_name(
+    runtime: type[OnnxModelRuntime], kind: str, tmp_path: Path
+) -> None:
+    path = convolution(tmp_path / "other.onnx", kind)
+    with pytest.raises(ExportError, match=f"`x` is {kind.lower()}; this package feeds float32"):
+        runtime().load_file(path, {"x": example(batch=1)})
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ({"kind": "FLOAT", "ir_version": 99}, "IR version"),
+        ({"kind": "DOUBLE", "fed": "FLOAT"}, "NOT_IMPLEMENTED"),
+    ],
+)
+def test_a_sound_file_that_does_not_load_is_not_merely_called_damaged(
+    made: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = convolution(tmp_path / "sound.onnx", **made)
+    words = rf"sound.onnx.*cannot be loaded \(.*{reason}.*\); it is damaged, or made for another "
+    with pytest.raises(FileFormatError, match=words + "version, or with operators or types that"):
+        OnnxRuntime().load_file(path, {"x": example(batch=1)})
+
+
+def test_a_closed_gpu_session_holds_nothing() -> None:
+    class Native:
+        def io_binding(self) -> Native:
+            return self
+
+        def get_outputs(self) -> list[Any]:
+            return []
+
+        def synchronize_inputs(self) -> None: ...
+
+    native = Native()
+    held = weakref.ref(native)
+    session = CudaOnnxSession(native, {}, identity={})
+    del native
+    session.close()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="this session is closed"):
+        session.run()
+
+
+def test_a_profile_without_kernels_knows_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = OnnxRuntime()
+    model = export_torchscript(tiny("plain"), example())
+    monkeypatch.setattr(onnx_runtime, "_is_kernel", lambda event: False)
+    assert runtime.layer_times_ms(model, example(), {}) == {}
 
 
 def test_a_gpu_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

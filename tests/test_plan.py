@@ -15,7 +15,7 @@ from helpers import random_plan
 from networks import example, tiny
 
 from wgates_plugin import ChannelSpace, PruningPlan, trace
-from wgates_plugin.closed_loop import capped, relative_plan, trimmed
+from wgates_plugin.closed_loop import capped, relative_plan, subset, trimmed
 from wgates_plugin.efficiency import Budget, Limit, MacsModel
 from wgates_plugin.errors import FileFormatError, PlanError
 from wgates_plugin.surgery import remove
@@ -48,6 +48,37 @@ def test_top_keeps_the_best_and_breaks_ties_by_number(space: ChannelSpace) -> No
     assert plan.kept[0] == (0, 5)
     assert plan.kept[1] == (0, 1)
     assert plan.widths == tuple(widths)
+
+
+def test_scores_that_order_nothing_are_refused(space: ChannelSpace) -> None:
+    widths = space.full_widths
+    scores = torch.rand(space.total_units)
+    with pytest.raises(PlanError, match=rf"shape \(3,\), needed \({space.total_units},\)"):
+        PruningPlan.top(space, scores[:3], widths)
+    infinite = scores.clone()
+    infinite[0], infinite[-1] = float("inf"), float("-inf")
+    PruningPlan.top(space, infinite, widths)
+    for index in (0, 2):
+        scores[space.offsets[index]] = float("nan")
+    with pytest.raises(PlanError, match=rf"of `{space.names[0]}`, `{space.names[2]}` are not fin"):
+        PruningPlan.top(space, scores, widths)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e30])
+def test_what_is_gone_stays_gone_whatever_the_scores(size: float) -> None:
+    """A float32 of a billion has no room for a difference of one."""
+    space = trace(tiny("plain"), example())
+    generator = torch.Generator().manual_seed(0)
+    scores = size * (1.0 + 1e-3 * torch.rand(space.total_units, generator=generator))
+    odd = PruningPlan.from_masks(space, torch.arange(space.total_units) % 2 == 1)
+    scores[odd.kept[0][0]] = scores.min()
+    scores[odd.kept[0][1]] = -torch.inf
+    assert subset(odd, scores, odd.widths).kept == odd.kept
+    best = subset(odd, scores, (2, 3)).kept
+    for index, kept in enumerate(best):
+        mine = scores[space.unit_slice(index)]
+        order = sorted(odd.kept[index], key=lambda unit: -float(mine[unit]))
+        assert kept == tuple(sorted(order[: len(kept)]))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +149,19 @@ def test_composition_equals_two_removals() -> None:
     assert relative_plan(both, outer, inner.space).kept == inner.kept
     with pytest.raises(PlanError, match="keeps what is gone already"):
         both.compose(outer)
+
+
+def test_floors_that_are_fractions_shrink_with_the_network() -> None:
+    network = tiny("plain")
+    twice = copy.deepcopy(network)
+    outer = PruningPlan.leading(trace(network, example(), min_fraction=0.5), (4, 6))
+    remove(twice, outer, example())
+    inner = PruningPlan.leading(trace(twice, example(), min_fraction=0.5), (2, 4))
+    both = outer.compose(inner)
+    assert both.widths == (2, 4)
+    assert [group.floor for group in both.space.groups] == [2, 3]
+    assert both.space.fingerprint == outer.space.fingerprint
+    assert PruningPlan.from_json(both.to_json()).kept == both.kept
     with pytest.raises(PlanError, match="is gone already"):
         relative_plan(outer, both, both.space)
 

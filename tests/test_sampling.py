@@ -22,16 +22,18 @@ from fake_bench import (
     staircase_ms,
     steady_bench,
 )
-from networks import example, tiny
-from torch import Tensor
+from networks import conv, example, tiny
+from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
-from wgates_plugin.efficiency.bench import Bench, Trust, half_widths, light_bench, quietest
+from wgates_plugin.efficiency import sample_file as sample_file_module
+from wgates_plugin.efficiency.bench import Bench, Trust, light_bench, quietest
 from wgates_plugin.efficiency.lpnet.data import grid_of
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import (
     Active,
+    SamplingCost,
     collect,
     draw_widths,
     mixed_grids,
@@ -123,6 +125,32 @@ def test_a_torn_last_line_is_cut_off(space: ChannelSpace, path: Path, cut: int) 
     torn.add([6, 6], measured(1.7))
     assert open_file(path, space).widths == [*[(4, 8), (8, 12)][:complete], (6, 6)]
     assert len(lines_of(path)) == 3 + complete
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_line_that_cannot_be_written_is_taken_back(
+    space: ChannelSpace, path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    file = open_file(path, space)
+    file.add([4, 8], measured(1.5))
+    before = path.read_bytes()
+
+    def torn(where: Path, value: Any) -> None:
+        with where.open("ab") as out:
+            out.write(b'{"type": "sam')
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_file_module, "append_line", torn)
+        with pytest.raises((FileFormatError, KeyboardInterrupt)) as caught:
+            file.add([8, 12], measured(2.0))
+    if isinstance(error, OSError):
+        for piece in (f"samples `{path}`: cannot be written", "No space left", "start again"):
+            assert piece in str(caught.value)
+    assert path.read_bytes() == before
+    assert file.widths == [(4, 8)]
+    file.add([8, 12], measured(2.0))
+    assert open_file(path, space).widths == [(4, 8), (8, 12)]
 
 
 def test_a_torn_line_in_the_middle_is_refused(space: ChannelSpace, path: Path) -> None:
@@ -337,12 +365,26 @@ def test_layer_times_go_into_the_file(space: ChannelSpace, path: Path) -> None:
     expected = [{"0.0": pytest.approx(0.1 * w[0])} for w in file.widths[:2]]
     assert open_file(path, space).layers_ms == [*expected, None]
 
-    def broken(widths: Sequence[int]) -> dict[str, float]:
-        raise RuntimeError("no profiler")
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_profile_that_fails_or_is_empty_is_asked_for_once(
+    space: ChannelSpace, path: Path, caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
+    asked: list[Sequence[int]] = []
+
+    def broken(widths: Sequence[int]) -> dict[str, float]:
+        asked.append(widths)
+        if fails:
+            raise RuntimeError("no profiler")
+        return {}
+
+    bench = steady_bench(space)
     bench.family.layer_times_ms = broken  # type: ignore[attr-defined]
+    file = open_file(path, space)
     collect(file, space, bench, count=4, **OPTIONS)
-    assert file.layers_ms[3] is None
+    assert file.layers_ms == [None] * 4
+    assert len(asked) == 1
+    assert caplog.text.count("no layer times") == fails
 
 
 class NearestKnown:
@@ -441,6 +483,8 @@ def test_doubts() -> None:
     assert trust.doubt(steady, [1.05] * 5) is None
     assert trust.doubt(steady, [1.2, 1.2]) is None  # too few to say what is usual
     assert trust.doubt(steady, [1.2] * 9 + [1.0] * 3) is None  # the machine's new state
+    for drifts in ([], [1.2] * 9):
+        assert Trust(neighbours=0).doubt(steady, drifts) is None
 
 
 # The light reference
@@ -454,8 +498,8 @@ def test_a_light_reference_keeps_the_clock_of_the_untouched_network(
     dense_ms = staircase_ms(space, space.full_widths)
     dense = SteadySession(1.5 * dense_ms)
     bench = light_bench(family, space, dense, dense_ms, grid=1, seconds=0.0)
-    assert half_widths(space, 1) == tuple(group.channels // 2 for group in space.groups)
-    assert bench.reference_ms == pytest.approx(staircase_ms(space, half_widths(space, 1)))
+    assert space.half_widths() == tuple(group.channels // 2 for group in space.groups)
+    assert bench.reference_ms == pytest.approx(staircase_ms(space, space.half_widths()))
     file = open_file(path, space)
     collect(file, space, bench, count=8, **OPTIONS)
     for widths, latency_ms in zip(file.widths, file.latencies_ms, strict=True):
@@ -610,6 +654,40 @@ def test_the_grid_of_widths(space: ChannelSpace) -> None:
     assert mixed_grids(space, [(4, full[1])] * 3, 4) == []
     (words,) = mixed_grids(space, [(4, 8)] * 3, 1)
     assert "the 3 kept samples are on multiples of 4 channels, new ones on multiples of 1" in words
+
+
+def test_a_cap_off_the_grid_does_not_hide_it() -> None:
+    network = nn.Sequential(conv(3, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), conv(64, 4))
+    space = trace(network, example(), caps={"0": 10})
+    assert space.allowed_widths(16)[0] == [10]
+    rows = [draw_widths(space, 16, np.random.default_rng(seed)) for seed in range(30)]
+    assert grid_of(space, rows) == 16
+    assert mixed_grids(space, rows, 16) == []
+    (words,) = mixed_grids(space, rows, 8)
+    assert (
+        "the 30 kept samples are on multiples of 16 channels, new ones on multiples of 8" in words
+    )
+    within = trace(network, example(), floors={"0": 32, "2": 64}, caps={"0": 48})
+    assert grid_of(within, [(32, 64), (48, 64)]) == 16  # a cap that is not all there is counts
+
+
+def test_samples_that_repeat_count_once(tmp_path: Path) -> None:
+    network = tiny("plain")
+    space = trace(network, example())
+    study = LatencyStudy(network, space, example(), LatencyTarget(fraction=1.0, runtime="eager"))
+    study._family, study._reference = SteadyFamily(space), SteadySession(REFERENCE_MS)
+    study.reference_ms = REFERENCE_MS
+    file = study.open_samples(tmp_path / "samples")
+    for _ in range(8):
+        file.add([4, 8], measured(1.5))
+    study.sample(count=8, profile=False, **OPTIONS)
+    assert (file.distinct, len(file)) == (8, 15)
+
+
+def test_a_share_in_inference_is_of_all_workers() -> None:
+    assert SamplingCost(10.0, 8.0).share_in_inference == pytest.approx(0.8)
+    assert SamplingCost(10.0, 16.0, workers=2).share_in_inference == pytest.approx(0.8)
+    assert SamplingCost(0.0, 0.0, workers=2).share_in_inference == 0.0
 
 
 def test_the_newest_clock_goes_on_though_nothing_was_measured_by_it(

@@ -101,6 +101,14 @@ def test_large_images_are_fitted_at_low_rank() -> None:
     assert not torch.equal(model(images), first)
 
 
+@pytest.mark.parametrize("count", [2, 20, 40])
+def test_directions_are_at_right_angles_however_few_the_images(count: int) -> None:
+    images = correlated_images(4).repeat(10, 1, 1, 1) if count == 40 else torch.rand(count, 3, 6, 6)
+    basis = fit_gaussian(images, rank=256).basis.double()
+    assert basis.shape[1] == min(count, 4 if count == 40 else count) - 1
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]).double(), atol=1e-4)
+
+
 def test_constant_images_do_no_harm() -> None:
     assert torch.isfinite(fit_gaussian(torch.ones(4, 1, 3, 3))(torch.ones(2, 1, 3, 3))).all()
 
@@ -304,6 +312,21 @@ def test_norms_are_those_that_read_the_producer_itself() -> None:
     assert set(norms) == {"0", "1.main.2", "2.main.2"}
     scores = unit_scores(trace(net, example()), Betas(net, trace(net, example())), norms)
     assert torch.equal(scores, torch.zeros_like(scores))  # every beta is one half
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = conv(3, 8), nn.BatchNorm2d(8), Head(8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.relu(self.norm(input=self.conv(input=images))))
+        return logits
+
+
+def test_a_norm_that_is_called_by_keyword_is_found() -> None:
+    net = ByKeyword()
+    assert norms_behind(net, ("conv",), example()) == {"conv": net.norm}
 
 
 def scop_task(net: nn.Module, loader: Any, **options: Any) -> tuple[Task, ChannelSpace]:

@@ -232,6 +232,20 @@ def test_checkpoints_of_another_decision_are_refused(strategy: str) -> None:
     assert same(Case(strategy, "residual").decide(checkpoints), whole)
 
 
+@pytest.mark.parametrize("strategy", OTHER_OPTIONS)
+def test_checkpoints_of_other_weights_are_refused(strategy: str) -> None:
+    checkpoints, case = InMemory(), Case(strategy, "residual")
+    whole = case.decide(checkpoints)
+    other = Case(strategy, "residual")
+    with torch.no_grad():
+        next(other.network.parameters()).mul_(2)
+    with pytest.raises(RunFolderError, match=r"another run \(different: weights\), which this one"):
+        other.decide(checkpoints)
+    (name, *_) = checkpoints._states
+    checkpoints._states[name]["identity"].pop("weights")  # as an older version has left it
+    assert same(case.decide(checkpoints), whole)
+
+
 def test_checkpoints_of_another_strategy_are_refused() -> None:
     checkpoints = InMemory()
     Case("slim", "residual").decide(checkpoints)
@@ -332,3 +346,18 @@ def test_strategies_leave_modes_as_found() -> None:
         case.network.eval()
         assert not any(m.training for m in case.decide().network.modules()), strategy
     assert isinstance(case.network, nn.Module)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_no_numbers_are_told(wrong: float) -> None:
+    space = trace(tiny("plain"), example())
+    scores = torch.rand(space.total_units)
+    decision = Decision(tiny("plain"), scores, space.full_widths, facts={"key": {1, 2}})
+    with pytest.raises(ConfigError, match=r"mine: 1 problem\n.*facts"):
+        decision.plain(space, "mine")
+    scores[space.offsets[1]] = wrong
+    with pytest.raises(ConfigError, match=rf"2 problems\n.*scores of `{space.names[1]}` are not"):
+        decision.plain(space, "mine")
+    short = Decision(tiny("plain"), torch.zeros(3), space.full_widths)
+    with pytest.raises(ConfigError, match=rf"have shape \(3,\), needed \({space.total_units},\)"):
+        short.plain(space, "mine")

@@ -147,3 +147,24 @@ def test_relative_error_is_relative_to_the_largest_value() -> None:
     with torch.no_grad():
         broken[2].fc.bias[0] = float("nan")
     assert removal_error(network, broken, plan, example()) == float("inf")
+
+
+def _orders(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: weight.stride() for name, weight in network.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped", "depthwise", "transposed"])
+def test_weights_keep_their_memory_order(name: str) -> None:
+    network = tiny(name).to(memory_format=torch.channels_last)
+    plain = tiny(name)
+    plan = random_plan(trace(plain, example()), 0)
+    for smaller in (
+        resize(network, plan.space, plan),
+        remove(copy.deepcopy(network), plan, example()),
+    ):
+        images = [weight for weight in smaller.parameters() if weight.dim() == 4]
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in images)
+        assert any(not weight.is_contiguous() for weight in images)
+    whole = resize(plain, plan.space, plan)
+    assert _orders(whole) == _orders(remove(plain, plan, example()))
+    assert all(weight.is_contiguous() for weight in whole.parameters())

@@ -117,7 +117,28 @@ def test_blocks_are_of_one_length_and_bounded(estimates_ms: list[float], count: 
 def test_slow_networks_warm_up_less() -> None:
     session, _, clock, _ = scripted([700], [1])
     found = quiet(session, clock, min_rounds=2, warmup=5)
-    assert found.warmup == 1
+    assert found.warmup == 2
+
+
+@pytest.mark.parametrize(("ms", "runs"), [(99.0, 2), (40.0, 3), (30.0, 4), (25.0, 4), (20.0, 5)])
+def test_the_warm_up_ends_after_a_tenth_of_a_second(ms: float, runs: int) -> None:
+    session, _, clock, _ = scripted([ms], [1])
+    assert quiet(session, clock, min_rounds=1, warmup=5).warmup == runs
+
+
+def test_a_first_inference_that_compiles_neither_ends_the_warm_up_nor_counts() -> None:
+    session, reference, clock, _ = scripted([300, 5], [1000, 5])
+    found = quiet(session, clock, reference=reference, min_rounds=2, warmup=5)
+    assert found.warmup == 5
+    assert found.inferences == 2 * 2 * 3  # blocks of 15 ms
+    assert found.latency_ms == 5
+
+
+def test_every_timed_inference_is_counted() -> None:
+    session, reference, clock, log = scripted([5], [10])
+    found = quiet(session, clock, reference=reference, min_rounds=4)
+    assert found.inferences == len(log) - 2  # without the warm-up
+    assert found.inference_seconds == pytest.approx(found.inferences * 0.0075)
 
 
 def test_the_sessions_own_clock_is_preferred() -> None:

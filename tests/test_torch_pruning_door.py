@@ -23,7 +23,7 @@ from wgates_plugin.errors import (
     TargetError,
     TraceError,
 )
-from wgates_plugin.integrations.torch_pruning import WGatesPruner
+from wgates_plugin.integrations.torch_pruning import StrategyPruner, WGatesPruner
 from wgates_plugin.pipeline import prune_to_target
 from wgates_plugin.strategies import WGatesSettings
 from wgates_plugin.strategies.criteria_repaired import HessianImportance, TaylorImportance
@@ -223,6 +223,30 @@ def test_every_form_of_efficiency() -> None:
             assert float(limit.model(widths)) <= limit.target
     with pytest.raises(ConfigError, match="target: a Budget holds its targets"):
         WGatesPruner(tiny("plain"), example(), efficiency=forms[-1][0], target=2e4)
+
+
+@pytest.mark.parametrize("made", [tuple, list])
+def test_several_inputs_may_be_listed(made: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("residual")
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.net(x + y)
+            return out
+
+    inputs = made([example(), example(seed=1)])
+    expected = trace(Two(), (example(), example(seed=1))).to_json()
+    assert trace(Two(), inputs).to_json() == expected
+    for kind, words in ((WGatesPruner, []), (StrategyPruner, ["l1"])):
+        pruner = kind(Two().train(), inputs, *words)
+        assert pruner.space.to_json() == expected
+        if kind is WGatesPruner:
+            pruner.model(*inputs).sum().backward()
+            pruner.regularize(pruner.model)
+        pruner.step()
+        assert pruner.model(*inputs).shape == (2, 5)
 
 
 def test_round_to_and_ignored_layers() -> None:

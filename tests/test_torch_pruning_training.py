@@ -154,6 +154,7 @@ def test_an_overflow_under_a_loss_scaler_steps_no_gate() -> None:
             loss = pruner.model(example(8, seed=seed)).square().mean()
         scaler.scale(loss * (1e36 if seed == 1 else 1.0)).backward()
         before = scores_of(pruner)
+        scaler.unscale_(optimizer)
         monitor = pruner.regularize(pruner.model, scale=scaler.get_scale())
         assert torch.equal(scores_of(pruner), before) == (seed == 1)
         scaler.step(optimizer)
@@ -164,6 +165,68 @@ def test_an_overflow_under_a_loss_scaler_steps_no_gate() -> None:
     assert scales[0] == 2 * scales[1]  # the scaler saw it too
     assert monitor["skipped"] == 1.0
     pruner.step()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_weights_under_a_loss_scaler_take_the_same_steps(clipped: bool) -> None:
+    """With what the gates add to the weights' gradient."""
+    found = []
+    for scaled in (False, True):
+        pruner = pruner_of()
+        network, first = pruner.model, pruner.model[0][0].weight
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
+        scaler = torch.amp.GradScaler("cpu", growth_interval=2, enabled=scaled)
+        shares = []
+        for seed in range(6):
+            optimizer.zero_grad()
+            scaler.scale(network(example(8, seed=seed)).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            before = first.grad.clone()
+            pruner.regularize(network, scale=scaler.get_scale())
+            shares.append(first.grad - before)
+            if clipped:
+                nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        assert shares[-1].abs().sum() > 0
+        found.append({"shares": torch.stack(shares), **network.state_dict()})
+    assert same_tensors(*found)  # powers of two are exact
+
+
+def test_regularize_after_the_optimizers_step_is_refused() -> None:
+    pruner = pruner_of()
+    optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.02)
+    pruner.model(example(8)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(
+        TrainingError, match=r"between `loss.backward\(\)` and `optimizer.step\(\)`"
+    ):
+        pruner.regularize(pruner.model)
+
+
+# Copies
+
+
+def test_a_copy_of_the_network_is_plain_whenever_it_is_made() -> None:
+    """As a running average or the best network so far is."""
+    pruner = pruner_of()
+    network = pruner.model
+    copies = [copy.deepcopy(network)]
+    loss = network(example(8)).square().mean()
+    copies.append(copy.deepcopy(network))  # gates hold what the backward pass needs
+    loss.backward()
+    copies.append(copy.deepcopy(network))
+    pruner.regularize(network)
+    copies.append(copy.deepcopy(network))
+    pruner.step()
+    for twin in copies:
+        plain = tiny("residual")
+        plain.load_state_dict(twin.state_dict())
+        assert torch.equal(twin.eval()(example()), plain.eval()(example()))
+        another = WGatesPruner(twin, example(), pruning_ratio=0.5, settings=AT_ONCE)
+        learn(another, twin, steps=1)
+        another.step()
+        assert twin[0][0].out_channels == network[0][0].out_channels
 
 
 # Bad batches

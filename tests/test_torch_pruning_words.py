@@ -297,8 +297,14 @@ def test_options_at_torch_prunings_defaults_ask_for_nothing() -> None:
         ch_sparsity_dict=None,
         root_module_types=[tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, tp.ops.TORCH_LSTM],
     ).detach()
-    with pytest.raises(ConfigError, match="alpha: no coefficient"):
-        WGatesPruner(network, example()).regularize(network, alpha=4)
+    pruner = WGatesPruner(network, example())
+    with pytest.raises(
+        ConfigError, match=r"alpha: no coefficient[\s\S]*bias: gates take the place"
+    ):
+        pruner.regularize(network, alpha=4, bias=True)
+    network.train()(example()).sum().backward()
+    pruner.regularize(network, bias=False, group_lasso=False)
+    assert pruner.gates.step == 1
 
 
 @pytest.mark.parametrize(

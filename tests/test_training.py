@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from wgates_plugin.training import (
     progress,
     recalibrate_batchnorm,
 )
-from wgates_plugin.training.as_found import seed_epoch
+from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.training.evaluation import cross_entropy
 from wgates_plugin.training.progress import Bar
 
@@ -236,6 +237,19 @@ def test_the_epoch_reaches_the_sampler_within_a_batch_sampler() -> None:
     batches = DataLoader(dataset, batch_sampler=BatchSampler(order, 4, drop_last=False))
     seed_epoch(0, 3, torch.device("cpu"), batches)
     assert order.epoch == 3
+
+
+def test_a_samplers_seed_is_set_for_an_epoch_and_given_back() -> None:
+    dataset: Any = TensorDataset(torch.arange(8))
+    order: Any = DistributedSampler(dataset, num_replicas=1, rank=0, seed=5)
+    batches, cpu = DataLoader(dataset, sampler=order), torch.device("cpu")
+    found = []
+    for seed in (0, 0, 1):
+        with random_state_kept(cpu, batches):
+            seed_epoch(seed, 3, cpu, batches)
+            found.append(list(order))
+    assert found[0] == found[1] != found[2]
+    assert (order.seed, order.epoch) == (5, 0)
 
 
 @pytest.mark.parametrize("make", [loader, torch_loader, batch_sampled_loader])
@@ -435,6 +449,116 @@ def test_targets_that_are_no_classes_have_no_accuracy() -> None:
             evaluate(one_output, [(images / 255, targets)])
 
 
+@pytest.mark.parametrize(
+    "targets", [torch.randn(32, 2), torch.ones(32, 2), torch.tensor([[1.5, -0.5]] * 32)]
+)
+def test_numbers_that_are_no_probabilities_have_no_accuracy(targets: Tensor) -> None:
+    """Of the logits' shape, as in regression and with several labels to an image."""
+    images, labels = quadrants(32)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    batches = [(images / 255, targets)]
+    settings = TrainingSettings(epochs=1, **CPU)
+    history = Trainer(network, batches, settings, loss=functional.mse_loss).run()
+    assert history[0]["accuracy"] is None
+    with pytest.raises(TrainingError, match=r"no classification; .* whose sum is 1"):
+        evaluate(network, batches)
+    sure = functional.one_hot(labels, 2)
+    for soft in (sure.double(), (0.9 * sure + 0.05).bfloat16().float()):
+        scored = evaluate(network, [(images / 255, soft.float())])
+        assert scored.accuracy == evaluate(network, [(images / 255, labels)]).accuracy
+
+
+def test_a_loss_of_one_number_in_any_shape_will_do() -> None:
+    found = []
+    for shape in ((), (1,), (1, 1)):
+        network = small_network()
+        Trainer(
+            network,
+            loader(),
+            TrainingSettings(epochs=1, **CPU),
+            loss=lambda y, t, shape=shape: functional.cross_entropy(y, t).view(shape),
+        ).run()
+        found.append(weights(network))
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda y, t: functional.cross_entropy(y, t, reduction="none"), r"\(16,\)"),
+        (lambda y, t: float(functional.cross_entropy(y, t).detach()), "float"),
+    ],
+)
+def test_a_loss_that_is_no_single_number_is_refused(loss: Any, got: str) -> None:
+    network = small_network()
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    trainer = Trainer(network, loader(), TrainingSettings(epochs=1, **CPU), loss=loss)
+    with pytest.raises(TrainingError, match=rf"train: the loss gave {got}, needed a tensor of one"):
+        trainer.run()
+    assert same(before, weights(network))
+
+
+def test_a_batch_of_labels_to_ignore_teaches_and_counts_nothing() -> None:
+    logits, ignored = torch.randn(4, 2, requires_grad=True), torch.full((4,), -100)
+    cross_entropy(logits, ignored, label_smoothing=0.1).backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
+    assert cross_entropy(torch.zeros(2, 200), torch.tensor([156, 156]).byte()) > 1  # no -100
+    images, targets = quadrants(32)
+    without = (images[:4] / 255, ignored)
+
+    def loss_of(*batches: Any, **options: Any) -> float:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        with torch.no_grad():
+            network[1].weight.zero_()  # type: ignore[operator, union-attr]
+            network[1].bias.zero_()  # type: ignore[operator, union-attr]
+        history = Trainer(network, batches, TrainingSettings(epochs=1, **CPU), **options).run()
+        return float(history[0]["loss"])
+
+    assert loss_of((images / 255, targets), without) == pytest.approx(math.log(2))
+    with pytest.raises(TrainingError, match=r"epoch 1: .* one to ignore \(-100\)"):
+        loss_of(without)
+    # A loss of the user's own may judge what has no labels.
+    assert loss_of(without, loss=lambda answers, _: (answers - 1).square().mean()) == 1.0
+
+
+def test_a_batch_of_one_that_a_norm_cannot_train_on_is_named() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    images, targets = quadrants(17)
+    trainer = Trainer(network, TensorLoader(images, targets, 16), TrainingSettings(**CPU))
+    with pytest.raises(TrainingError, match=r"epoch 1, step 1: a BatchNorm has one value"):
+        trainer.run()
+
+
+class InPlace(nn.Module):
+    """Normalises the very images that it is given."""
+
+    def __init__(self, seen: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.inner, self.seen = small_network(), seen
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.seen is not None:
+            self.seen.append(images.clone())
+        logits: Tensor = self.inner(images.sub_(0.5).div_(0.25))
+        return logits
+
+
+def test_a_network_that_works_in_place_leaves_batches_and_teacher_theirs() -> None:
+    images, targets = quadrants(32)
+    batches = [(images / 255, targets)]
+    seen: list[Tensor] = []
+    settings = TrainingSettings(epochs=2, distillation_weight=0.5, **CPU)
+    network = InPlace()
+    Trainer(network, batches, settings, teacher=InPlace(seen)).run()
+    assert len(seen) == 2
+    assert all(torch.equal(found, images / 255) for found in seen)
+    assert evaluate(network, batches) == evaluate(network, batches)
+    recalibrate_batchnorm(network, batches)
+    assert torch.equal(batches[0][0], images / 255)
+
+
 # --- distillation ----------------------------------------------------------------------------
 
 
@@ -596,6 +720,15 @@ def test_recalibration_averages_over_all_calls_of_a_norm_and_only_of_those_that_
     assert network.shared.momentum == 0.1
 
 
+def test_instance_norms_that_track_statistics_are_recalibrated_too() -> None:
+    network: Any = nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True))
+    network[0].running_mean.fill_(7.0)
+    data = [(example(4, seed=seed)[:, :1] + seed, None) for seed in range(3)]
+    assert recalibrate_batchnorm(network, data) == 12
+    mean = torch.cat([images for images, _ in data]).mean((0, 2, 3))
+    torch.testing.assert_close(network[0].running_mean, mean)
+
+
 def test_recalibration_waits_for_no_other_process() -> None:
     """`SyncBatchNorm` would: on a GPU it meets the other processes, on the CPU it refuses to."""
     network: Any = nn.Sequential(nn.SyncBatchNorm(3))
@@ -639,8 +772,11 @@ TWO_PROCESSES = '''
 import sys
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+)
 from wgates_plugin.catalogue.tensor_loader import TensorLoader
+from wgates_plugin.errors import TrainingError
 from wgates_plugin.training import Trainer, TrainingSettings
 
 torch.set_num_threads(1)
@@ -648,18 +784,18 @@ images = torch.randint(0, 255, (32, 1, 4, 4), generator=torch.Generator().manual
 data, targets = images.to(torch.uint8), torch.arange(32) % 2
 
 
-def train(loader, seen=None, first=0):
+def train(loader, seed=3, first=0):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     settings = TrainingSettings(epochs=2, learning_rate=0.1, accelerator="cpu")
-    trainer = Trainer(network, loader, settings, seed=3)
+    trainer = Trainer(network, loader, settings, seed=seed)
     history = trainer.run(first_epoch=first)
     return trainer, network, history
 
 
-def batches(loader, epoch):
+def batches(loader, epoch, seed=3):
     """What this process sees in `epoch` when training starts there."""
-    trainer, seen = train(loader, first=2)[0], []
+    trainer, seen = train(loader, seed, first=2)[0], []
     trainer.total_epochs = 3
     trainer.network.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     trainer.run(first_epoch=epoch, epochs=1)
@@ -668,10 +804,40 @@ def batches(loader, epoch):
 
 in_memory = TensorLoader(data, targets, 8, shuffle=True)
 trainer, network, history = train(in_memory)
+refused = ""
+
+
+class Numbered(Dataset):
+    """Its number and a random one."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return torch.tensor([index, torch.rand(())] + [0.0] * 14).view(1, 4, 4), index % 2
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return 32
+
+    def __iter__(self):
+        return iter([Numbered()[index] for index in range(32)])
+
+
+try:
+    train(DataLoader(Stream(), batch_size=8))
+except TrainingError as error:
+    refused = str(error)
 assert trainer.fabric.world_size == 2 and trainer.steps_per_epoch == 2
 shuffled = DataLoader(TensorDataset(data / 255, targets), batch_size=8, shuffle=True)
 mine = {"weight": network[1].weight.detach(), "loss": history[-1]["loss"]}
 mine["tensor"] = batches(in_memory, 1)
+for name, seed in (("drawn", 3), ("other", 4)):
+    mine[name] = batches(DataLoader(Numbered(), batch_size=8, shuffle=True), 0, seed)[:, 0, 0, :2]
+weighted = WeightedRandomSampler(torch.arange(1.0, 33), 32, replacement=False)
+mine["weighted"] = batches(DataLoader(Numbered(), batch_size=8, sampler=weighted), 0)[:, 0, 0, :2]
+mine["refused"] = refused
 mine["first"], mine["second"] = batches(shuffled, 0), batches(shuffled, 1)
 torch.save(mine, f"{sys.argv[1]}/{trainer.fabric.global_rank}.pt")
 
@@ -709,6 +875,14 @@ def test_two_processes_share_data_and_agree(tmp_path: Path) -> None:
         both = torch.cat([one[part], two[part]]).flatten(1)
         assert len(both.unique(dim=0)) == 32
     assert not torch.equal(one["first"], one["second"])
+    for part in ("drawn", "weighted"):  # one order in common, shared out
+        orders = torch.cat([one[part], two[part]])[:, 0]
+        assert sorted(orders.tolist()) == list(range(32))
+    assert not torch.equal(one["drawn"][:, 0], one["other"][:, 0])  # which the seed decides on
+    assert not (one["drawn"][:, 1] == two["drawn"][:, 1]).any()  # all else each for itself
+    assert not (one["weighted"][8:, 1] == two["weighted"][8:, 1]).any()
+    for found in (one, two):
+        assert "DataLoader`: 2 processes cannot share it" in found["refused"]
 
 
 def test_a_part_of_the_schedule_counts_its_own_epochs(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import struct
@@ -27,6 +28,7 @@ from wgates_plugin.files import load_tensors, write_json
 from wgates_plugin.pipeline import prune_to_target
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.recipe.checks import checked
+from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.strategies.base import InMemory
 from wgates_plugin.surgery import rebuild
 from wgates_plugin.targets import MacsTarget, PruningSettings
@@ -452,6 +454,34 @@ def test_interrupted_it_goes_on_and_ends_in_the_same_place(saves: int) -> None:
     assert [r["epoch"] for r in again.history] == list(range(6))
 
 
+def test_checkpoints_of_another_call_are_refused() -> None:
+    chosen = UnificationSettings(rho=(1e-2,), retrain_epochs=1)
+    network, kept = networks.tiny("residual"), InMemory()
+
+    def unified(**changes: Any) -> Unified:
+        told = {"settings": chosen, "training": QUICK, "checkpoints": kept, **changes}
+        return unify(told.pop("network", network), batches(), progress=False, **told)
+
+    first = unified()
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    fewer, faster = ({"prune_fraction": 0.1}, {"learning_rate": 0.1})
+    for changes, what in (
+        ({"settings": dataclasses.replace(chosen, **fewer)}, r"settings\.prune_fraction"),
+        ({"settings": dataclasses.replace(chosen, **faster)}, r"settings\.learning_rate, .*"),
+        ({"training": dataclasses.replace(QUICK, momentum=0.5)}, r"training\.momentum"),
+        ({"seed": 1}, "seed"),
+        ({"network": other}, "weights"),
+    ):
+        with pytest.raises(RunFolderError, match=rf"`unification\.pt`.* \(different: {what}\)"):
+            unified(**changes)
+    again = unified(training=dataclasses.replace(QUICK, epochs=9))  # which have no say here
+    assert same_bits(dict(again.network.state_dict()), dict(first.network.state_dict()))
+    kept._states["unification.pt"].pop("identity")  # as an older version has left it
+    assert same_bits(dict(unified().network.state_dict()), dict(first.network.state_dict()))
+
+
 def test_the_saved_network_comes_back(tmp_path: Path) -> None:
     unified = unify(networks.tiny("residual"), batches(), training=QUICK, progress=False)
     unified.save(tmp_path / "w.wgu")
@@ -584,6 +614,48 @@ def test_a_dead_channel_goes_and_one_that_shifts_stays() -> None:
         )
     name = next(iter(smaller.grids))
     assert smaller.grids[name].columns.size == smaller.network.get_parameter(name)[0].numel()
+
+
+class ByKeyword(nn.Module):
+    """Calls its second layer by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = self.second(input=torch.relu(self.first(images)))
+        logits: Tensor = self.head(torch.relu(seen).mean((2, 3)))
+        return logits
+
+
+def test_dead_channels_of_a_layer_that_is_called_by_keyword() -> None:
+    network, example = ByKeyword(), networks.example(2, 8, 0)
+    with torch.no_grad():
+        network.first.weight[2] = 0
+        network.first.bias[2] = -1  # type: ignore[index]
+    assert dead_channels(network, trace(network, example), example).widths == (7, 6)
+
+
+def test_an_interrupted_unification_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "whole", 0.7)
+    save = RunFolder.save_state
+
+    def stops(folder: RunFolder, name: str, state: dict[str, Any]) -> None:
+        save(folder, name, state)
+        if name == "unification.pt":
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_state", stops)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", 0.7)
+    resumed = run(tmp_path / "run", 0.7, resume=True)
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], value)
 
 
 def test_dead_channels_stay_for_floor_and_grid() -> None:

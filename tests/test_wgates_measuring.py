@@ -221,7 +221,7 @@ def test_ratios_say_how_wide_the_rounds_end() -> None:
     space = trace(network, example())
     budget = Budget.of(Limit(MacsModel(space), 0.9 * full_cost(space)))
     settings = WGatesSettings(measuring=4, rounds=2, learning_rate=0.0)
-    gates = WGates(network, space, budget, settings, opening=(4, 4)).attach()
+    gates = WGates(network, space, budget, settings, opening=lambda _: (4, 4)).attach()
     train(gates, 2)
     gates.network(example())
     assert PruningPlan.from_masks(space, gates.starting.opened()).widths == (6, 8)
@@ -238,8 +238,14 @@ def test_a_resumed_measuring_ends_where_an_uninterrupted_one_does(
         space = trace(network.train(), example())
         budget = Budget.of(Limit(MacsModel(space), 0.5 * full_cost(space)))
         settings = WGatesSettings(measuring=3, learning_rate=0.05)
-        made = WGates(network, space, budget, settings, carried=carried, opening=opening)
-        return made.attach()
+        return WGates(
+            network,
+            space,
+            budget,
+            settings,
+            carried=carried,
+            opening=None if opening is None else lambda _: opening,
+        ).attach()
 
     whole = gates_on(tiny("plain"), torch.linspace(-0.4, 0.4, 20))
     train(whole, stop)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wgates_plugin.errors import TraceError
 
-ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
 
 @contextmanager
@@ -105,10 +105,10 @@ def rng_kept(device: torch.device) -> Iterator[None]:
 
 
 def call_with(network: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """Run the network on a tensor, a tuple of arguments or a dict of keyword arguments."""
+    """Run the network on a tensor, a tuple or list of arguments or a dict of keyword arguments."""
     if isinstance(example_inputs, dict):
         return network(**example_inputs)
-    if isinstance(example_inputs, tuple):
+    if isinstance(example_inputs, (tuple, list)):
         return network(*example_inputs)
     return network(example_inputs)
 

@@ -241,6 +241,13 @@ class ChannelSpace:
     def least_widths(self, grid: int = 1) -> tuple[int, ...]:
         return tuple(widths[0] for widths in self.allowed_widths(grid))
 
+    def half_widths(self, grid: int = 1) -> tuple[int, ...]:
+        """The allowed widths nearest to half of every group's channels, (G,)."""
+        return tuple(
+            min(allowed, key=lambda width: (abs(width - group.channels / 2), width))
+            for group, allowed in zip(self.groups, self.allowed_widths(grid), strict=True)
+        )
+
     def check_widths(self, widths: Sequence[int]) -> tuple[int, ...]:
         """Validate widths (G,) against channel counts and ties.
 

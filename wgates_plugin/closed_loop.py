@@ -150,7 +150,8 @@ def subset(plan: PruningPlan, scores: Tensor, widths: Sequence[int]) -> PruningP
 
 def _present_first(plan: PruningPlan, scores: Tensor) -> Tensor:
     """Scores with the channels that went already behind all that are still there."""
-    return torch.where(plan.mask.to(scores.device), scores, scores.min() - 1.0)
+    merits = scores.double().clamp(min=torch.finfo(torch.float64).min)
+    return torch.where(plan.mask.to(scores.device), merits, -torch.inf)
 
 
 def capped(space: ChannelSpace, widths: Sequence[int]) -> ChannelSpace:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from numbers import Integral
 from typing import Any
 
@@ -21,18 +22,20 @@ from wgates_plugin.calling import (
     batch_length,
     call_with,
     left_as_found,
-    refuse_other_device,
+    map_tensors,
     shapes_of,
 )
 from wgates_plugin.channel_order import FixedViews, is_certain
 from wgates_plugin.channels import ChannelGroup, ChannelSpace, Layer, Slot
 from wgates_plugin.errors import TraceError
-from wgates_plugin.gating import Gating
 from wgates_plugin.transforms.scatter import ScatterPruner
+from wgates_plugin.untraceable import refuse_untraceable
 
 _ATTENTION = (
     "`{}` is an attention: only whole heads could go, and its own head count would not follow"
 )
+_NEIGHBOURLY = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
+"""Norms over neighbouring channels. They hold no parameter, so that the graph sees their arithmetic."""
 
 
 class DependencyTrace:
@@ -50,66 +53,22 @@ class DependencyTrace:
     ) -> None:
         """`parameter_dims` says which dimension of a bare parameter holds channels: the last one
         with more than one entry, unless it is named here."""
+        refuse_untraceable(network, example_inputs)
         self.network = network
         self.example_inputs = example_inputs
         self._parameter_dims = tuple(parameter_dims)
         self.names = {module: name for name, module in network.named_modules()}
-        self._refuse_untraceable()
         self._fixed_views = FixedViews()
         self._cut_off = False
         self._last: set[nn.Module] = set()
         self._reaching: set[nn.Module] = set()
-        with left_as_found(network):
+        self._neighbourly: dict[Any, nn.Module] = {}
+        inferring = torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), left_as_found(network):
+            if inferring:  # what was made under it enters no graph; a copy does
+                self.example_inputs = map_tensors(Tensor.clone, example_inputs)
             network.eval()
             self.layers, self.graph = self._describe_and_trace()
-
-    def _refuse_untraceable(self) -> None:
-        if not any(isinstance(module, kinds.WEIGHTED) for module in self.names):
-            raise TraceError(
-                f"network {type(self.network).__name__}: no convolution or linear layer to prune"
-            )
-        if not any(parameter.requires_grad for parameter in self.network.parameters()):
-            count = len(list(self.network.parameters()))
-            raise TraceError(
-                f"network {type(self.network).__name__}: all {count} parameters are "
-                "frozen, so nothing could recover from pruning; call "
-                "`network.requires_grad_(True)` on what may be trained"
-            )
-        for module, name in self.names.items():
-            if "parametrizations" in module._modules:
-                raise TraceError(
-                    f"module `{name}`: has a parametrization on its weight; remove it with "
-                    "torch.nn.utils.parametrize.remove_parametrizations first"
-                )
-            if isinstance(module, kinds.WEIGHTED) and module._parameters.get("weight") is None:
-                raise TraceError(
-                    f"module `{name}`: its weight is computed, not a parameter (weight_norm, "
-                    "spectral_norm, a lazy or tied layer); make it a plain parameter first, for "
-                    "example with torch.nn.utils.remove_weight_norm"
-                )
-            if any(
-                isinstance(getattr(hook, "__self__", None), Gating)
-                for hook in module._forward_pre_hooks.values()
-            ):
-                raise TraceError(
-                    f"module `{name or type(module).__name__}`: gates are attached to it; call "
-                    "`detach()` on them before tracing"
-                )
-        self._refuse_tied_weights()
-        refuse_other_device(self.network, self.example_inputs)
-
-    def _refuse_tied_weights(self) -> None:
-        owners: dict[nn.Parameter, str] = {}
-        for module, name in self.names.items():
-            for key, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                first = owners.setdefault(parameter, f"{name}.{key}")
-                if first != f"{name}.{key}":
-                    raise TraceError(
-                        f"parameter `{name}.{key}`: is the same as `{first}`; tied layers cannot "
-                        "be cut apart, give each its own parameter or use one module twice"
-                    )
 
     def _describe_and_trace(self) -> tuple[tuple[Layer, ...], tp.DependencyGraph]:
         """One forward pass: hooks note layer shapes while torch-pruning records the graph."""
@@ -117,31 +76,30 @@ class DependencyTrace:
         given: list[tuple[nn.Module, Tensor]] = []
         images = batch_length(self.example_inputs)
 
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        def note(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+            read = inputs[0] if inputs else keywords.get("input")
             # A transposed convolution applies its kernel once per *input* position.
-            met = inputs[0] if isinstance(module, kinds.TRANSPOSED) else output
+            met = read if isinstance(module, kinds.TRANSPOSED) else output
+            self._refuse_unbatched(module, read, output)
             if isinstance(met, Tensor) and met.dim() > 1:
                 channels = met.shape[-1] if isinstance(module, nn.Linear) else met.shape[1]
                 positions[module] = positions.get(module, 0) + _per_image(met, images, channels)
             if isinstance(output, Tensor):
-                history = [getattr(tensor, "grad_fn", None) for tensor in (*inputs[:1], output)]
+                history = [getattr(tensor, "grad_fn", None) for tensor in (read, output)]
                 # Only the first layer reads what has no history: the images.
                 self._cut_off = self._cut_off or (bool(given) and None in history)
                 given.append((module, output))
 
         leaves = [m for m in self.names if any(p is not None for p in m._parameters.values())]
-        handles = [module.register_forward_hook(note) for module in leaves]
-        # A scatter with nothing to do returns its input, which would hide it from the graph.
-        handles += [
-            module.register_forward_hook(lambda _, __, output: output.clone())
-            for module in self.names
-            if isinstance(module, kinds.Scatter)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module in leaves:
+                hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+            for module in self.names:
+                if isinstance(module, kinds.Scatter):
+                    hooks.enter_context(module.register_forward_hook(_as_its_own))
+                elif isinstance(module, _NEIGHBOURLY):
+                    hooks.enter_context(module.register_forward_hook(self._note_neighbourly))
             graph = self._build_graph(given)
-        finally:
-            for handle in handles:
-                handle.remove()
         # An attention module reads its output projection's weight without calling it.
         read = {
             m
@@ -167,15 +125,34 @@ class DependencyTrace:
         )
         return tuple(described), graph
 
+    def _note_neighbourly(self, module: nn.Module, _: Any, output: Tensor) -> None:
+        self._neighbourly[output.grad_fn] = module
+
+    def _refuse_unbatched(self, module: nn.Module, read: Any, output: Any) -> None:
+        if not isinstance(module, kinds.WEIGHTED):
+            return
+        met = max(
+            (t for t in (read, output) if isinstance(t, Tensor)), key=Tensor.dim, default=None
+        )
+        batched = 2 if isinstance(module, nn.Linear) else module.weight.dim()
+        if met is not None and met.dim() < batched:
+            raise TraceError(
+                f"module `{self.names[module]}`: meets a tensor of shape {tuple(met.shape)}, which "
+                "has no dimension of images; give a batch: `x.unsqueeze(0)`"
+            )
+
     def _run(self) -> Tensor:
         """The network's output on the example inputs.
 
         Raises:
-            TraceError: it does not run on them, or returns something else than one tensor.
+            TraceError: it does not run on them, returns something else than one tensor, or one that
+                carries no gradient.
         """
         try:
             with self._fixed_views:
                 output = call_with(self.network, self.example_inputs)
+        except TraceError:
+            raise
         except Exception as error:
             shapes = shapes_of(self.example_inputs)
             raise TraceError(
@@ -186,6 +163,11 @@ class DependencyTrace:
             raise TraceError(
                 f"network {type(self.network).__name__}: returns {type(output).__name__}, not a "
                 "tensor; wrap it in a module that returns the tensor to be trained on"
+            )
+        if output.grad_fn is None:
+            raise TraceError(
+                f"network {type(self.network).__name__}: the output carries no gradient: detached, "
+                "an argmax, or made under no_grad or inference_mode; let it return what is trained on"
             )
         return output
 
@@ -230,7 +212,9 @@ class DependencyTrace:
         except Exception as error:
             raise TraceError(
                 f"network {type(self.network).__name__}: torch-pruning cannot trace it "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {error}); it holds an operation that cannot be followed, "
+                "such as a channel shuffle; take a network without it, or trace a submodule that has "
+                "none"
             ) from error
         finally:
             # torch-pruning leaves its hooks behind when the forward pass fails.
@@ -280,8 +264,31 @@ class DependencyTrace:
         return ChannelSpace(tuple(found), self.layers, excluded)
 
     def _raw_groups(self) -> Iterator[Any]:
+        """Every set of coupled channels, found from one of its layers.
+
+        A layer that reads a concatenation holds the channels of several groups, which would be one if
+        they were found from it; one that gives out a single channel may have it spread over many.
+        Such layers wait for a second round, in which most have been met.
+        """
+        graph = self.graph
+        roots = [module for module in graph.module2node if isinstance(module, kinds.WEIGHTED)]
+        met: set[Any] = set()
         try:
-            yield from self.graph.get_all_groups(root_module_types=kinds.WEIGHTED)
+            for last_round in (False, True):
+                for root in roots:
+                    channels = kinds.out_channels_of(root)
+                    waits = not last_round and (channels == 1 or kinds.is_depthwise(root))
+                    if root in met or waits:
+                        continue
+                    pruning = graph.get_pruner_of_module(root).prune_out_channels
+                    raw = graph.get_pruning_group(root, pruning, list(range(channels)))
+                    written = [
+                        item for item in raw if graph.is_out_channel_pruning_fn(item.dep.handler)
+                    ]
+                    if not last_round and _holds_several(written, channels):
+                        continue
+                    met.update(item.dep.target.module for item in written)
+                    yield raw
         except (IndexError, KeyError, AttributeError, RuntimeError, TypeError) as error:
             raise TraceError(
                 f"network {type(self.network).__name__}: torch-pruning cannot follow its channels "
@@ -343,6 +350,8 @@ class DependencyTrace:
             node, module = item.dep.target, item.dep.target.module
             is_out = self.graph.is_out_channel_pruning_fn(item.dep.handler)
             name = self.names.get(module, "")
+            if mixer := self._neighbourly.get(node.grad_fn):
+                return _mixes(self.names[mixer], mixer)
             if isinstance(module, nn.Parameter):
                 return f"a bare parameter of shape {tuple(module.shape)} shares its channels"
             if isinstance(module, kinds.WEIGHTED) and not kinds.is_depthwise(module):
@@ -360,7 +369,7 @@ class DependencyTrace:
             elif isinstance(module, kinds.INSTANCE_NORMS) and module.track_running_stats:
                 return f"torch-pruning does not cut the running statistics of `{name}`"
             elif isinstance(module, nn.Module) and name and not _acts_per_channel(module):
-                return f"`{name}` ({type(module).__name__}) mixes channels outside a convolution"
+                return _mixes(name, module)
             if module in ignored:
                 return f"`{name}` is ignored"
             if node.type == tp_ops.OPTYPE.OUTPUT or not node.outputs or module in self._last:
@@ -406,6 +415,10 @@ class DependencyTrace:
                 continue
             owner = _met_before(known, item, size)
             if owner is None:
+                if size == 1 and max(item.idxs) > 0:
+                    return (
+                        f"`{self.names[module]}` has one channel, which is spread over all of them"
+                    )
                 if None in item.root_idxs or max(item.idxs) >= size:
                     return f"the channel order into `{self.names[module]}` is not known"
                 owner = np.full(size, -1, dtype=np.int64)
@@ -430,6 +443,29 @@ def _met_before(known: Sequence[tuple[Any, np.ndarray]], item: Any, size: int) -
         if same and len(owner) == size:
             return owner
     return None
+
+
+def _as_its_own(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """A scatter with nothing to do returns its input, which would hide it from the graph."""
+    return output.clone()
+
+
+def _holds_several(written: Sequence[Any], channels: int) -> bool:
+    """Whether channels of narrower layers were concatenated to these. A narrower layer that reads one
+    part of them (a split) is of the same group."""
+    kinds_met = {item.dep.target.type for item in written}
+    parted = {tp_ops.OPTYPE.SPLIT, tp_ops.OPTYPE.SLICE, tp_ops.OPTYPE.UNBIND}
+    if tp_ops.OPTYPE.CONCAT not in kinds_met or kinds_met & parted:
+        return False
+    modules = [item.dep.target.module for item in written]
+    return any(
+        isinstance(module, kinds.WEIGHTED) and 1 < kinds.out_channels_of(module) < channels
+        for module in modules
+    )
+
+
+def _mixes(name: str, module: nn.Module) -> str:
+    return f"`{name}` ({type(module).__name__}) mixes channels outside a convolution"
 
 
 def _acts_per_channel(module: nn.Module) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 from weakref import WeakValueDictionary
 
 from wgates_plugin.errors import FileInUseError
@@ -22,8 +22,8 @@ class Claim:
     that ends. Where the platform or the file system has no locks, it claims nothing.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor  # no file object: it could be closed before `__del__`
         self._process = os.getpid()
 
     @property
@@ -32,8 +32,11 @@ class Claim:
         return self._process == os.getpid()
 
     def __del__(self) -> None:
-        # Closing is enough, and an explicit unlock in a forked process would end its parent's.
-        self._file.close()
+        # Closing leaves the lock to forked processes that have the file open too; unlocking in one
+        # of them would end this one's.
+        if self.ours:
+            _unlock(self._descriptor)
+        os.close(self._descriptor)
 
 
 _HELD: WeakValueDictionary[tuple[int, int], Claim] = WeakValueDictionary()
@@ -47,33 +50,38 @@ def claim(path: str | Path) -> Claim:
         FileInUseError: another process has claimed it.
         OSError: it cannot be opened for writing.
     """
-    path = Path(path)
-    file = path.open("rb+")
-    status = os.fstat(file.fileno())
+    descriptor = os.open(path, os.O_RDWR)
+    status = os.fstat(descriptor)
     key = (status.st_dev, status.st_ino)
     held = _HELD.get(key)
     if held is not None and held.ours:
-        file.close()
+        os.close(descriptor)
         return held
     try:
-        _lock(file)
+        _lock(descriptor)
     except BlockingIOError:
-        file.close()
+        os.close(descriptor)
         raise FileInUseError(
             f"`{path}`: another process is writing it; wait until that one has ended, or use "
             "another file"
         ) from None
-    _HELD[key] = made = Claim(file)
+    _HELD[key] = made = Claim(descriptor)
     return made
 
 
-def _lock(file: IO[bytes]) -> None:
+def _lock(descriptor: int) -> None:
     """Raises BlockingIOError where another process holds the lock."""
     if fcntl is None:
         return
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError:
         return  # a file system without locks
+
+
+def _unlock(descriptor: int) -> None:
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +32,17 @@ def from_home(path: str | Path) -> Path:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds."""
+    """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds.
+
+    A file that was there keeps its mode, another gets that of any new file.
+    """
     path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
     with _part_beside(path) as part:
+        mode = (path if path.exists() else part).stat().st_mode
         yield part
         _settle(part)
+        if part.stat().st_mode != mode:  # some libraries put another file in the part's place
+            part.chmod(stat.S_IMODE(mode))
         os.replace(part, path)
 
 

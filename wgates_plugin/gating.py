@@ -26,7 +26,11 @@ class Gating:
     """Attaches gates to a network through hooks; `detach` leaves no trace.
 
     Parameter names, the state dict and the optimizer's view of the network stay as they are: the
-    gated weight shadows the parameter only while its module runs.
+    gated weight shadows the parameter only while its module runs. A deep copy of the network, made
+    while gates are attached, is the plain network: its hooks are `inert`.
+
+    Attributes:
+        inert: whether this is what a deep copy's hooks belong to, which do nothing.
 
     Example:
         >>> from wgates_plugin import trace
@@ -37,12 +41,14 @@ class Gating:
         torch.Size([1, 4, 4, 4])
     """
 
+    inert = False
+    _extended: Tensor | None = None
+
     def __init__(self, network: nn.Module, space: ChannelSpace, source: GateSource) -> None:
         self.network = network
         self.space = space
         self.source = source
         self._handles: list[Any] = []
-        self._extended: Tensor | None = None
         self._indices: dict[nn.Module, Tensor] = {}
 
     @property
@@ -51,6 +57,7 @@ class Gating:
 
     def attach(self) -> Gating:
         """Hook the network's consumers. A second call does nothing."""
+        self._refuse_inert()
         if self.attached:
             return self
         found = dict(self.network.named_modules())
@@ -78,6 +85,7 @@ class Gating:
 
     def detach(self) -> nn.Module:
         """Remove every hook and return the plain network."""
+        self._refuse_inert()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -92,12 +100,26 @@ class Gating:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gating:
+        twin = type(self).__new__(type(self))  # without a source, nor anything else to be copied
+        twin.inert = True
+        return twin
+
+    def _refuse_inert(self) -> None:
+        if self.inert:
+            raise PlanError(
+                "gates: a deep copy of them, which acts on nothing; copy the network alone, which is "
+                "plain then, and make new gates for it"
+            )
+
     def _unshadow_all(self) -> None:
         """Ctrl-C inside a layer skips its hooks, and would leave the gated weight in place."""
         for module in self._indices:
             self._unshadow(module)
 
     def _open(self, *_: Any) -> None:
+        if self.inert:
+            return
         self._unshadow_all()
         gates = self.source()
         self._extended = torch.cat([gates, gates.new_ones(1)])
@@ -106,6 +128,8 @@ class Gating:
         self._extended = None
 
     def _shadow(self, module: nn.Module, _: Any) -> None:
+        if self.inert:
+            return
         parameter = module._parameters["weight"]
         assert parameter is not None
         module.__dict__["weight"] = gated_weight(module, parameter, self._gates_of(module))
@@ -121,6 +145,8 @@ class Gating:
 
     def _gate_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A reader without weights: its feature map (N, C, ...) takes the gates (C,) itself."""
+        if self.inert:
+            return inputs
         gates = self._gates_of(module).to(inputs[0].dtype)
         return (inputs[0] * gates.view(-1, *[1] * (inputs[0].dim() - 2)), *inputs[1:])
 

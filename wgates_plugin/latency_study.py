@@ -15,14 +15,7 @@ from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.bench import (
-    QUIET,
-    Bench,
-    Trust,
-    half_widths,
-    light_bench,
-    quietest,
-)
+from wgates_plugin.efficiency.bench import QUIET, Bench, Trust, light_bench, quietest
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
 from wgates_plugin.efficiency.lpnet import COVERAGE, LPNet
 from wgates_plugin.efficiency.lpnet.held_out import interval_rows
@@ -157,7 +150,8 @@ class LatencyStudy:
     ) -> Measurement:
         """Latency of the network resized to `widths` (G,); remembered as visited.
 
-        Timed against the untouched network; a doubted measurement is taken again.
+        Timed against the untouched network; a doubted measurement is taken again. Each call stands for
+        itself: its drift is not compared with that of others.
         """
         assert self.reference_ms is not None
         assert self.visited is not None
@@ -179,7 +173,7 @@ class LatencyStudy:
         assert self.samples is not None
         if self._light is not None and self._light[0] == grid:
             return self._light[1]
-        widths = half_widths(self.space, grid)
+        widths = self.space.half_widths(grid)
         bench = None
         for sample in reversed(self.samples.usable):
             source = self.samples.sources[sample.source]
@@ -248,7 +242,8 @@ class LatencyStudy:
         """
         assert self.samples is not None
         assert self.reference_ms is not None
-        if retime and (farm is None or farm.workers == 1):
+        farm = (farm or Farm()).at_hand()
+        if retime and farm.workers == 1:
             return self._sample_retimed(
                 count=count,
                 grid=grid,
@@ -260,10 +255,10 @@ class LatencyStudy:
                 profile=profile,
                 on_sample=on_sample,
             )
-        if len(self.samples) >= count:
+        if self.samples.distinct >= count:
             return SamplingCost(0.0, 0.0)
         calibration = max(1.0, 4 * seconds_per_sample)
-        if farm is not None and farm.workers > 1:
+        if farm.workers > 1:
             return collect_on_farm(
                 self.samples,
                 self.space,

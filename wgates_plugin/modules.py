@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from wgates_plugin.transforms.scatter import Scatter
@@ -43,6 +45,11 @@ def layer_kind(module: nn.Module) -> str:
     if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
         return "norm"
     return "other"
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module reads, in a hook `with_kwargs`: it may be called by keyword (`conv(input=x)`)."""
+    return next(iter((*args, *kwargs.values())), None)
 
 
 def channel_dims(module: nn.Module) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,13 @@ class PruningPlan:
         """Keep the highest scores (total_units,) of each group, as many as `widths` (G,) allow.
 
         Equal scores are decided by the lower unit number, so the same scores give the same plan.
+
+        Raises:
+            PlanError: widths that the space cannot have, or scores of another shape or with a NaN.
         """
         widths = space.check_widths(widths)
+        if problem := score_problem(space, scores, infinite=True):
+            raise PlanError(f"plan: {problem}")
         kept = []
         for index, (group, width) in enumerate(zip(space.groups, widths, strict=True)):
             mine = scores.detach()[space.unit_slice(index)]
@@ -126,6 +131,7 @@ class PruningPlan:
         """The one plan that equals this plan followed by `inner`, made for the smaller network.
 
         A group that is down to one unit has nothing left to choose, so that `inner` need not know it.
+        Floors are the lower ones of both: a fraction of the smaller network is less than one of this.
         Steps after the cut are those of both, in their order.
 
         Raises:
@@ -161,7 +167,8 @@ class PruningPlan:
             "after": [*self.note.get("after", ()), *inner.note.get("after", ())],
         }
         told = {when: mine for when, mine in steps.items() if mine}
-        return PruningPlan(self.space, tuple(kept), {**self.note, **inner.note, **told})
+        space = _with_lower_floors(self.space, inner.space)
+        return PruningPlan(space, tuple(kept), {**self.note, **inner.note, **told})
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -209,3 +216,29 @@ class PruningPlan:
     @classmethod
     def load(cls, path: str | Path, *, space: ChannelSpace | None = None) -> PruningPlan:
         return cls.from_json(read_json(path, kind="plan"), space=space)
+
+
+def score_problem(space: ChannelSpace, scores: Tensor, *, infinite: bool = False) -> str | None:
+    """What is wrong with scores that should be one number per unit (total_units,); None: nothing.
+
+    Args:
+        infinite: take infinities, which can be put in order like any number.
+    """
+    if scores.shape != (space.total_units,):
+        return f"scores have shape {tuple(scores.shape)}, needed ({space.total_units},)"
+    usable = (~scores.isnan() if infinite else scores.isfinite()).cpu()
+    wrong = [name for i, name in enumerate(space.names) if not usable[space.unit_slice(i)].all()]
+    if not wrong:
+        return None
+    shown = ", ".join(f"`{name}`" for name in wrong[:6]) + " ..." * (len(wrong) > 6)
+    return f"scores of {shown} are not finite; give every unit a number"
+
+
+def _with_lower_floors(space: ChannelSpace, other: ChannelSpace) -> ChannelSpace:
+    """`space` with the floors of the other's groups where these are lower."""
+    floors = {group.name: group.floor for group in other.groups}
+    groups = tuple(
+        replace(group, floor=min(group.floor, floors.get(group.name, group.floor)))
+        for group in space.groups
+    )
+    return replace(space, groups=groups)

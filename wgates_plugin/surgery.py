@@ -80,7 +80,7 @@ def removals(
                 f"{group.channels} channels because a coupled layer would be left empty; "
                 "raise the group's floor"
             )
-        with _flags_kept([item.dep.target.module for item in removal]):
+        with _parameters_kept([item.dep.target.module for item in removal]):
             yield removal
         if kinds.out_channels_of(root) != group.channels - len(gone):
             raise SurgeryError(
@@ -90,10 +90,11 @@ def removals(
 
 
 @contextmanager
-def _flags_kept(members: Sequence[Any]) -> Iterator[None]:
-    """Keep `requires_grad` of the members' parameters: torch-pruning makes new ones that all train."""
-    flags = [
-        (module, name, parameter.requires_grad)
+def _parameters_kept(members: Sequence[Any]) -> Iterator[None]:
+    """Keep `requires_grad` and memory order of the members' parameters: torch-pruning makes new ones
+    that all train, in plain order."""
+    before = [
+        (module, name, parameter.requires_grad, _channels_last(parameter))
         for module in members
         if isinstance(module, nn.Module)
         for name, parameter in module._parameters.items()
@@ -102,8 +103,22 @@ def _flags_kept(members: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, flag in flags:
-            module.get_parameter(name).requires_grad_(flag)
+        for module, name, flag, order in before:
+            parameter = module.get_parameter(name)
+            parameter.data = _ordered(parameter.data, order)
+            parameter.requires_grad_(flag)
+
+
+def _channels_last(tensor: Tensor) -> torch.memory_format | None:
+    """The channels-last order that a tensor is in; None where it is in plain order (too)."""
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if order is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=order):
+        return None
+    return order
+
+
+def _ordered(tensor: Tensor, order: torch.memory_format | None) -> Tensor:
+    return tensor if order is None else tensor.contiguous(memory_format=order)
 
 
 def check_shapes(network: nn.Module, space: ChannelSpace) -> None:
@@ -222,6 +237,7 @@ def resize(
             value: Tensor = original.detach()
             for dim, indices in slices.items():
                 value = value.index_select(dim, torch.from_numpy(indices).to(value.device))
+            value = _ordered(value, _channels_last(original))
         if isinstance(original, nn.Parameter):
             memo[id(original)] = nn.Parameter(value, requires_grad=original.requires_grad)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5
 """Relative to the largest output, float32."""
+
+_LARGE = 100.0
+"""Noise of unit size may hide what mixes channels by their magnitude, such as a local response norm:
+inputs this many times larger show it."""
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -110,12 +115,18 @@ def check_traced(network: nn.Module, space: ChannelSpace, example_inputs: Exampl
 
     Raises:
         TraceError: they differ; the message names the groups that are at fault, and what the
-            smaller network fails with where it does not run.
+            smaller network fails with where it does not run. Or no output is finite.
     """
     example_inputs = informative(network, example_inputs)
     failure = _failure(network, _irregular(space, None), example_inputs)
     if failure is None:
         return
+    untouched = PruningPlan.leading(space, space.full_widths)
+    if not torch.isfinite(masked_output(network, untouched, example_inputs)).all():
+        raise TraceError(
+            f"network {type(network).__name__}: its output is not finite on the example inputs; look "
+            "for NaN or infinity among its weights, its running statistics and these inputs"
+        )
     guilty = [
         name
         for index, name in enumerate(space.names)
@@ -152,6 +163,23 @@ def _failure(network: nn.Module, plan: PruningPlan, example_inputs: ExampleInput
             smaller = resize(network, plan.space, plan)
             found = removal_error(network, smaller, plan, example_inputs)
             right = carried_out(network, smaller, plan, example_inputs, found)
+            right = right and _agree_on_large_inputs(network, smaller, plan, example_inputs)
     except Exception as error:  # whatever a network says of shapes that it did not expect
         return f"{type(error).__name__}: {first_line(error)}"
     return None if right else ""
+
+
+def _agree_on_large_inputs(
+    network: nn.Module, smaller: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs
+) -> bool:
+    """True too where the network takes none, or has no finite answer to them: they prove nothing."""
+    large = map_tensors(_enlarged, example_inputs)
+    try:
+        error = removal_error(network, smaller, plan, large)
+    except Exception:  # whatever a network says of values that it did not expect
+        return True
+    return not math.isfinite(error) or carried_out(network, smaller, plan, large, error)
+
+
+def _enlarged(tensor: Tensor) -> Tensor:
+    return _LARGE * tensor if tensor.is_floating_point() else tensor

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
-from wgates_plugin.errors import ConfigError
+from wgates_plugin.errors import ConfigError, first_line
 
 
 def is_factory_name(name: str) -> bool:
@@ -35,6 +36,14 @@ def load_factory(name: str) -> Callable[..., Any]:
                 "or run `wgates` from the folder it is in"
             ],
         ) from error
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(
+            f"factory `{name}`",
+            [
+                f"module `{module_name}` cannot be imported ({_place(error)}: {first_line(error)}); mend "
+                "it, or what it imports"
+            ],
+        ) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if not callable(found):
@@ -42,6 +51,14 @@ def load_factory(name: str) -> Callable[..., Any]:
             f"factory `{name}`", [f"`{module_name}` has no callable `{attribute}`; check the name"]
         )
     return found
+
+
+def _place(error: ImportError | SyntaxError) -> str:
+    """File and line where an import failed."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}, line {last.lineno}"
 
 
 def accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,21 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from wgates_plugin.catalogue.base import Data, DataRequest, chosen_indices
 from wgates_plugin.catalogue.torchvision_import import import_torchvision
-from wgates_plugin.errors import ConfigError
+from wgates_plugin.errors import ConfigError, FileFormatError
 
 # Usual per-channel statistics of ImageNet's training images, as torchvision's weights expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def image_folder(request: DataRequest) -> Data:
-    """torchvision's ImageFolder under train/ and val/, with ImageNet's usual transforms."""
+    """torchvision's ImageFolder under train/ and val/, with ImageNet's usual transforms.
+
+    Files whose name begins with a dot, such as those that macOS leaves beside others, are no images.
+
+    Raises:
+        ConfigError: folders that do not fit. FileFormatError, now or from the loaders: an image cannot be
+            read.
+    """
     import_torchvision()
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -41,7 +48,12 @@ def image_folder(request: DataRequest) -> Data:
     }
     try:
         sets = {
-            part: ImageFolder(str(path / part), transforms.Compose([*crops[part], *finish]))
+            part: ImageFolder(
+                str(path / part),
+                transforms.Compose([*crops[part], *finish]),
+                loader=_read,
+                is_valid_file=_is_image,
+            )
             for part in ("train", "val")
         }
     except FileNotFoundError as error:
@@ -71,3 +83,18 @@ def image_folder(request: DataRequest) -> Data:
     example = sets["val"][0][0].unsqueeze(0)
     classes = len(sets["train"].classes)
     return Data(loader("train", request.seed), loader("val", 0), classes, example, request.name)
+
+
+def _is_image(path: str) -> bool:
+    from torchvision.datasets.folder import is_image_file
+
+    return is_image_file(path) and not Path(path).name.startswith(".")
+
+
+def _read(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError) as error:  # the latter of a broken PNG
+        raise FileFormatError(f"image `{path}`: cannot be read; delete or replace it") from error

@@ -44,8 +44,12 @@ class TensorLoader:
 
     @property
     def size(self) -> int:
-        """Number of images of this process."""
-        return len(self.images) // self.world_size
+        """Number of images of this process. None is left for a batch of its own, which a BatchNorm cannot
+        train on, unless the whole has such a batch too."""
+        whole = len(self.images)
+        size = whole // self.world_size
+        alone = size > 1 and size % self.batch_size == 1 != whole % self.batch_size
+        return size - alone
 
     def __len__(self) -> int:
         if self.drop_last and self.size >= self.batch_size:
@@ -55,7 +59,7 @@ class TensorLoader:
     def shard(self, rank: int, world: int) -> TensorLoader:
         """The part of process `rank` of `world`: every world-th sample of the same permutation.
 
-        Parts are of equal length, so up to world - 1 samples are left out of each pass.
+        Parts are of equal length, so up to 2 * world - 1 samples are left out of each pass.
         """
         return replace(self, rank=rank, world_size=world)
 
@@ -76,10 +80,10 @@ class TensorLoader:
                 self.images[chosen], draws, flip=self.flip, shift=self.shift, fill=self.fill
             )
             batch = images.float().mul_(scale).add_(offset)
-            if self.image_size is not None and self.image_size != batch.shape[-1]:
-                side = (self.image_size, self.image_size)
+            side = self.image_size
+            if side is not None and batch.shape[-2:] != (side, side):
                 batch = functional.interpolate(
-                    batch, size=side, mode="bilinear", align_corners=False, antialias=True
+                    batch, size=(side, side), mode="bilinear", align_corners=False, antialias=True
                 )
             yield batch, self.targets[chosen]
 

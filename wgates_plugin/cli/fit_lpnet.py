@@ -22,7 +22,7 @@ from wgates_plugin.cli.options import (
     Weights,
     path_option,
 )
-from wgates_plugin.cli.paths import check_out_files, check_out_folders
+from wgates_plugin.cli.paths import check_files_apart, check_out_files, check_out_folders
 from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
 from wgates_plugin.cli.subject import Subject
 from wgates_plugin.errors import ConfigError
@@ -133,11 +133,14 @@ def fit_lpnet(
         from wgates_plugin.cli.live_samples import LiveSamples
         from wgates_plugin.efficiency.learner import Learner
         from wgates_plugin.efficiency.lpnet import LPNet, check_choice
+        from wgates_plugin.efficiency.lpnet.model import lpnet_file
         from wgates_plugin.efficiency.sampling import check_space, mixed_grids
         from wgates_plugin.latency_study import LatencyStudy
         from wgates_plugin.targets import LatencyTarget
         from wgates_plugin.tracing import trace
 
+        prior_file = lpnet_file(prior) if prior else None
+        check_files_apart(weights=weights, prior=prior_file, samples_file=kept, out=out)
         console = progress_console()
         subject = Subject(model, input_shape, classes, weights)
         target = LatencyTarget(

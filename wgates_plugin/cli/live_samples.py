@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from wgates_plugin.efficiency.bench import disturbed_share
+from wgates_plugin.efficiency.bench import MUCH_DISTURBED, disturbed_share
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.sample_file import SampleFile
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 LATEST = 5
-MUCH_DISTURBED = 0.1
 HEADS = ("no.", "MACs", "measured, ms", "predicted, ms", "spread", "drift", "disturbed", "repeats")
 WORDS = ("", "MACs {}", "measured {} ms", "predicted {} ms", "spread {}", "drift {}",
          "{} inferences disturbed", "doubted and measured again: {}")  # fmt: skip

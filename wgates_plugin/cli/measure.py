@@ -23,7 +23,7 @@ from wgates_plugin.cli.options import (
     Weights,
     path_option,
 )
-from wgates_plugin.cli.paths import check_out_files
+from wgates_plugin.cli.paths import check_files_apart, check_out_files
 from wgates_plugin.cli.runtimes import DEFAULT, asked_runtimes
 from wgates_plugin.cli.subject import Subject
 from wgates_plugin.errors import MeasurementError, WGatesError, first_line
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 
     from wgates_plugin.latency import GridProbe, Measurement
     from wgates_plugin.latency.base import BaseRuntime
-
-
-MUCH_DISTURBED = 0.1
-"""Share of inferences; from here on a table marks the figure."""
 
 
 @dataclass
@@ -63,9 +59,11 @@ class Row:
 
     @property
     def per_second(self) -> float:
-        """Inputs per second, one inference after the other."""
+        """Inputs per second over all timed inferences, one after the other."""
         assert self.found is not None
-        return 1e3 * float(self.found.identity["batch"]) / self.found.latency_ms
+        assert self.found.inferences is not None
+        batch = float(self.found.identity["batch"])
+        return batch * self.found.inferences / self.found.inference_seconds
 
     @property
     def disturbed(self) -> float:
@@ -74,6 +72,13 @@ class Row:
 
         assert self.found is not None
         return min(1.0, disturbed_share(self.found))
+
+    @property
+    def much_disturbed(self) -> bool:
+        """Whether the figure needs a mark."""
+        from wgates_plugin.efficiency.bench import MUCH_DISTURBED
+
+        return self.disturbed > MUCH_DISTURBED
 
     @property
     def library(self) -> str:
@@ -95,7 +100,7 @@ class Row:
         if self.found is None:
             return [self.runtime, self.state, *[""] * 5]
         compiled = self.compile_seconds
-        mark = "!" if self.disturbed > MUCH_DISTURBED else ""
+        mark = "!" if self.much_disturbed else ""
         return [
             self.runtime,
             f"{self.found.latency_ms:.4g}",
@@ -202,6 +207,7 @@ def measure(
 
         # What is wrong with these is wrong on every runtime, and known before anything is timed.
         check_out_files(out=out)
+        check_files_apart(weights=weights, out=out)
         options = asked_runtimes(runtimes or [DEFAULT], runtime_options)
         settings = RuntimeSettings(threads=threads, device=device, precision=precision)
         subject = Subject(model, input_shape, classes, weights)
@@ -213,7 +219,7 @@ def measure(
                     runtime = get_runtime(row.runtime, settings, **options[row.runtime])
                     _measure(board, row, subject, runtime, seconds=seconds, grid=grid)
                 except Exception as error:
-                    if len(rows) == 1:
+                    if len(rows) == 1 and row.found is None:
                         raise
                     row.error = _told(error, row.runtime)
                     board.says(row, "failed")
@@ -284,11 +290,13 @@ def _say(model: str, subject: Subject, rows: list[Row], how: str, device: str) -
     typer.echo(f"one inference of {where}, {how}")
     typer.echo("library: " + ", ".join(f"{row.runtime}: {row.library}" for row in done))
     typer.echo(
-        "ms: median; spread: half the interquartile range; drift: later half of the rounds "
-        "over the earlier; disturbed: inferences from which the processor was taken away "
-        "(on one thread they count with the time they had it, else they are taken again)"
+        "ms: least time of each round's block of inferences, median over the rounds; spread: half "
+        "the interquartile range of these; drift: later half of the rounds over the earlier; "
+        "disturbed: inferences from which the processor was taken away (on one thread they count "
+        "with the time they had it, else they are taken again); per s: inputs per second over all "
+        "timed inferences, the slower ones included"
     )
-    if much := [row.runtime for row in done if row.disturbed > MUCH_DISTURBED]:
+    if much := [row.runtime for row in done if row.much_disturbed]:
         typer.echo(
             f"!: the machine was busy ({', '.join(much)}): what neighbours do to caches and "
             "memory is in these figures; measure again when it is left alone"

@@ -29,6 +29,26 @@ def check_out_folders(**paths: Path | None) -> None:
     _refuse({name: folder_problem(path) for name, path in paths.items() if path is not None})
 
 
+def check_files_apart(**paths: Path | None) -> None:
+    """Refuse two options with one file: what is read, or kept, would be written over.
+
+    Args:
+        paths: as for `check_out_files`; links and relative paths are followed.
+
+    Raises:
+        ConfigError: names every option whose file an earlier one has.
+    """
+    given = {name: path.resolve() for name, path in paths.items() if path is not None}
+    problems: dict[str, str | None] = {}
+    for name, path in given.items():
+        first = next(other for other in given if given[other] == path)
+        if first != name:
+            problems[name] = (
+                f"`{paths[name]}` is the file of {_option(first)} too; give another path"
+            )
+    _refuse(problems)
+
+
 def file_problem(path: Path) -> str | None:
     """Why no file can be written at `path`; None where one can."""
     if path.is_dir():
@@ -49,9 +69,13 @@ def folder_problem(path: Path) -> str | None:
 
 
 def _refuse(found: dict[str, str | None]) -> None:
-    problems = {f"--{name.replace('_', '-')}": words for name, words in found.items() if words}
+    problems = {_option(name): words for name, words in found.items() if words}
     if len(problems) == 1:
         ((option, words),) = problems.items()
         raise ConfigError(option, [words])
     if problems:
         raise ConfigError("options", [f"{option}: {words}" for option, words in problems.items()])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

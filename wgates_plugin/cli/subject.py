@@ -160,7 +160,7 @@ class Subject:
                 session.close()
             if isinstance(error, WGatesError) or not isinstance(error, Exception):
                 raise
-            raise self._wrong_shape(f"`{self.model}`", error) from error
+            raise self._wrong_file(runtime, error) from error
         return session
 
     def _check_that_it_runs(self, network: nn.Module) -> None:
@@ -184,22 +184,28 @@ class Subject:
             for handle in handles:
                 handle.remove()
 
+    def _wrong_file(self, runtime: BaseRuntime, error: Exception) -> ConfigError:
+        where = f"`{self.model}`"
+        if self.input_shape is not None:
+            return self._wrong_shape(where, error)
+        choices = {"--precision": runtime.precisions, "--device": runtime.device_kinds}
+        options = [option for option, known in choices.items() if len(known) > 1]
+        give = f"give the {' and '.join(options)} that it was exported for, or " if options else ""
+        return ConfigError(
+            where,
+            [
+                f"does not run on inputs of its own shape, {self.shape_words} "
+                f"({first_line(error)}); {give}export it again for the runtime `{runtime.name}`"
+            ],
+        )
+
     def _wrong_shape(self, where: str, error: Exception) -> ConfigError:
-        reason = first_line(error)
-        if self.is_file and self.input_shape is None:
-            return ConfigError(
-                where,
-                [
-                    f"does not run on inputs of its own shape, {self.shape_words} ({reason}); give "
-                    "the --precision and --device that it was exported for"
-                ],
-            )
         return ConfigError(
             "--input-shape",
             [
-                f"got {self.shape_words.replace('x', ',')}, which {where} cannot take ({reason}); "
-                "give the shape of one input as the network was made for, batch first, such as "
-                f"{DEFAULT_SHAPE}"
+                f"got {self.shape_words.replace('x', ',')}, which {where} cannot take "
+                f"({first_line(error)}); give the shape of one input as the network was made for, "
+                f"batch first, such as {DEFAULT_SHAPE}"
             ],
         )
 

@@ -54,7 +54,8 @@ class Trust:
             moves by 6-26 % within minutes, but in steps: one sample off by itself met a step in
             its middle, and its rounds mix two machines.
         neighbours: measurements before this one whose median drift it is compared with. An odd
-            few: after a real step most of them are new within three measurements.
+            few: after a real step most of them are new within three measurements. With 0, drift
+            is never doubted.
         repeats: further attempts at a doubted measurement. More would spend on one noisy minute
             what several samples cost.
     """
@@ -76,11 +77,15 @@ class Trust:
                 f"{disturbed:.0%} of inferences disturbed, trusted up to {self.most_disturbed:.0%}"
             )
         near = list(drifts)[-self.neighbours :]
-        if len(near) >= min(3, self.neighbours):
+        if self.neighbours and len(near) >= min(3, self.neighbours):
             usual = statistics.median(near)
             if abs(found.drift / usual - 1.0) > self.most_drift:
                 return f"drift {found.drift:.3f} among neighbours at {usual:.3f}"
         return None
+
+
+MUCH_DISTURBED = 0.1
+"""Share of inferences; from here on figures come with a word of warning."""
 
 
 def disturbed_share(found: Measurement) -> float:
@@ -117,6 +122,7 @@ class Bench:
         about: what the reference is and how it was calibrated, for the sample file.
         environment: of this process, the device's name included.
         drifts: of the latest measurements here, the doubted ones included.
+        profiles: whether the family is asked for the layers' own times: until it gives none.
     """
 
     family: Family
@@ -125,6 +131,7 @@ class Bench:
     about: Mapping[str, Any] = field(default_factory=lambda: dict(DENSE))
     environment: dict[str, Any] = field(default_factory=describe_environment)
     drifts: deque[float] = field(default_factory=lambda: deque(maxlen=50))
+    profiles: bool = True
 
     def take(
         self, widths: Sequence[int], seconds: float, *, trust: Trust | None = None, profile: bool
@@ -133,7 +140,8 @@ class Bench:
 
         Args:
             seconds: timed inference of one attempt, the reference's included.
-            profile: take the layers' own times too, where the family can.
+            profile: take the layers' own times too, where the family can. After one failure, or
+                a profile without layers, none is taken any more.
         """
         trust = trust or Trust()
         session = self.family.session(widths)
@@ -167,24 +175,20 @@ class Bench:
 
     def _layers(self, widths: Sequence[int]) -> dict[str, float] | None:
         layer_times = getattr(self.family, "layer_times_ms", None)
-        if layer_times is None:
+        if layer_times is None or not self.profiles:
             return None
+        found: dict[str, float] = {}
         try:
-            return dict(layer_times(widths)) or None
+            found = dict(layer_times(widths))
         except Exception as error:  # says nothing about the latency, which is measured already
-            logger.warning("widths %s: no layer times (%r)", list(widths), error)
-            return None
+            logger.warning(
+                "widths %s: no layer times (%r); samples go on without them", list(widths), error
+            )
+        self.profiles = bool(found)
+        return found or None
 
     def close(self) -> None:
         self.reference.close()
-
-
-def half_widths(space: ChannelSpace, grid: int) -> tuple[int, ...]:
-    """The allowed widths nearest to half of every group, (G,)."""
-    return tuple(
-        min(allowed, key=lambda width: (abs(width - group.channels / 2), width))
-        for group, allowed in zip(space.groups, space.allowed_widths(grid), strict=True)
-    )
 
 
 def light_bench(
@@ -209,7 +213,7 @@ def light_bench(
         dense_ms: its latency, the clock that all samples are given in.
         seconds: timed inference of the calibration, both networks together.
     """
-    widths = half_widths(space, grid)
+    widths = space.half_widths(grid)
     reference = family.session(widths)
     try:
         found = quietest(

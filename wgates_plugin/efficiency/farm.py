@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,13 @@ from wgates_plugin.efficiency.sampling import (
     collect,
     keep,
 )
-from wgates_plugin.errors import ConfigError, MeasurementError, MissingExtraError, WGatesError
+from wgates_plugin.errors import (
+    ConfigError,
+    MeasurementError,
+    MissingExtraError,
+    WGatesError,
+    first_line,
+)
 from wgates_plugin.latency.base import Measurement, RuntimeSettings, require
 from wgates_plugin.latency.environment import describe_environment, usable_cores
 
@@ -46,6 +52,9 @@ logger = logging.getLogger("wgates_plugin")
 
 _STORE_BYTES = 256 * 2**20
 """Shared memory of a Ray started here: it carries one network, not a data set."""
+
+_NODE_NAMES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+"""What an actor asks for -> what a node calls it, where that is another name."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,26 @@ class Farm:
         workers: processes that measure, one per machine or device. On one machine, two that share
             cores disturb each other's times: give each its own.
         restarts: times that dead workers are replaced, all of them together.
-        resources: what Ray reserves for each worker, such as {"num_gpus": 1}.
+        resources: what Ray reserves for each worker, such as {"num_gpus": 1}; by default one core.
     """
 
     workers: int = 1
     restarts: int = 3
     resources: Mapping[str, float] | None = None
+
+    @property
+    def reserved(self) -> dict[str, float]:
+        return dict(self.resources or {"num_cpus": 1})
+
+    def at_hand(self) -> Farm:
+        """This farm; where Ray is not installed, this process alone, with a warning."""
+        if self.workers > 1:
+            try:
+                _ray()
+            except MissingExtraError as error:
+                logger.warning("%s; this process samples alone", error)
+                return Farm()
+        return self
 
     @classmethod
     def of(cls, workers: int, settings: RuntimeSettings, *, runs_here: bool = True) -> Farm:
@@ -165,9 +188,9 @@ def collect_on_farm(
 
     Raises:
         MeasurementError: as in `collect`; or no worker is left alive. What was measured is kept.
+        ConfigError: Ray has no room for all workers, or cannot be reached.
     """
-    ray = _ray() if farm.workers > 1 else None
-    if ray is None:
+    if farm.at_hand().workers == 1:
         bench = make_bench()
         try:
             return collect(
@@ -189,34 +212,20 @@ def collect_on_farm(
     check_they_differ(file)
     check_space(space, count, grid)
     inside = 0.0
-    ours = not ray.is_initialized()
-    if ours:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report
-        here: dict[str, Any] = {}
-        if "RAY_ADDRESS" not in os.environ:  # a cluster has cores and memory as it has them
-            cores = (farm.resources or {}).get("num_cpus", 1)
-            here = {
-                "num_cpus": math.ceil(farm.workers * cores),
-                "object_store_memory": _STORE_BYTES,
-            }
-        ray.init(include_dashboard=False, log_to_driver=False, **here)
-    crew = None
-    try:
+    with _connected(farm) as ray:
         crew = _Crew(ray, make_bench, farm, file, (seconds_per_sample, trust, profile))
-        for widths, taken, source in crew.work(
-            lambda: Proposals(file, space, count, grid, seed, active)
-        ):
-            inside += taken.inference_seconds
-            keep(file, widths, taken, source)
-            if on_sample is not None:
-                on_sample(file.distinct, taken.found)
-    finally:
-        if crew is not None:
+        try:
+            for widths, taken, source in crew.work(
+                lambda: Proposals(file, space, count, grid, seed, active)
+            ):
+                inside += taken.inference_seconds
+                keep(file, widths, taken, source)
+                if on_sample is not None:
+                    on_sample(file.distinct, taken.found)
+        finally:
             crew.dismiss()
-        if ours:
-            ray.shutdown()
     check_enough(file, count, grid)
-    return SamplingCost(time.perf_counter() - started, inside)
+    return SamplingCost(time.perf_counter() - started, inside, farm.workers)
 
 
 def _on_cluster() -> bool:
@@ -225,12 +234,72 @@ def _on_cluster() -> bool:
     return "RAY_ADDRESS" in os.environ or bool(ray is not None and ray.is_initialized())
 
 
-def _ray() -> ModuleType | None:
+def _ray() -> ModuleType:
+    return require("ray", extra="ray", purpose="sampling on several workers")
+
+
+@contextmanager
+def _connected(farm: Farm) -> Iterator[ModuleType]:
+    """Ray with room for the farm; one that was connected before stays so afterwards."""
+    ray = _ray()
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(ray, farm)
     try:
-        return require("ray", extra="ray", purpose="sampling on several workers")
-    except MissingExtraError as error:
-        logger.warning("%s; this process samples alone", error)
-        return None
+        _check_room(ray, farm)
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(ray: ModuleType, farm: Farm) -> None:
+    """Start Ray here, or find the cluster that RAY_ADDRESS names.
+
+    Raises:
+        ConfigError: the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report
+    quiet = {"include_dashboard": False, "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:  # a cluster has cores and memory as it has them
+        cores = farm.reserved.get("num_cpus", 1)
+        ray.init(
+            num_cpus=math.ceil(farm.workers * cores), object_store_memory=_STORE_BYTES, **quiet
+        )
+        return
+    try:
+        ray.init(**quiet)
+    except Exception as error:  # of many types: nobody there, no address, a client that is missing
+        raise ConfigError(
+            "farm",
+            [
+                f"RAY_ADDRESS: no cluster can be reached at `{address}` ({first_line(error)}); "
+                "start it, or unset RAY_ADDRESS to measure on this machine"
+            ],
+        ) from error
+
+
+def _check_room(ray: ModuleType, farm: Farm) -> None:
+    """Raises ConfigError where some worker would wait for ever: no node has what it reserves."""
+    wanted = {_NODE_NAMES.get(n, n): amount for n, amount in farm.reserved.items() if amount}
+    room = sum(
+        min(
+            (int(node["Resources"].get(n, 0.0) / amount + 1e-6) for n, amount in wanted.items()),
+            default=farm.workers,
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    if room < farm.workers:
+        each = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
+        raise ConfigError(
+            "farm",
+            [
+                f"workers: got {farm.workers} of {each} each, Ray has room for {room}; ask for fewer, "
+                "or connect it to more machines"
+            ],
+        )
 
 
 class _Worker:
@@ -276,7 +345,7 @@ class _Crew:
         self.ray, self.file, self.how = ray, file, how
         self.make_bench = ray.put(make_bench)  # once in shared memory, however many workers
         self.restarts_left = farm.restarts
-        self.options = dict(farm.resources or {"num_cpus": 1})
+        self.options = farm.reserved
         self.pending: dict[Any, _Hand] = {}
         self.again: deque[tuple[int, ...]] = deque()
         self.idle: list[_Hand] = []
@@ -293,6 +362,8 @@ class _Crew:
     ) -> Iterator[tuple[tuple[int, ...], Taken, Source]]:
         """Yields (widths, taken, source) as samples come in, until no widths are left.
 
+        Workers that are not set up by then are not waited for: other jobs may hold their place.
+
         Args:
             plan: asked once a worker is known: what is in the file already depends on its machine.
         """
@@ -304,24 +375,29 @@ class _Crew:
                 result = self._result(done)
             except self.ray.exceptions.RayActorError as error:
                 self._bury(hand, error)
-                if proposals is not None:
-                    self._hand_out(proposals)
-                continue
-            if hand.source is None:
-                hand.source = self._source(hand, result)
-                proposals = proposals or plan()
             else:
-                assert hand.busy is not None
-                widths, hand.busy = hand.busy, None
-                yield widths, result, hand.source
-            self.idle.append(hand)
-            assert proposals is not None
-            self._hand_out(proposals)
+                if hand.source is None:
+                    hand.source = self._source(hand, result)
+                    proposals = proposals or plan()
+                else:
+                    assert hand.busy is not None
+                    widths, hand.busy = hand.busy, None
+                    yield widths, result, hand.source
+                self.idle.append(hand)
+            if proposals is not None:
+                self._hand_out(proposals)
+                if self.idle and not self._measuring:
+                    return
+
+    @property
+    def _measuring(self) -> bool:
+        return any(hand.busy is not None for hand in self.pending.values())
 
     def _hand_out(self, proposals: Proposals) -> None:
-        """Those without work stay idle: a death may yet give them some, or a fit for which all wait."""
+        """Those without work stay idle: a death may yet give them some, or a fit for which all that
+        measure are waited for."""
         while self.idle:
-            if not self.again and self.pending and proposals.about_to_fit:
+            if not self.again and self._measuring and proposals.about_to_fit:
                 return
             widths = self.again.popleft() if self.again else proposals.next()
             if widths is None:
@@ -371,10 +447,11 @@ class _Crew:
             self.restarts_left -= 1
             self._hire(hand.name)
         elif not self.pending and not self.idle:
+            last = "while it was set up" if hand.busy is None else f"on widths {list(hand.busy)}"
             raise MeasurementError(
-                f"farm: all workers died, the last one on widths {hand.busy}; {len(self.file)} "
-                f"samples are kept in `{self.file.path}`. Look into the workers' logs, then "
-                "start again: sampling goes on where it was"
+                f"farm: all workers died, the last one {last}; {len(self.file)} samples are kept in "
+                f"`{self.file.path}`. Look into the workers' logs, then start again: sampling goes "
+                "on where it was"
             ) from error
 
     def dismiss(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -178,10 +180,22 @@ class SampleFile:
         self._size, self._claim = _size_of(self.path), claimed
 
     def _append(self, value: Mapping[str, Any]) -> None:
+        """Write a line, whole or not at all."""
         if self._claim is None or not self._claim.ours:
             self._begin_writing(_claimed(self.path))
         self._check_unchanged()
-        append_line(self.path, value)
+        try:
+            append_line(self.path, value)
+        except BaseException as error:
+            if self._size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, self._size)
+            if isinstance(error, OSError):
+                raise FileFormatError(
+                    f"samples `{self.path}`: cannot be written ({error}); what was measured before "
+                    "is kept. Make room for it, then start again: sampling goes on where it was"
+                ) from error
+            raise
         self._size = _size_of(self.path)
 
     def _check_unchanged(self) -> None:
@@ -240,6 +254,7 @@ class SampleFile:
 
         Raises:
             FileInUseError: another process writes the file, or wrote it since it was read.
+            FileFormatError: it cannot be written, as on a full disk; it is as it was before.
             MeasurementError: the measurement had no reference, so its raw times give no ratio; or
                 they give another than it claims.
         """

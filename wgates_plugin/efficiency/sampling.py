@@ -15,7 +15,7 @@ from torch import Tensor
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.bench import Bench, Taken, Trust
 from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES
-from wgates_plugin.efficiency.lpnet.data import grid_of
+from wgates_plugin.efficiency.lpnet.data import common_multiple, grid_of
 from wgates_plugin.efficiency.sample_file import SampleFile as SampleFile
 from wgates_plugin.efficiency.sample_record import Source
 from wgates_plugin.errors import MeasurementError
@@ -152,14 +152,18 @@ class Proposals:
 
 @dataclass(frozen=True)
 class SamplingCost:
-    """Wall time of a sampling run, and how much of it was spent inside timed inference (s)."""
+    """Wall time of a sampling run, and how much of it its workers together spent inside timed
+    inference (s)."""
 
     seconds: float
     inference_seconds: float
+    workers: int = 1
 
     @property
     def share_in_inference(self) -> float:
-        return self.inference_seconds / self.seconds if self.seconds else 0.0
+        """Of the time that all workers had."""
+        there = self.seconds * self.workers
+        return self.inference_seconds / there if there else 0.0
 
 
 def collect(
@@ -233,16 +237,10 @@ def _too_few(there: int, grid: int) -> MeasurementError:
     )
 
 
-def _multiple(space: ChannelSpace, grid: int) -> int | None:
-    """`grid_of` of all widths that this grid allows."""
-    cut = {w for group in space.groups for w in group.allowed_widths(grid) if w < group.channels}
-    return math.gcd(*cut) if cut else None
-
-
 def mixed_grids(space: ChannelSpace, rows: Sequence[Sequence[int]], grid: int | None) -> list[str]:
     """What to say where kept widths (N, G) lie on another grid than the one asked for now."""
     there = grid_of(space, rows)
-    here = None if grid is None else _multiple(space, grid)
+    here = None if grid is None else common_multiple(space, space.allowed_widths(grid))
     if there is None or here is None or there == here:
         return []
     return [

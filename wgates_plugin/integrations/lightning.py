@@ -40,16 +40,17 @@ class WGatesCallback(_Callback):
     checkpoint was written. A checkpoint saved after the pruning restores the smaller network.
 
     One callback prunes one network once: another network, or another step, needs a new callback.
+    Several may share a Trainer, each with a `network` of its own that holds none of the others.
 
     Args:
-        example_inputs: one batch for tracing: a tensor, a tuple of arguments or a dict.
+        example_inputs: one batch for tracing: a tensor, a tuple or list of arguments or a dict.
         network: attribute of the LightningModule that is pruned, dotted; "" for itself. It must be
             what `training_step` calls.
         options: those of `WGatesPruner`: `efficiency`, `target`, `pruning_ratio`, ...
 
     Attributes:
         pruner: the `WGatesPruner` of this `fit`, for its plan. monitor: the last step's values, which
-            are logged as `gates/...`.
+            are logged as `gates/...`, and as `gates/<network>/...` where several callbacks learn.
 
     Raises:
         MissingExtraError: Lightning is not installed.
@@ -83,6 +84,13 @@ class WGatesCallback(_Callback):
         self._removal: Iterator[Any] | None = None
         self._hooked, self._own_hook = False, None
         self._fine_tuning = False
+        self._went_back = False
+        self._alone = True
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps this callback's state: one place per network."""
+        return f"{type(self).__qualname__}[{self.network}]"
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -115,30 +123,39 @@ class WGatesCallback(_Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Before a checkpoint is read: one of a pruned network needs a network as small."""
         self._unhook(pl_module)
-        self._state, self._loaded = {}, None
-        if self.plan is not None:
+        self._state, self._loaded, self._went_back = {}, None, False
+        ours = [each for each in trainer.callbacks if isinstance(each, WGatesCallback)]
+        self._alone = len(ours) == 1
+        if ours[0] is not self:  # which hooks the module for all of them
             return
         # The Trainer restores callbacks after weights; this hook of the module comes before both.
         self._own_hook = vars(pl_module).get("on_load_checkpoint")
         own = pl_module.on_load_checkpoint
-        key = self.state_key
 
         def shrink_first(checkpoint: dict[str, Any]) -> None:
             self._unhook(pl_module)
-            state = checkpoint.get("callbacks", {}).get(key, {})
-            if state.get("pruner", {}).get("kept") is not None:
-                # Its gates are not used: what these options would need is not asked for.
-                self.pruner = self._make(
-                    pl_module, **{**self.options, "importance": None, "steps": 1}
-                )
-                self.pruner.load_state_dict(state["pruner"])
-                if not state["fine_tuning"]:  # moments of weights that are gone
-                    for optimizer in checkpoint.get("optimizer_states", []):
-                        optimizer["state"] = {}
+            for each in ours:
+                each._shrink(pl_module, checkpoint)
             own(checkpoint)
 
         pl_module.on_load_checkpoint = shrink_first
         self._hooked = True
+
+    def _shrink(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Make the network as small as the checkpoint's."""
+        states = checkpoint.get("callbacks", {})
+        unnamed = type(self).__qualname__  # a key may be without the network, where one was pruned
+        if self._alone and self.state_key not in states and unnamed in states:
+            states[self.state_key] = states.pop(unnamed)
+        state = states.get(self.state_key, {})
+        if self.plan is not None or state.get("pruner", {}).get("kept") is None:
+            return
+        # Its gates are not used: what these options would need is not asked for.
+        self.pruner = self._make(module, **{**self.options, "importance": None, "steps": 1})
+        self.pruner.load_state_dict(state["pruner"])
+        if not state["fine_tuning"]:  # moments of weights that are gone
+            for optimizer in checkpoint.get("optimizer_states", []):
+                optimizer["state"] = {}
 
     def _unhook(self, module: Any) -> None:
         if self._hooked:
@@ -183,18 +200,26 @@ class WGatesCallback(_Callback):
         if self._loaded is not None:
             self.pruner.load_state_dict(self._loaded)
 
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Note it: some optimizer steps come without, which the gates are to skip."""
+        self._went_back = True
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Gradients are complete, accumulated ones included: step the gates."""
         if self.pruner is None or self.plan is not None:
             return
-        if not self.pruner.gates.reached and _skipped(optimizer):
+        # None comes for a batch whose `training_step` returned None, nor in the pass in which
+        # `StochasticWeightAveraging` updates the norms.
+        went_back, self._went_back = self._went_back, False
+        if not went_back and not self.pruner.gates.reached:
             self.pruner.discard()
             return
         # The scaler's `unscale_` has been at the weights' gradients only.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         self.monitor = self.pruner.regularize(self.pruner.model, scale=scale)
-        pl_module.log_dict({f"gates/{name}": value for name, value in self.monitor.items()})
+        where = "gates" if self._alone else f"gates/{self.network}"
+        pl_module.log_dict({f"{where}/{name}": value for name, value in self.monitor.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """The gates as they stand, or what stayed: tensors and plain values."""
@@ -243,12 +268,6 @@ class WGatesCallback(_Callback):
             self._state = self.state_dict()
             self.pruner.detach()
             self.pruner = self._removal = None
-
-
-def _skipped(optimizer: Any) -> bool:
-    """Whether `training_step` returned None, which Lightning takes as no loss for this batch."""
-    weights = (weight for group in optimizer.param_groups for weight in group["params"])
-    return not any(weight.grad is not None and bool(weight.grad.any()) for weight in weights)
 
 
 def _steps_of(trainer: Any) -> int | None:

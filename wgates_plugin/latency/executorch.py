@@ -89,8 +89,9 @@ class ExecuTorchRuntime(BaseRuntime):
             raise
         except Exception as error:
             raise FileFormatError(
-                f"executorch artefact `{path}`: cannot be loaded ({error}); it is corrupt, was cut "
-                "off or is of another ExecuTorch version, export it again"
+                f"executorch artefact `{path}`: cannot be loaded ({error}); it is damaged, or made "
+                "for another version, or with operators or types that this runtime lacks: export "
+                "it again for this one"
             ) from error
 
     def _session(self, program: bytes, example_inputs: ExampleInputs) -> ExecuTorchSession:

@@ -75,9 +75,10 @@ class _Chains(nn.Module):
 
 
 def probe_widths(candidates: Sequence[int]) -> list[int]:
-    """Widths to time: two multiples of every candidate, and each candidate's step above them."""
+    """Widths to time: two multiples of every candidate, one channel above them, where a coarse grid
+    shows, and each candidate's step above them."""
     step = math.lcm(*candidates)
-    return sorted({base + extra for base in (2 * step, 3 * step) for extra in (0, *candidates)})
+    return sorted({base + extra for base in (2 * step, 3 * step) for extra in (0, 1, *candidates)})
 
 
 def choose_grid(

@@ -26,8 +26,9 @@ _NUMBERS = (
 )
 _MAY_BE_ZERO = ("ratio_spread",)
 _SERIES = ("samples_ms", "reference_samples_ms")
-_COUNTS = ("rounds", "warmup", "disturbed")
+_COUNTS = ("rounds", "warmup", "disturbed", "inferences")
 _RECORDS = ("identity", "environment")
+_OPTIONAL = ("inferences",)
 
 
 def half_interquartile_range(values: Sequence[float]) -> float:
@@ -70,6 +71,7 @@ class Measurement:
         seconds: time from start to end of the measurement.
         identity: what was measured on: `Runtime.identity`.
         environment: the machine and the libraries: `describe_environment`.
+        inferences: timed ones, the reference's included; None where a record does not tell.
 
     Raises:
         MeasurementError: a time is not finite and positive, or the record contradicts itself.
@@ -91,6 +93,7 @@ class Measurement:
     seconds: float
     identity: dict[str, Any]
     environment: dict[str, Any]
+    inferences: int | None = None
 
     @property
     def relative_spread(self) -> float:
@@ -123,6 +126,9 @@ class Measurement:
         for name in ("warmup", "disturbed"):
             if getattr(self, name) < 0:
                 problems.append(f"`{name}` is {getattr(self, name)}")
+        blocks = len(self.samples_ms) + len(self.reference_samples_ms)
+        if self.inferences is not None and self.inferences < blocks:
+            problems.append(f"`inferences` is {self.inferences} for {blocks} blocks of them")
         if not problems:
             seen = self.reference_samples_ms
             drift = statistics.median(seen) / self.reference_ms if seen else 1.0
@@ -143,6 +149,8 @@ class Measurement:
         """A dict of plain JSON values; `from_json` is its inverse."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values.update({name: list(values[name]) for name in _SERIES})
+        unknown = [name for name in _OPTIONAL if values[name] is None]
+        values = {name: value for name, value in values.items() if name not in unknown}
         return {"kind": _KIND, "version": _VERSION, **values}
 
     @classmethod
@@ -161,7 +169,7 @@ class Measurement:
             )
         fields = {name: item for name, item in value.items() if name not in ("kind", "version")}
         known = {field.name for field in dataclasses.fields(cls)}
-        problems = [f"`{name}` is missing" for name in sorted(known - set(fields))]
+        problems = [f"`{name}` is missing" for name in sorted(known - {*fields, *_OPTIONAL})]
         problems += [f"`{name}` is unknown" for name in sorted(set(fields) - known)]
         problems += _type_problems({name: fields[name] for name in known & set(fields)})
         if not problems:

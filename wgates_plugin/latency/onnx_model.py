@@ -6,7 +6,8 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,11 +34,14 @@ from wgates_plugin.latency.onnx_export import (
     export_dynamo,
     export_torchscript,
 )
-from wgates_plugin.latency.onnx_template import OnnxTemplate, Sliced, halfway_widths
+from wgates_plugin.latency.onnx_template import OnnxTemplate, Sliced
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
     from wgates_plugin.channels import ChannelSpace
+
+_FED = ("undefined", "float", "bool", "uint8", "int8", "int16", "int32", "int64")
+"""ONNX's names for the types of inputs that example inputs can have."""
 
 
 class OnnxModelRuntime(BaseRuntime):
@@ -106,8 +110,9 @@ class OnnxModelRuntime(BaseRuntime):
         except Exception as error:
             reason = str(error).strip().split("\n")[-1]
             raise FileFormatError(
-                f"{self.name} artefact `{path}`: cannot be loaded ({reason}); it is corrupt or was "
-                "cut off, export it again"
+                f"{self.name} artefact `{path}`: cannot be loaded ({reason}); it is damaged, or made "
+                "for another version, or with operators or types that this runtime lacks: export "
+                "it again for this one"
             ) from error
 
     def family(
@@ -159,10 +164,15 @@ def feeds_of(
 
 def _whole_model(path: Path, example_inputs: ExampleInputs) -> bytes:
     """The model with all its weights, those that lie in files beside it included, and with the
-    example's sides where its inputs leave them open."""
+    example's sides where its inputs leave them open.
+
+    Raises:
+        ExportError: an input is of a type that is not fed.
+    """
     onnx = require("onnx", extra="onnx", purpose="reading ONNX files")
     serialised = path.read_bytes()
     model = onnx.load_from_string(serialised)
+    _check_types(onnx, path, model.graph)
     outside = any(
         tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer
     )
@@ -178,6 +188,22 @@ def _whole_model(path: Path, example_inputs: ExampleInputs) -> bytes:
                 side.dim_value, closed = given, True
     whole: bytes = model.SerializeToString() if outside or closed else serialised
     return whole
+
+
+def _check_types(onnx: ModuleType, path: Path, graph: Any) -> None:
+    """Raises ExportError where an input takes other floats than float32, or no numbers."""
+    weights = {tensor.name for tensor in graph.initializer}
+    types = {
+        value.name: onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+        for value in graph.input
+        if value.name not in weights
+    }
+    problems = [f"`{name}` is {kind}" for name, kind in types.items() if kind not in _FED]
+    if problems:
+        raise ExportError(
+            f"ONNX model `{path}`: input {', '.join(problems)}; this package feeds float32, and whole "
+            "numbers where a model takes them: export it with such inputs, whatever it computes in"
+        )
 
 
 class OnnxFamily:
@@ -259,7 +285,7 @@ class OnnxFamily:
     def _check(self, template: OnnxTemplate) -> None:
         from wgates_plugin.surgery import resize
 
-        widths = halfway_widths(self._space)
+        widths = self._space.half_widths()
         smaller = resize(self._network, self._space, widths).eval()
         graph, beside = self._sliced(template, widths)
         exact, seen = self._runtime.at_float32(), informative(smaller, self._example_inputs)

@@ -150,6 +150,8 @@ class OnnxRuntime(OnnxModelRuntime):
                 events = json.loads(Path(session.end_profile()).read_text(encoding="utf-8"))
         kernels = [_kernel(event, owners) for event in events if _is_kernel(event)]
         each = len(kernels) // (runs + 1)
+        if not each:
+            return {}
         starts = range(each, len(kernels), each)
         return charge(merged([kernels[start : start + each] for start in starts]))
 
@@ -217,5 +219,11 @@ class CudaOnnxSession(OnnxSession):
         self._binding.synchronize_inputs()
 
     def run(self) -> None:
+        if self._binding is None:
+            raise RuntimeError("this session is closed; load the network again")
         self._native.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
+
+    def close(self) -> None:
+        self._binding = None  # it keeps the native session and the arrays on the device
+        super().close()

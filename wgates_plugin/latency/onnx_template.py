@@ -15,7 +15,6 @@ from wgates_plugin.latency.onnx_export import export_torchscript
 
 if TYPE_CHECKING:
     from wgates_plugin.calling import ExampleInputs
-    from wgates_plugin.channels import ChannelSpace
     from wgates_plugin.surgery import ResizeMap
 
 _BESIDE_BYTES = 4096
@@ -131,8 +130,3 @@ def _group_attributes(graph: Any) -> dict[str, list[tuple[Any, int]]]:
             if attribute.name == "group":
                 found.setdefault(module, []).append((attribute, int(attribute.i)))
     return found
-
-
-def halfway_widths(space: ChannelSpace) -> list[int]:
-    """About half of every group's channels, within floors and caps."""
-    return [group.round_up(group.channels / 2) for group in space.groups]

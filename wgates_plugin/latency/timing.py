@@ -97,7 +97,8 @@ def measure(
         seconds: rounds are added until their inferences took this long together, the reference's
             included.
         min_rounds: least number of rounds, however long they take.
-        warmup: most untimed inferences of each session beforehand; slow ones get fewer.
+        warmup: most untimed inferences of each session beforehand; slow ones get fewer, but two at
+            the least.
         identity: the runtime's `identity`; by default what the session carries.
         environment: by default `describe_environment()`.
         clock_ns: the clock, in nanoseconds.
@@ -118,7 +119,7 @@ def measure(
             getattr(each, "forget", _nothing)()
         count = _block_length([estimate for _, estimate in warmed])
         minima: list[list[float]] = [[] for _ in sessions]
-        clock.spent_ms, clock.disturbed = 0.0, 0
+        clock.spent_ms, clock.inferences, clock.disturbed = 0.0, 0, 0
         while len(minima[0]) < min_rounds or clock.spent_ms < seconds * 1e3:
             order = list(range(len(sessions)))
             if len(minima[0]) % 2:
@@ -149,6 +150,7 @@ def measure(
         seconds=(clock_ns() - started) / 1e9,
         identity=dict(identity),
         environment=dict(environment),
+        inferences=clock.inferences,
     )
 
 
@@ -211,6 +213,7 @@ class _Clock:
     ) -> None:
         self.now_ns, self.processor_ns, self.switches = clock_ns, processor_ns, switches
         self.spent_ms = 0.0
+        self.inferences = 0
         self.disturbed = 0
 
     def time(self, session: Session) -> tuple[float, bool]:
@@ -230,6 +233,7 @@ class _Clock:
                 "the session's clock and that it waits for the device to finish"
             )
         self.spent_ms += took
+        self.inferences += 1
         if self.switches() == before or getattr(session, "timed_elsewhere", False):
             return took, True
         self.disturbed += 1
@@ -252,10 +256,16 @@ def involuntary_switches() -> int:
 
 
 def _warm_up(session: Session, most: int, clock: _Clock) -> tuple[int, float]:
-    """Run until warm; returns the number of runs and the least time seen, ms."""
-    times: list[float] = []
+    """Run until warm; returns the number of runs and the least time seen, ms.
+
+    A first run that takes all the time by itself may have compiled or loaded what later ones find
+    ready: it is not counted.
+    """
+    enough = _WARMUP_SECONDS * 1e3
     with _active(session):
-        while len(times) < most and sum(times) < _WARMUP_SECONDS * 1e3:
+        times = [clock.time(session)[0]]
+        apart = times[0] if times[0] >= enough else 0.0
+        while len(times) < most and sum(times) - apart < enough:
             times.append(clock.time(session)[0])
     return len(times), min(times)
 

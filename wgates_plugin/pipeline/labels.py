@@ -15,11 +15,11 @@ from torch.utils.data import (
     default_collate,
 )
 
-from wgates_plugin.calling import ExampleInputs, call_with
+from wgates_plugin.calling import ExampleInputs, call_with, device_of
 from wgates_plugin.catalogue.tensor_loader import TensorLoader
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.training.as_found import modes_kept, random_state_kept
-from wgates_plugin.training.evaluation import IGNORED, evaluate, unpack
+from wgates_plugin.training.evaluation import IGNORED, evaluate, to_device, unpack
 
 
 def check_labels(
@@ -34,7 +34,7 @@ def check_labels(
         ConfigError: names the loader, the label and the number of outputs.
     """
     with modes_kept(network), torch.no_grad():
-        output = call_with(network.eval(), example_inputs)
+        output = call_with(network.eval(), to_device(example_inputs, device_of(network)))
     if not isinstance(output, Tensor) or output.ndim < 2:
         return
     outputs, problems = output.shape[1], []

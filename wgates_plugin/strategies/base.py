@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,8 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.belonging import check_models
 from wgates_plugin.errors import ConfigError
-from wgates_plugin.plan import PruningPlan
+from wgates_plugin.plan import PruningPlan, score_problem
+from wgates_plugin.run_folder import weights_digest
 from wgates_plugin.training.engine import LossFunction, Trainer
 from wgates_plugin.training.launch import default_fabric, share_loader
 from wgates_plugin.training.settings import TrainingSettings
@@ -106,6 +108,12 @@ class Task:
         mean: Tensor = self.fabric.all_reduce(value, reduce_op="mean")
         return mean
 
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Of the network as it came: to be asked for before it learns, and the same ever after."""
+        found: str = self.fabric.broadcast(weights_digest(self.network))
+        return found
+
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
@@ -173,10 +181,12 @@ class Decision:
 
         Raises:
             PlanError: widths that the space cannot have.
-            ConfigError: what it tells is no JSON, or not a number; names the keys.
+            ConfigError: scores that are not one finite number per unit, or what it tells is no JSON, or
+                not a number; names the groups and the keys.
         """
         told: dict[str, Any] = {}
-        problems = []
+        wrong = score_problem(space, self.scores)
+        problems = [f"decision.scores: {wrong}"] if wrong else []
         for name in ("monitor", "history", "facts"):
             try:
                 text = json.dumps(getattr(self, name), default=_plain_number, allow_nan=False)

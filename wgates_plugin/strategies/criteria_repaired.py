@@ -26,7 +26,15 @@ from torch_pruning.pruner.importance import (
 from wgates_plugin import modules as kinds
 from wgates_plugin.calling import call_with, device_of, left_as_found, map_tensors
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.training.evaluation import IGNORED, images_in, images_of, logits_of, unpack
+from wgates_plugin.training.evaluation import (
+    IGNORED,
+    all_ignored,
+    images_in,
+    images_of,
+    logits_of,
+    one_number,
+    unpack,
+)
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 
@@ -203,10 +211,10 @@ def _accumulate(
                 # A network that squeezes loses a batch of one.
                 doubled = map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, images)
                 logits = logits_of(call_with(network, doubled), network)[:1]
-            value = loss(logits, labels)
+            value = one_number(loss(logits, labels), "criterion")
+        if by_sample and all_ignored(labels) and (value == 0 or value.isnan()):
+            continue
         if not torch.isfinite(value):
-            if by_sample and _all_ignored(labels):
-                continue
             where = f"sample {sample} of batch {number}" if by_sample else f"batch {number}"
             raise TrainingError(
                 f"criterion: the loss is {float(value.detach())} on {where} of `data` (both counted "
@@ -215,7 +223,3 @@ def _accumulate(
         value.backward()
         if by_sample:
             importance.accumulate_grad(network)
-
-
-def _all_ignored(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())

@@ -9,7 +9,7 @@ from torch import nn
 
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.strategies.base import Strategy, Task
-from wgates_plugin.strategies.own_checkpoints import OwnCheckpoints
+from wgates_plugin.strategies.own_checkpoints import own_checkpoints
 from wgates_plugin.training import StepContext, Trainer
 
 PHASE_STATE = "phase.pt"
@@ -44,7 +44,7 @@ def run_phase(
         RunFolderError: the task's checkpoints hold another phase, see `own_checkpoints`.
     """
     monitor: list[dict[str, float]] = []
-    checkpoints = OwnCheckpoints(strategy, task)
+    checkpoints = own_checkpoints(strategy, task)
     state = checkpoints.load_state(PHASE_STATE)
     if state is not None:
         for name, part in parts.items():

@@ -17,15 +17,19 @@ from wgates_plugin.calling import ExampleInputs, call_with, map_tensors
 from wgates_plugin.errors import TrainingError
 from wgates_plugin.training.as_found import (
     channels_last_within,
+    epoch_batches,
     modes_kept,
     random_state_kept,
-    seed_epoch,
 )
 from wgates_plugin.training.distillation import distillation_loss
 from wgates_plugin.training.evaluation import (
+    IGNORED,
+    all_ignored,
     count_correct,
     cross_entropy,
     logits_of,
+    of_one_value,
+    one_number,
     unpack,
 )
 from wgates_plugin.training.launch import default_fabric, share_loader
@@ -60,10 +64,10 @@ class Trainer:
 
     Inputs are a tensor, a tuple of arguments or a dict of keyword arguments of the network.
 
-    Laws: an epoch's shuffling, augmentation and dropout depend only on (seed, epoch), so stopping
-    at an epoch's end and starting again ends in the same place (worker processes that outlive an
-    epoch, `persistent_workers`, are the exception: they keep random state of their own). The
-    global random state and train/eval modes are left as found. The network is moved to the
+    Laws: an epoch's shuffling depends only on (seed, epoch), augmentation and dropout on these and the
+    process, so stopping at an epoch's end and starting again ends in the same place (worker processes
+    that outlive an epoch, `persistent_workers`, are the exception: they keep random state of their own).
+    The global random state, train/eval modes and batches are left as found. The network is moved to the
     fabric's device and stays there. If a loss or gradient is not finite, no step is made with it.
 
     `total_epochs` (default `settings.epochs`) is the length of the learning-rate schedule, of
@@ -134,7 +138,7 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or gradient is not finite (the weights and statistics are those
-                from before that step), or batches or outputs are of an unusable kind.
+                from before that step), or batches, outputs or losses are of an unusable kind.
         """
         first = self.epoch if first_epoch is None else first_epoch
         last = self.total_epochs if epochs is None else first + epochs
@@ -205,7 +209,6 @@ class Trainer:
         after_backward: Callable[[StepContext], None] | None,
     ) -> dict[str, Any]:
         started = time.perf_counter()
-        seed_epoch(self.seed, epoch, self.fabric.device, self._loader)
         self.network.train()
         if self._teacher is not None:
             self._teacher.eval()
@@ -213,7 +216,10 @@ class Trainer:
         first = epoch * self.steps_per_epoch
         step, rate = first, 0.0
         tally, buffers = _Tally(self.fabric.device), _Buffers(self.network)
-        for step, batch in enumerate(self._loader, start=first):
+        batches = epoch_batches(
+            self._loader, self.seed, epoch, self.fabric.device, self.fabric.global_rank
+        )
+        for step, batch in enumerate(batches, start=first):
             where = StepContext(step, min(1.0, step / total_steps), epoch)
             rate = self._set_learning_rate(step)
             inputs, targets = self._on_device(batch)
@@ -221,8 +227,9 @@ class Trainer:
                 before_forward(where)
             buffers.save()
             self.optimizer.zero_grad()
-            logits = logits_of(call_with(self._wrapped, inputs), self.network)
+            logits = self._logits(inputs, where, buffers)
             loss = self._total_loss(inputs, logits, targets)
+            images = self._images_judged(logits, targets)
             # The mean over processes, so that all of them raise, and all gates see one number.
             value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
             self._backward(loss, value, where, buffers)
@@ -233,12 +240,15 @@ class Trainer:
                     self._wrapped, self.optimizer, max_norm=self.settings.gradient_clip
                 )
             self.optimizer.step()
-            tally.add(loss.detach(), logits, targets)
+            tally.add(loss.detach(), logits, targets, images=images)
             bar.advance(f"epoch {epoch + 1}, loss {value:.3f}")
         self.optimizer.zero_grad()
         found = tally.means(self.fabric)
         if found is None:
-            raise TrainingError(f"{self.label}: epoch {epoch + 1}: the loader gave no batches")
+            raise TrainingError(
+                f"{self.label}: epoch {epoch + 1}: the loader gave no batches, or none with a label "
+                f"that is not one to ignore ({IGNORED}); check the data set and limit"
+            )
         return {
             "label": self.label,
             "epoch": epoch,
@@ -273,19 +283,38 @@ class Trainer:
             inputs = map_tensors(_channels_last, inputs)
         return inputs, targets
 
+    def _logits(self, inputs: ExampleInputs, where: StepContext, buffers: _Buffers) -> Tensor:
+        try:
+            return logits_of(call_with(self._wrapped, _copied(inputs)), self.network)
+        except ValueError as error:
+            if not of_one_value(error):
+                raise
+            buffers.restore()
+            raise TrainingError(
+                f"{self.label}: epoch {where.epoch + 1}, step {where.step}: a BatchNorm has one value "
+                "per channel, as in a batch of one image, and no variance; use a loader that leaves the "
+                "last, smaller batch out (`drop_last=True`), or another batch size"
+            ) from error
+
     def _total_loss(self, inputs: ExampleInputs, logits: Tensor, targets: Any) -> Tensor:
         if self._loss is not None:
-            loss = self._loss(logits, targets)
+            loss = one_number(self._loss(logits, targets), self.label)
         else:
             smoothing = self.settings.label_smoothing
             loss = cross_entropy(logits, targets, label_smoothing=smoothing)
         if self._teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
-                answers = logits_of(call_with(self._teacher, inputs), self._teacher).float()
+                answers = call_with(self._teacher, _copied(inputs))
+                answers = logits_of(answers, self._teacher).float()
             weight = self.settings.distillation_weight
             soft = distillation_loss(logits, answers, self.settings.distillation_temperature)
             loss = (1 - weight) * loss + weight * soft
         return loss
+
+    def _images_judged(self, logits: Tensor, targets: Any) -> int:
+        """Images of a batch whose loss counts: none where cross-entropy has no label to go by."""
+        judged = self._loss is not None or self._teacher is not None
+        return len(logits) if judged or not all_ignored(targets) else 0
 
     def _give_up(self, what: str, where: StepContext, buffers: _Buffers) -> None:
         # The forward pass has already spoilt running statistics; the weights are untouched.
@@ -321,8 +350,7 @@ class _Tally:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, device=device)  # loss sum, images, right answers, answers
 
-    def add(self, loss: Tensor, logits: Tensor, targets: Any) -> None:
-        images = logits.shape[0]
+    def add(self, loss: Tensor, logits: Tensor, targets: Any, *, images: int) -> None:
         self._sums[0] += loss * images
         self._sums[1] += images
         counted = count_correct(logits, targets)
@@ -337,6 +365,12 @@ class _Tally:
         if not images:
             return None
         return {"loss": loss / images, "accuracy": right / answers if answers else None}
+
+
+def _copied(inputs: ExampleInputs) -> ExampleInputs:
+    """For a network may work on them in place, and they are the loader's and the teacher's too."""
+    copies: ExampleInputs = map_tensors(Tensor.clone, inputs)
+    return copies
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def logits_of(output: Any, network: nn.Module) -> Tensor:
 
 
 def answer(network: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Any]:
-    """(logits, targets) of a batch, on `device`; the network's mode is the caller's."""
+    """(logits, targets) of a batch, on `device`; the mode is the caller's, the batch is left as it is."""
     inputs, targets = unpack(to_device(batch, device))
     return logits_of(call_with(network, inputs), network), targets
 
@@ -97,19 +97,38 @@ def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | No
     """(number of right answers, number of answers), or None if accuracy has no meaning here.
 
     logits (N, C, ...) of two classes or more; targets (N, ...) class numbers, or (N, C, ...) class
-    probabilities.
+    probabilities: 0 or more, of sum 1 over the classes.
     """
     if not isinstance(targets, Tensor) or logits.ndim < 2 or logits.shape[1] < 2:
         return None
-    if targets.is_floating_point() and targets.shape == logits.shape:
+    if targets.shape == logits.shape and _are_probabilities(targets):
         targets = targets.argmax(dim=1)
     if targets.is_floating_point() or targets.shape != logits.shape[:1] + logits.shape[2:]:
         return None
-    return (logits.detach().argmax(dim=1) == targets).sum(), (targets != IGNORED).sum()
+    return (logits.detach().argmax(dim=1) == targets).sum(), (~_ignored(targets)).sum()
+
+
+def _are_probabilities(targets: Tensor) -> bool:
+    if not targets.is_floating_point():
+        return False
+    tolerance = max(1e-3, torch.finfo(targets.dtype).eps)
+    off = (targets.float().sum(dim=1) - 1).abs()
+    return bool((targets >= 0).all() & (off <= tolerance).all())
+
+
+def all_ignored(targets: Any) -> bool:
+    """Whether cross-entropy leaves out every label there is."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
+        return False
+    return bool(_ignored(targets).all())
+
+
+def _ignored(targets: Tensor) -> Tensor:
+    return targets.long() == IGNORED  # a uint8 takes -100 for 156
 
 
 def cross_entropy(logits: Tensor, targets: Any, *, label_smoothing: float = 0.0) -> Tensor:
-    """`functional.cross_entropy` of logits (N, C, ...).
+    """`functional.cross_entropy` of logits (N, C, ...); 0 where all labels are ones to ignore.
 
     Raises:
         TrainingError: a label that the network has no output for (on the CPU, where it is noticed).
@@ -117,18 +136,43 @@ def cross_entropy(logits: Tensor, targets: Any, *, label_smoothing: float = 0.0)
     if isinstance(targets, Tensor) and targets.dtype in (torch.int32, torch.int16, torch.int8):
         targets = targets.long()
     try:
-        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        loss = functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     except IndexError as error:
         raise TrainingError(
             f"labels: a batch's classes go from {int(targets.min())} to {int(targets.max())}, the "
             f"network has {logits.shape[1]} outputs (classes 0 to {logits.shape[1] - 1}); give it "
             "as many outputs as there are classes, or number the classes from 0"
         ) from error
+    # The mean over no labels is not a number.
+    return logits.sum() * 0.0 if loss.isnan() and all_ignored(targets) else loss
+
+
+def one_number(loss: Any, subject: str) -> Tensor:
+    """What a user's loss gave, of shape ().
+
+    Raises:
+        TrainingError: it is no tensor of one number; names `subject`.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(())
+    got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    raise TrainingError(
+        f"{subject}: the loss gave {got}, needed a tensor of one number, the mean over the batch"
+    )
+
+
+def of_one_value(error: BaseException) -> bool:
+    """Whether it is torch's complaint that a BatchNorm has one value per channel, as in a batch of one
+    image, and so no variance."""
+    return isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with its tensors, in nested tuples, lists and mappings, on `device`."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+    """`value` with copies of its tensors, in nested tuples, lists and mappings, on `device`.
+
+    Copies in any case, for a network may work on its inputs in place, and these are the loader's.
+    """
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True, copy=True), value)
 
 
 @torch.no_grad()  # in inference mode, what a network caches could not be trained with
@@ -159,13 +203,12 @@ def evaluate(
                     f"evaluation: logits of shape {tuple(logits.shape)} and targets of shape "
                     f"{tuple(getattr(targets, 'shape', ()))} are no classification; needed logits "
                     "(N, C) of two classes or more, and class numbers (N,) or class probabilities "
-                    "(N, C)"
+                    "(N, C) whose sum is 1"
                 )
             correct += counted[0]
             answers += counted[1]
             images += logits.shape[0]
-            found = cross_entropy(logits.float(), targets) * counted[1]
-            loss += torch.where(counted[1] > 0, found, 0.0)  # nothing but ignored labels has none
+            loss += cross_entropy(logits.float(), targets) * counted[1]
     count = int(answers)
     if not images:
         raise TrainingError("evaluation: the loader gave no batches; check the data set and limit")

@@ -10,9 +10,10 @@ from typing import Any
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from torch import distributed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from wgates_plugin.errors import ConfigError, TrainingError
+from wgates_plugin.training.as_found import samplers
 from wgates_plugin.training.settings import TrainingSettings
 
 
@@ -84,6 +85,13 @@ def share_loader(loader: Iterable[Any], fabric: Fabric) -> Any:
             shared = loader.shard(rank, world)
         elif isinstance(loader, DataLoader):
             shared = fabric.setup_dataloaders(loader, move_to_device=False)
+            if not any(isinstance(item, DistributedSampler) for item in samplers(shared)):
+                raise TrainingError(
+                    f"loader `{name}`: {world} processes cannot share it, for its data set, a "
+                    f"{type(loader.dataset).__name__}, has no indices to share out, and each would "
+                    "train on all of it; use a data set with indices, or give the loader a method "
+                    "shard(rank, world)"
+                )
         else:
             raise TrainingError(
                 f"loader `{name}`: {world} processes cannot share it; use a torch DataLoader, or "

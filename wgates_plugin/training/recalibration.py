@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from wgates_plugin.calling import call_with, device_of
 from wgates_plugin.errors import TrainingError
-from wgates_plugin.modules import BATCH_NORMS
+from wgates_plugin.modules import BATCH_NORMS, INSTANCE_NORMS, first_input
 from wgates_plugin.training.as_found import modes_kept, random_state_kept
-from wgates_plugin.training.evaluation import images_in, to_device, unpack
+from wgates_plugin.training.evaluation import images_in, of_one_value, to_device, unpack
 
 
 @torch.no_grad()
 def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: int = 512) -> int:
-    """Estimate all batch-norm running statistics anew; returns the number of images used.
+    """Estimate the running statistics of all norms that keep any anew; returns the images used.
 
     The statistics are reset and become the average over the batches (Yu and Huang 2019,
     "Universally Slimmable Networks", section 3.3), each weighed by its images, until at least `images`
@@ -29,8 +29,9 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
     mode, so dropout stays off. Modes, momenta and random states, the loader's own too, are left as
     found; if anything fails, so are the statistics.
 
-    Each process sees its own images alone, `SyncBatchNorm` too: one of several may recalibrate. A
-    network without batch norm is left alone (0 images).
+    Norms are batch norms, and instance norms that track statistics. Each process sees its own images
+    alone, `SyncBatchNorm` too: one of several may recalibrate. A network without such norms is left alone
+    (0 images).
 
     Raises:
         TrainingError: `images` is not positive, or the loader gave nothing usable.
@@ -40,7 +41,7 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
     norms = [
         module
         for module in network.modules()
-        if isinstance(module, BATCH_NORMS) and module.track_running_stats
+        if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)) and module.track_running_stats
     ]
     if not norms:
         return 0
@@ -69,7 +70,7 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
         for norm, saved in zip(norms, before, strict=True):
             for name, value in norm.named_buffers():
                 value.copy_(saved[name])
-        if isinstance(error, ValueError) and "more than 1 value" in str(error):
+        if of_one_value(error):
             raise TrainingError(
                 "recalibration: a batch of one image has no variance to estimate; use a loader "
                 "with larger batches"
@@ -79,17 +80,17 @@ def recalibrate_batchnorm(network: nn.Module, loader: Iterable[Any], *, images: 
 
 
 @contextmanager
-def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+def _averaging(norms: Sequence[_NormBase]) -> Iterator[None]:
     """Within the block each norm averages over its own calls in train mode, and syncs with nobody."""
     seen: dict[nn.Module, int] = {}
 
     def weigh(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(norm, _BatchNorm)
+        assert isinstance(norm, _NormBase)
         if not norm.training:
             return
         if norm not in seen:
             norm.reset_running_stats()
-        values = (*args, *kwargs.values())[0]
+        values = first_input(args, kwargs)
         seen[norm] = seen.get(norm, 0) + len(values)
         norm.momentum = len(values) / seen[norm]  # which leaves the average over all so far
 

@@ -12,6 +12,7 @@ from one module to the next, and every step is carried out on a copy and compare
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -212,7 +213,11 @@ def _chains(
 ) -> dict[str, list[str]]:
     """Silent module -> the modules behind it that give out a constant, in running order."""
     names = {module: name for name, module in network.named_modules()}
-    leaves = [module for module in names if not list(module.children())]
+    leaves = [
+        module
+        for module in names
+        if not list(module.children()) and not isinstance(module, torch.jit.ScriptModule)
+    ]
     runs: list[tuple[str, int, int, bool]] = []
     alive: list[Any] = []  # keeps tensors, so that no identity is given twice
 
@@ -221,12 +226,10 @@ def _chains(
             alive.extend((given[0], output))
             runs.append((names[module], id(given[0]), id(output), _is_flat(output, module)))
 
-    handles = [module.register_forward_hook(note) for module in leaves]
-    try:
+    with ExitStack() as hooks:
+        for module in leaves:
+            hooks.enter_context(module.register_forward_hook(note))
         _output(network, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     times = {name: sum(run[0] == name for run in runs) for name in {run[0] for run in runs}}
     found = dict(network.named_modules())
     chains: dict[str, list[str]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,15 +94,23 @@ def weighted_names(space: ChannelSpace) -> list[str]:
 
 
 def grid_of(space: ChannelSpace, rows: Sequence[Sequence[int]]) -> int | None:
-    """The coarsest grid that these widths (N, G) all lie on, full widths aside; None for no others.
+    """`common_multiple` of these widths (N, G)."""
+    return common_multiple(
+        space, [{widths[index] for widths in rows} for index in range(len(space.groups))]
+    )
 
-    A group whose channels go in ties is on any grid that divides its ties.
+
+def common_multiple(space: ChannelSpace, widths: Sequence[Collection[int]]) -> int | None:
+    """The coarsest grid that all `widths` of every group lie on; None where no group is cut.
+
+    A group whose channels go in ties is on any grid that divides its ties. Full widths say nothing
+    about the grid, and neither does a group that is always at its cap: that may be off the grid.
     """
     cut = {
         width
-        for widths in rows
-        for width, group in zip(widths, space.groups, strict=True)
-        if width < group.channels
+        for group, seen in zip(space.groups, widths, strict=True)
+        for width in seen
+        if width < group.channels and set(seen) != {group.cap}
     }
     return math.gcd(*cut) if cut else None
 

@@ -307,7 +307,7 @@ class LPNet:
         Raises:
             FileFormatError: missing, corrupt, of another kind, or for another network.
         """
-        path = _file_in(Path(path))
+        path = lpnet_file(Path(path))
         about, tensors = _read(path)
         if space is not None and about["fingerprint"] != space.fingerprint:
             raise FileFormatError(
@@ -403,8 +403,12 @@ def _better(adapted: LPNet, alone: LPNet) -> LPNet:
     return alone
 
 
-def _file_in(path: Path) -> Path:
-    """The file that is meant: `path`, or the one in the run folder `path`."""
+def lpnet_file(path: Path) -> Path:
+    """The file that is meant: `path`, or the one in the run folder `path`.
+
+    Raises:
+        FileFormatError: a folder without one.
+    """
     if not path.is_dir():
         return path
     file = path / IN_RUN_FOLDER

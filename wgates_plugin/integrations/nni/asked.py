@@ -18,6 +18,7 @@ from wgates_plugin.efficiency.counts import (
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.nni.choices import LayerChoice
 from wgates_plugin.integrations.nni.selection import Selection, select_groups
+from wgates_plugin.option_checks import is_whole
 from wgates_plugin.strategies.budgeting import nothing_to_remove
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, Target
@@ -35,7 +36,7 @@ def contradictions(
 ) -> list[str]:
     problems = [] if efficiency is None else efficiency_problems(efficiency)
     ratios = [name for name, choice in choices.items() if choice.ratio is not None]
-    exact = [name for name in ratios if choices[name].shared is None]
+    exact = [name for name in ratios if choices[name].exact]
     if by_ratio and exact and grid > 1:
         problems.append(
             f"grid {grid} together with sparse_ratio of {_shown(exact)}: a ratio says to the channel "
@@ -70,11 +71,7 @@ def duration_problems(
     training_steps: object, evaluator: object, settings: WGatesSettings
 ) -> list[str]:
     problems = []
-    if training_steps is not None and (
-        isinstance(training_steps, bool)
-        or not isinstance(training_steps, int)
-        or training_steps < 0
-    ):
+    if training_steps is not None and not is_whole(training_steps, least=0):
         problems.append(f"training_steps is {training_steps!r}, needs a whole number from 0")
     if evaluator is None and training_steps != 0:
         problems.append(
@@ -88,19 +85,45 @@ def duration_problems(
     return problems
 
 
+def training_problems(
+    max_steps: object, max_epochs: object, training_steps: int | None, evaluator: object
+) -> list[str]:
+    """What is wrong with the duration that `compress` is given."""
+    given = {"max_steps": max_steps, "max_epochs": max_epochs}
+    given = {word: value for word, value in given.items() if value is not None}
+    problems = [
+        f"{word} is {value!r}, needs a whole number from 1"
+        for word, value in given.items()
+        if not is_whole(value, least=1)
+    ]
+    if given and evaluator is None:
+        problems.append(
+            f"{', '.join(given)}: nothing is trained without an evaluator; leave the duration out, or "
+            "give the pruner an evaluator"
+        )
+    if not given and training_steps is None:
+        problems.append(
+            "how long may the gates learn? give `training_steps`, `max_steps` or `max_epochs`"
+        )
+    if isinstance(max_steps, int) and 0 < max_steps < (training_steps or 0):
+        problems.append(f"max_steps {max_steps} end before training_steps {training_steps}")
+    return problems
+
+
 def checked_selection(
-    space: ChannelSpace, choices: dict[str, LayerChoice], by_ratio: bool
+    subject: str, space: ChannelSpace, choices: dict[str, LayerChoice], by_ratio: bool
 ) -> Selection:
     selection = select_groups(space, choices, by_ratio=by_ratio)
     if not selection.chosen and not selection.problems:
         why = "; ".join(f"`{name}`: {reason}" for name, reason in selection.left_out.items())
         selection.problems.append(f"no layer that the config names can be pruned ({why})")
     if selection.problems:
-        raise ConfigError("WGatesPruner", selection.problems)
+        raise ConfigError(subject, selection.problems)
     return selection
 
 
 def budget_of(
+    subject: str,
     space: ChannelSpace,
     selection: Selection,
     efficiency: Efficiency | None,
@@ -122,7 +145,7 @@ def budget_of(
         model = model_of(space, efficiency)
     if getattr(model, "fingerprint", space.fingerprint) != space.fingerprint:
         raise ConfigError(
-            "WGatesPruner",
+            subject,
             [f"{model.name}: made for another network; make it from this network's channel space"],
         )
     if isinstance(target, (LatencyTarget, MacsTarget, ParametersTarget)):
@@ -134,5 +157,5 @@ def budget_of(
         amount = target
     budget = Budget.of(Limit(model, amount))
     if why := nothing_to_remove(space, budget):
-        warnings.warn(f"WGatesPruner: {why}", stacklevel=3)
+        warnings.warn(f"{subject}: {why}", stacklevel=3)
     return budget

@@ -28,7 +28,8 @@ class LayerChoice:
         ratio: share of output channels to remove; None leaves it to the target.
         least, most: bounds of that share.
         dependency: layers of one id lose the same share, or are refused.
-        shared: `global_group_id`; layers of one id lose the ratio together, not each.
+        shared: `global_group_id`; layers of one id lose the ratio together, not each. Beside a
+            `dependency_group_id` it says nothing: NNI applies that rule first.
         follows: its mask is aligned to another layer's, so that it chooses nothing itself.
     """
 
@@ -38,6 +39,11 @@ class LayerChoice:
     dependency: GroupId | None
     shared: GroupId | None
     follows: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether the layer itself loses the ratio."""
+        return self.ratio is not None and self.shared is None
 
     @property
     def clamped(self) -> float | None:
@@ -218,12 +224,13 @@ def _choice(
             f"{where}: granularity {granularity!r}: W-Gates prunes whole output channels; give "
             "'default' or 'out_channel'"
         )
+    dependency = weight.get("dependency_group_id")
     choice = LayerChoice(
         ratio=weight.get("sparse_ratio"),
         least=weight.get("min_sparse_ratio") or 0.0,
         most=weight.get("max_sparse_ratio") or 1.0,
-        dependency=weight.get("dependency_group_id"),
-        shared=weight.get("global_group_id"),
+        dependency=dependency,
+        shared=weight.get("global_group_id") if dependency is None else None,
         follows=weight.get("align") is not None,
     )
     return choice, set(settings), problems

@@ -14,7 +14,8 @@ from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelGroup, ChannelSpace, Slot
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.integrations.nni.choices import ConfigList
-from wgates_plugin.integrations.nni.masks import maskable, open_readers
+from wgates_plugin.integrations.nni.masks import maskable
+from wgates_plugin.integrations.nni.readers import open_readers
 from wgates_plugin.tracing import trace
 
 

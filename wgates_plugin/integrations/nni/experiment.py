@@ -7,7 +7,7 @@ turns into an object; `PRUNERS` is that table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from wgates_plugin.integrations.nni.config import make_config
 from wgates_plugin.integrations.nni.pruner import WGatesPruner
 from wgates_plugin.integrations.nni.slim import FoldedSlimPruner
 from wgates_plugin.integrations.nni.strategies import NEED_A_TARGET, StrategyPruner
+from wgates_plugin.integrations.strategy_checks import data_problems
 from wgates_plugin.strategies.budgeting import uniform_widths
 from wgates_plugin.strategies.table import STRATEGIES
 from wgates_plugin.strategies.wgates import WGatesSettings
@@ -70,13 +71,13 @@ def _every_producer(order: Order) -> ConfigList:
 
 
 def _strategy(name: str, order: Order) -> Pruner:
-    assert order.data is not None
+    batches = len(order.data) if isinstance(order.data, Sized) else 1
     return StrategyPruner(
         order.model,
         _every_producer(order),
         name,
-        order.data,
-        epochs=max(1, round(order.training_steps / len(order.data))),  # type: ignore[arg-type]
+        () if order.data is None else order.data,  # of no use to criteria by weights alone
+        epochs=max(1, round(order.training_steps / max(1, batches))),
         example_inputs=order.example_inputs,
         efficiency=order.budget,
         grid=order.grid,
@@ -147,8 +148,8 @@ def build_pruner(
         InfeasibleTargetError: no widths reach the target.
     """
     problems = _problems(parameters)
-    if data is None and parameters.get("pruner") in OF_DATA:
-        problems.append(f"pruner {parameters['pruner']!r} decides on data: give `data=loader`")
+    if parameters.get("pruner") in OF_DATA:
+        problems += data_problems(parameters["pruner"], data)
     if problems:
         raise ConfigError("experiment parameters", problems)
     space = trace(model, example_inputs)

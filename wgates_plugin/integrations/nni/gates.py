@@ -7,12 +7,12 @@ wrapper's parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
@@ -151,15 +151,6 @@ def _held(network: nn.Module, name: str) -> list[Tensor]:
     return [held for table in tables if (held := table.get(key)) is not None]
 
 
-def mean_over_ranks(gradient: Tensor) -> Tensor:
-    """The gradient's mean over all processes: no DistributedDataParallel knows of the gates' own."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return gradient
-    summed = gradient.clone()
-    distributed.all_reduce(summed)
-    return summed / distributed.get_world_size()
-
-
 def unsynchronised(network: nn.Module) -> AbstractContextManager[None]:
     """Where a DistributedDataParallel runs without expecting a backward pass after each forward."""
     if _is_ddp(network):
@@ -178,6 +169,7 @@ def wrapped_gates(
     settings: WGatesSettings,
     *,
     steps: int | None,
+    average: Callable[[Tensor], Tensor],
 ) -> WGates:
     """The `WGates` of a network that NNI has wrapped."""
     found = dict(network.named_modules())
@@ -185,7 +177,7 @@ def wrapped_gates(
         found[slot.module] for group in space.groups for slot in group.slots_as("producer")
     ]
     with trained_weights(producers):
-        gates = WGates(network, space, budget, settings, steps=steps, average=mean_over_ranks)
+        gates = WGates(network, space, budget, settings, steps=steps, average=average)
     gates.gating = WrappedGating(network, space, gates.gating.source)
     # NNI trains a wrapper of its own, so that the mode of the user's says nothing.
     gates.network = network.module if _is_ddp(network) else network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,27 @@ def read_masks(given: object, *, map_location: Any = "cpu") -> Any:
     if not path.is_file():
         raise FileFormatError(f"masks `{path}`: no such file; check the path")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with _default_dicts_as_plain():
+            return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a foreign file fails in many ways
         raise FileFormatError(
             f"masks `{path}`: not readable as plain tensors ({type(error).__name__}); write them "
-            f"with torch.save(masks, path), masks being {_FORM}"
+            f"with torch.save(masks, path), masks being {_FORM}, in plain dicts"
         ) from error
+
+
+def _default_dicts_as_plain() -> AbstractContextManager[Any]:
+    """Let torch read the defaultdict(dict) that NNI's `compress()` returns, where it can (from 2.6)."""
+    safe_globals = getattr(torch.serialization, "safe_globals", None)
+    if safe_globals is None:
+        return nullcontext()
+    context: AbstractContextManager[Any] = safe_globals([(_plain, "collections.defaultdict"), dict])
+    return context
+
+
+def _plain(*_: Any) -> dict[str, Any]:
+    """An empty dict in the place of a defaultdict, whose factory is not wanted."""
+    return {}
 
 
 def check_masks(model: nn.Module, masks: object) -> AnyMasks:

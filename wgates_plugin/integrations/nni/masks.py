@@ -18,8 +18,7 @@ from nni.compression.base.setting import PruningSetting
 from torch import Tensor, nn
 
 from wgates_plugin import modules as kinds
-from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
-from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.channels import ChannelSpace, Role
 from wgates_plugin.gating import gated_weight
 from wgates_plugin.plan import PruningPlan
 
@@ -97,6 +96,11 @@ def out_dim(module: nn.Module) -> int:
     return 0
 
 
+def channel_dim(module: nn.Module, features: Tensor) -> int:
+    """Dimension of what the module reads or gives out that counts channels."""
+    return features.dim() - 1 if isinstance(module, nn.Linear) else 1
+
+
 @contextmanager
 def masked(network: nn.Module, masks: AnyMasks) -> Iterator[None]:
     """Multiply the masks into the parameters for the length of the block."""
@@ -115,78 +119,25 @@ def masked(network: nn.Module, masks: AnyMasks) -> Iterator[None]:
             parameter.data.copy_(value)
 
 
-@torch.no_grad()
-def seen_when_closed(
-    network: nn.Module,
-    space: ChannelSpace,
-    example_inputs: ExampleInputs,
-    flags: Tensor,
-    masks: AnyMasks,
-) -> dict[str, Tensor]:
-    """Reader -> which of its input channels are closed in `flags` and yet not zero under the masks.
-
-    What is left of a closed channel no longer depends on the network's input, so one batch in eval
-    mode decides it for all. Readers that see nothing of a closed channel are not in the result.
-    """
-    found = dict(network.named_modules())
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for name, side in space.slots_of:
-        index = space.unit_index(name, side)
-        if side == "out" or index is None:
-            continue
-        closed = ~flags[torch.from_numpy(index)]
-        if not closed.any():
-            continue
-
-        def look(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            index = space.unit_index(name, "in")
-            assert index is not None
-            closed = ~flags[torch.from_numpy(index)]
-            dim = inputs[0].dim() - 1 if isinstance(module, nn.Linear) else 1
-            others = [d for d in range(inputs[0].dim()) if d != dim]
-            alive = (inputs[0] != 0).sum(others).cpu() > 0  # NaN counts as alive
-            if (alive & closed).any():
-                seen[name] = seen.get(name, torch.zeros_like(closed)) | (alive & closed)
-
-        handles.append(found[name].register_forward_pre_hook(look))
-    try:
-        with left_as_found(network), masked(network, masks):
-            network.eval()
-            call_with(network, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def open_readers(
-    network: nn.Module, space: ChannelSpace, example_inputs: ExampleInputs, groups: Collection[int]
-) -> list[str]:
-    """Layers that still see channels of these groups when masks close all of them."""
-    flags = torch.ones(space.total_units + 1, dtype=torch.bool)
-    for index in groups:
-        flags[space.unit_slice(index)] = False
-    found = dict(network.named_modules())
-    parameters = {
-        name: {key: found[name].get_parameter(key) for key in keys}
-        for name, keys in out_targets(network, space, groups).items()
-    }
-    masks = masks_from(flags, network, space, parameters, readers=())
-    return list(seen_when_closed(network, space, example_inputs, flags, masks))
-
-
 def closed_units(network: nn.Module, space: ChannelSpace, masks: AnyMasks) -> Tensor:
-    """Units (total_units,) all of whose channels are masked in every layer that makes them."""
-    found = dict(network.named_modules())
+    """Units (total_units,) all of whose channels are masked in every layer that makes them.
+
+    Weights count; a bias that lives on keeps the channel at a constant, as a norm behind it may.
+    """
     closed = torch.ones(space.total_units, dtype=torch.bool)
-    for index, group in enumerate(space.groups):
-        for slot in group.slots_as("producer"):
-            owned = torch.from_numpy(slot.units) >= 0
-            units = torch.from_numpy(slot.units)[owned] + space.offsets[index]
-            kept = ~_closed_channels(found[slot.module], masks.get(slot.module, {}))[owned]
-            closed[units[kept]] = False
+    for name, index in out_indices(space, "producer"):
+        kept = ~closed_channels(network.get_submodule(name), masks.get(name, {}))
+        closed[index[kept & (index < space.total_units)]] = False
     return closed
+
+
+def out_indices(space: ChannelSpace, role: Role) -> Iterator[tuple[str, Tensor]]:
+    """(layer, unit of each of its output channels) for the layers of this role."""
+    names = dict.fromkeys(slot.module for group in space.groups for slot in group.slots_as(role))
+    for name in names:
+        index = space.unit_index(name, "out")
+        if index is not None:
+            yield name, torch.from_numpy(index)
 
 
 def still_open(space: ChannelSpace, closed: Tensor) -> ChannelSpace:
@@ -199,14 +150,21 @@ def still_open(space: ChannelSpace, closed: Tensor) -> ChannelSpace:
     return dataclasses.replace(space, groups=tuple(groups))
 
 
-def _closed_channels(module: nn.Module, targets: Mapping[str, Tensor | None]) -> Tensor:
-    """Output channels (C_out,) whose weights and bias are all masked."""
-    weight, bias = targets.get("weight"), targets.get("bias")
-    none = torch.zeros(kinds.out_channels_of(module), dtype=torch.bool)
+def closed_channels(module: nn.Module, targets: Mapping[str, Tensor | None]) -> Tensor:
+    """Output channels (C_out,) whose weights are all masked; (1,) where there is no mask."""
+    weight = targets.get("weight")
     if weight is None:
-        return none
+        return torch.zeros(1, dtype=torch.bool)
     others = [d for d in range(weight.dim()) if d != out_dim(module)]
-    closed = (weight != 0).sum(others).cpu() == 0
-    if getattr(module, "bias", None) is not None:
-        closed &= (bias == 0).cpu() if bias is not None else none
-    return closed
+    return ((weight != 0).sum(others) if others else weight).cpu() == 0
+
+
+def by_input(module: nn.Module, values: Tensor) -> Tensor:
+    """Sums (C_in,) of the values, shaped as the weight, over all but the channels it reads."""
+    groups = int(getattr(module, "groups", 1))
+    if groups == 1:
+        dim = kinds.channel_dims(module)[1]
+        return values.sum([d for d in range(values.dim()) if d != dim])
+    # (C_out, C_in/groups, ...) -> (groups, C_out/groups, C_in/groups, ...)
+    split = values.view(groups, values.shape[0] // groups, *values.shape[1:])
+    return split.sum([1, *range(3, split.dim())]).flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from wgates_plugin.integrations.nni.asked import (
     checked_selection,
     contradictions,
     duration_problems,
+    training_problems,
 )
 from wgates_plugin.integrations.nni.choices import ConfigList, missing_entries, read_config
 from wgates_plugin.integrations.nni.evaluators import (
@@ -38,17 +39,19 @@ from wgates_plugin.integrations.nni.gates import (
     unsynchronised,
     wrapped_gates,
 )
+from wgates_plugin.integrations.nni.loss_scale import found_scale, trainers_scale
 from wgates_plugin.integrations.nni.masks import (
     Masks,
     closed_units,
     flags_of,
     masks_from,
     needed_targets,
-    open_readers,
     out_targets,
     still_open,
 )
+from wgates_plugin.integrations.nni.readers import open_readers
 from wgates_plugin.plan import PruningPlan
+from wgates_plugin.strategies.averaging import mean_over_ranks
 from wgates_plugin.strategies.budgeting import check_feasible, plan_for_budget
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.strategies.wgates.functions import widths_of
@@ -72,7 +75,7 @@ class WGatesPruner(Pruner):
             or `max_sparse_ratio`, `min_sparse_ratio`, `global_group_id`, `granularity`.
         evaluator: whose training the gates learn in; without one, filter norms decide.
         training_steps: optimizer steps with gates; None takes `compress`'s own duration, 0 decides
-            by filter norms, without training.
+            by filter norms, without training, and at equal shares under a `global_group_id`.
         existed_wrappers: used by `from_compressor`.
         example_inputs: what to trace the network on; by default the evaluator's dummy input, or
             the first batch that its training calls the model with; with neither evaluator nor
@@ -84,6 +87,9 @@ class WGatesPruner(Pruner):
         settings: how gates learn, and the channel multiple; where they name none, under a latency,
             it is that of the widths which LPNet has measured.
         min_channels: least width of every layer.
+        loss_scale: what the training multiplies its loss by, where it takes that off the weights'
+            gradients again before a step (`scaler.get_scale`). By default found by comparing the
+            gates' gradient with the weights', and taken from Lightning's trainer.
 
     Attributes:
         plan: the decided plan, None before `compress`.
@@ -106,6 +112,7 @@ class WGatesPruner(Pruner):
         target: float | Target | None = None,
         settings: WGatesSettings | None = None,
         min_channels: int = 1,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         by_ratio = target is None and not isinstance(efficiency, Budget)
         settings = settings or WGatesSettings()
@@ -118,15 +125,24 @@ class WGatesPruner(Pruner):
             choices, efficiency, target, by_ratio=by_ratio, grid=settings.grid or 1
         )
         problems += duration_problems(training_steps, evaluator, settings)
+        if existed_wrappers is not None and not isinstance(existed_wrappers, Mapping):
+            problems.append(
+                f"existed_wrappers is {existed_wrappers!r}, needs a dict, as `from_compressor` hands it "
+                "over; SlimPruner's `regular_scale`, which has this place there, is to be left out"
+            )
+        if loss_scale is not None and not callable(loss_scale):
+            problems.append(
+                f"loss_scale is {loss_scale!r}, needs a function that returns it, as `scaler.get_scale`"
+            )
         if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
             problems.append(
-                "the network is wrapped by another compressor; use "
+                "the network is wrapped by another compressor; unwrap it, or use "
                 "`WGatesPruner.from_compressor(compressor, config_list, ...)`"
             )
         elif evaluator is not None:
             problems += evaluator_problems(evaluator, model)
         if problems:
-            raise ConfigError("WGatesPruner", problems)
+            raise ConfigError(self._subject, problems)
         if example_inputs is None and evaluator is None and by_ratio:
             example_inputs = guessed_inputs(model)
         if example_inputs is None:
@@ -134,11 +150,13 @@ class WGatesPruner(Pruner):
         with unsynchronised(model):
             traced = DependencyTrace(model, example_inputs)
             verify(traced, traced.space())
-        selection = checked_selection(traced.space(min_channels=min_channels), choices, by_ratio)
+        selection = checked_selection(
+            self._subject, traced.space(min_channels=min_channels), choices, by_ratio
+        )
         # Groups the config leaves alone stay in the space at full width: an LPNet of the whole
         # network then fits, whatever is pruned.
         space = traced.space(floors=selection.floors, caps=selection.caps)
-        budget = budget_of(space, selection, efficiency, target)
+        budget = budget_of(self._subject, space, selection, efficiency, target)
         grid = settings.grid or measured_grid(budget)
         check_feasible(space, budget, grid)
         self._readers = open_readers(model, space, example_inputs, selection.chosen)
@@ -163,20 +181,28 @@ class WGatesPruner(Pruner):
         self.plan: PruningPlan | None = None
         self._settings, self._grid = replace(settings, grid=grid), grid
         self._longest: int | None = None
+        self._loss_scale = loss_scale
         self._renew_gates()
         self._undo: Callable[[], None] | None = None
         self._last_step: int | None = None
         self._steps_done = 0
         if untrained:
+            shared = any(choice.shared is not None for choice in choices.values())
             warnings.warn(
-                "WGatesPruner: no evaluator, so filter norms decide which channels go; gates learn "
-                "in the training of an evaluator",
+                f"{self._subject}: no evaluator, so filter norms decide which channels go"
+                + ", and layers of one global_group_id lose equal shares" * shared
+                + "; gates learn in the training of an evaluator",
                 stacklevel=2,
             )
         if self.left_out:
             shown = "; ".join(f"`{name}`: {why}" for name, why in list(self.left_out.items())[:8])
             more = f"; and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
-            warnings.warn(f"WGatesPruner: layers that stay whole: {shown}{more}", stacklevel=2)
+            warnings.warn(f"{self._subject}: layers that stay whole: {shown}{more}", stacklevel=2)
+
+    @property
+    def _subject(self) -> str:
+        """The name that errors and warnings begin with."""
+        return type(self).__name__
 
     @classmethod
     def from_compressor(
@@ -217,8 +243,17 @@ class WGatesPruner(Pruner):
         space = still_open(self.space, self._closed())
         steps = self.training_steps or self._longest
         self.gates = wrapped_gates(
-            self.bound_model, space, self.budget, self._settings, steps=steps
+            self.bound_model,
+            space,
+            self.budget,
+            self._settings,
+            steps=steps,
+            average=self._as_the_weights,
         )
+
+    def get_masks(self) -> Masks:
+        """The masks as they stand, in plain dicts, which `torch.save` writes for any `torch.load`."""
+        return {name: dict(targets) for name, targets in super().get_masks().items()}
 
     def _sort(self, model: nn.Module) -> None:
         """Wrappers in `named_modules()` order: NNI keeps them in the order of a set."""
@@ -237,30 +272,22 @@ class WGatesPruner(Pruner):
                 left of it after `training_steps` trains the masked network on.
 
         Raises:
-            ConfigError: no duration, or one shorter than `training_steps`.
+            ConfigError: no duration, one shorter than `training_steps`, or one that nothing trains for.
             PlanError: compressed already, or the network changed since it was traced.
             TrainingError: the training broke down.
         """
         if self.plan is not None:
             raise PlanError(
-                "WGatesPruner.compress: this network is compressed already; chain another pruner "
+                f"{self._subject}.compress: this network is compressed already; chain another pruner "
                 "with `from_compressor`, or unwrap it and remove the channels"
             )
         self._check_unchanged()
+        if problems := training_problems(
+            max_steps, max_epochs, self.training_steps, self.evaluator
+        ):
+            raise ConfigError(f"{self._subject}.compress", problems)
         if max_steps is None and max_epochs is None:
             max_steps = self.training_steps
-        elif max_steps is not None and max_steps < (self.training_steps or 1):
-            raise ConfigError(
-                "WGatesPruner.compress",
-                [f"max_steps {max_steps} end before training_steps {self.training_steps or 1}"],
-            )
-        if max_steps is None and max_epochs is None:
-            raise ConfigError(
-                "WGatesPruner.compress",
-                [
-                    "how long may the gates learn? give `training_steps`, `max_steps` or `max_epochs`"
-                ],
-            )
         self._longest = max_steps
         self._steps_done, self._last_step = 0, None  # a call that broke off leaves its own
         if self.training_steps == 0 and not max_epochs and not max_steps:
@@ -279,8 +306,8 @@ class WGatesPruner(Pruner):
         problems = changes(self.bound_model, self._layers)
         if problems:
             raise PlanError(
-                f"WGatesPruner: the network changed since it was traced: {'; '.join(problems[:5])}; "
-                "unwrap it and make the pruner anew"
+                f"{self._subject}: the network changed since it was traced: "
+                f"{'; '.join(problems[:5])}; unwrap it and make the pruner anew"
             )
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
@@ -316,7 +343,7 @@ class WGatesPruner(Pruner):
         if self.plan is None:
             if 0 < self.gates.step < (self.training_steps or 0):
                 warnings.warn(
-                    f"WGatesPruner: the evaluator's training ended after {self.gates.step} of "
+                    f"{self._subject}: the evaluator's training ended after {self.gates.step} of "
                     f"{self.training_steps} steps; the masks are decided as far as gates learned",
                     stacklevel=2,
                 )
@@ -326,6 +353,17 @@ class WGatesPruner(Pruner):
     def _learn(self) -> None:
         if self.plan is None:
             self.gates.regularize()
+
+    def _as_the_weights(self, gradient: Tensor) -> Tensor:
+        """The gates' gradient (total_units,), averaged and on the scale of the weights' gradients."""
+        gradient = mean_over_ranks(gradient)
+        if self._loss_scale is not None:
+            scale = self._loss_scale()
+        elif isinstance(self.evaluator, LightningEvaluator):
+            scale = trainers_scale(self.evaluator.model.trainer)
+        else:
+            scale = found_scale(gradient, self.bound_model, self.space)
+        return gradient / scale
 
     def _decide_when_due(self) -> None:
         if self.plan is None and self.gates.step == self.training_steps:
@@ -341,10 +379,10 @@ class WGatesPruner(Pruner):
         """Turn scores into a plan and the plan into masks; the gates come off."""
         if self.training_steps != 0 and self.gates.step == 0:
             raise TrainingError(
-                "WGatesPruner: the gates never learned; the evaluator's training made no optimizer "
+                f"{self._subject}: the gates never learned; the evaluator's training made no optimizer "
                 "step on the wrapped model"
             )
-        if words := self.gates.warning("WGatesPruner", "training_steps"):
+        if words := self.gates.warning(self._subject, "training_steps"):
             warnings.warn(words, stacklevel=2)
         masks = self.generate_masks()
         self._release()

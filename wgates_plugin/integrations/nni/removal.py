@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from wgates_plugin import surgery
 from wgates_plugin.calling import ExampleInputs, call_with, left_as_found
-from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.channels import ChannelGroup, ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.errors import ConfigError, SurgeryError
 from wgates_plugin.integrations.nni.given_masks import GivenMasks, check_masks, read_masks
 from wgates_plugin.integrations.nni.masks import (
     AnyMasks,
+    by_input,
+    closed_channels,
     closed_units,
     masked,
-    out_dim,
-    seen_when_closed,
 )
+from wgates_plugin.integrations.nni.readers import cut_off_units, seen_when_closed
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.verification import TOLERANCE, relative_error, verify
 
@@ -32,14 +35,16 @@ def remove(
     """Remove the channels that masks close, in place; the result computes what the masked network did.
 
     Works with the masks of any NNI pruner, after `unwrap_model()`. A channel goes when the masks of
-    all layers that make it are zero; whatever else is masked (single weights, a channel that only
-    one of two coupled layers gave up) is kept as zeros.
+    all layers that make it are zero, or those of a norm that all its readers sit behind (SlimPruner's);
+    whatever else is masked (single weights, a channel that only one of two coupled layers gave up) is
+    kept as zeros. Whole channels that are kept so are warned of.
 
     Args:
         masks: {layer: {"weight": tensor, ...}}, 1 = kept, shaped as the parameters, or the path of a
             file that `torch.save` wrote of it.
         align: when channels that masks close come to life again behind them (a BatchNorm turns zero
-            into its shift), remove them all the same. The function then changes by these shifts.
+            into its shift, a bias was not masked), remove them all the same. The function then changes
+            by these shifts.
 
     Raises:
         FileFormatError: the file cannot be read as plain tensors.
@@ -79,6 +84,7 @@ def plan_from_masks(
         ConfigError: a layer would be empty. SurgeryError: see `remove`.
     """
     closed = closed_units(model, space, masks)
+    closed |= cut_off_units(model, space, example_inputs, masks)
     problems = [
         f"group `{group.name}`: masks close all {group.channels} channels of "
         + ", ".join(f"`{slot.module}`" for slot in group.slots_as("producer"))
@@ -91,6 +97,7 @@ def plan_from_masks(
     flags = torch.cat([~closed, torch.ones(1, dtype=torch.bool)])
     if not align:
         _refuse_revived(model, space, masks, example_inputs, flags)
+    _warn_of_zeros(model, space, masks, flags)
     return PruningPlan.from_masks(space, flags[:-1], strategy="nni-masks")
 
 
@@ -108,7 +115,7 @@ def _refuse_revived(
         module = model.get_submodule(name)
         mask = masks.get(name, {}).get("weight")
         if mask is not None:
-            alive = alive & _read_channels(module, mask)
+            alive = alive & (by_input(module, (mask != 0).float()).cpu() > 0)
         index = space.unit_index(name, "in")
         assert index is not None
         for unit in torch.from_numpy(index)[alive].unique().tolist():
@@ -120,34 +127,53 @@ def _refuse_revived(
         return
     lines = []
     for group_name, readers in guilty.items():
-        followers = [
-            slot.module
-            for slot in space.group(group_name).slots_as("passenger")
-            if slot.module not in masks
-        ]
+        followers = _not_masked(model, space.group(group_name), masks)
         lines.append(
             f"`{group_name}`: read by {', '.join(f'`{name}`' for name in readers)}"
-            + (f", not masked: {', '.join(f'`{name}`' for name in followers)}" if followers else "")
+            + (f", not masked: {', '.join(followers)}" if followers else "")
         )
     shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
     raise SurgeryError(
         f"masks: closed channels come to life again before they are read, in {len(lines)} group"
         f"{'s' * (len(lines) > 1)} "
-        f"({shown}), so the network without them would compute something else; mask the norms too "
-        "(`make_config` aligns them), or remove all the same with align=True"
+        f"({shown}), so the network without them would compute something else; mask norms and "
+        "biases too (`make_config` aligns them), or remove all the same with align=True"
     )
 
 
-def _read_channels(module: nn.Module, mask: Tensor) -> Tensor:
-    """Input channels (C_in,) that a weight mask lets through."""
-    out = out_dim(module)
-    groups = int(getattr(module, "groups", 1))
-    if groups == 1:
-        others = [d for d in range(mask.dim()) if d != 1 - out]
-        return (mask != 0).sum(others).cpu() > 0
-    # (C_out, C_in/groups, ...) -> (groups, C_out/groups, C_in/groups, ...)
-    split = (mask != 0).view(groups, mask.shape[0] // groups, *mask.shape[1:])
-    return split.sum([1, *range(3, split.dim())]).flatten().cpu() > 0
+def _not_masked(model: nn.Module, group: ChannelGroup, masks: AnyMasks) -> list[str]:
+    """Norms of the group without a mask, and biases that are open where the weights are closed."""
+    names = []
+    for slot in (*group.slots_as("producer"), *group.slots_as("passenger")):
+        module, targets = model.get_submodule(slot.module), masks.get(slot.module)
+        if targets is None and slot.role == "passenger":
+            names.append(f"`{slot.module}`")
+        elif targets is not None and module._parameters.get("bias") is not None:
+            bias = targets.get("bias")
+            closed = closed_channels(module, targets)
+            if (closed if bias is None else closed & (bias != 0).cpu()).any():
+                names.append(f"the bias of `{slot.module}`")
+    return list(dict.fromkeys(names))
+
+
+def _warn_of_zeros(model: nn.Module, space: ChannelSpace, masks: AnyMasks, flags: Tensor) -> None:
+    """Name the layers whose masks close channels that stay nonetheless."""
+    staying = {}
+    for name, targets in masks.items():
+        closed = closed_channels(model.get_submodule(name), targets)
+        index = space.unit_index(name, "out")
+        if index is not None:
+            closed = closed & flags[torch.from_numpy(index)]
+        if closed.any():
+            staying[name] = int(closed.sum())
+    if staying:
+        shown = ", ".join(f"{count} of `{name}`" for name, count in list(staying.items())[:5])
+        more = f" and of {len(staying) - 5} more layers" if len(staying) > 5 else ""
+        warnings.warn(
+            f"masks: channels that are masked stay in the network, as zeros: {shown}{more}; a coupled "
+            "layer keeps them, or they cannot be removed (`make_config` masks coupled layers alike)",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()

@@ -12,6 +12,9 @@ from wgates_plugin.channels import ChannelGroup, ChannelSpace
 from wgates_plugin.efficiency.base import Limit
 from wgates_plugin.integrations.nni.choices import GroupId, LayerChoice
 
+PASSING = ("norm", "depthwise", "other")
+"""Kinds of layers that make no channels of their own."""
+
 
 class KeptWeights:
     """Weights that stay in the layers of one `global_group_id`: widths (..., G) -> (...)."""
@@ -61,7 +64,8 @@ def select_groups(
     """Groups whose layers the config names, with the bounds it sets on their widths.
 
     A group is chosen when the config names all its convolutions and linear layers, or all its
-    BatchNorms (the form of `SlimPruner`'s configs). Every other group keeps its full width.
+    BatchNorms (the form of `SlimPruner`'s configs). Depthwise convolutions follow the layer that
+    makes their channels, named or not. Every other group keeps its full width.
     """
     result = Selection()
     for index, group in enumerate(space.groups):
@@ -87,11 +91,11 @@ def _chooses(choices: Mapping[str, LayerChoice], name: str) -> bool:
 
 
 def _members(space: ChannelSpace, group: ChannelGroup) -> tuple[list[str], list[str]]:
-    """(convolutions and linear layers, norms) whose output channels are the group's."""
+    """(convolutions and linear layers that make the group's channels, norms that pass them on)."""
     kinds = {layer.name: layer.kind for layer in space.layers}  # without norms that have no weights
     outs = list(dict.fromkeys(slot.module for slot in group.slots if slot.side == "out"))
     norms = [name for name in outs if kinds.get(name) == "norm"]
-    weighted = [name for name in outs if kinds.get(name, "other") not in ("norm", "other")]
+    weighted = [name for name in outs if kinds.get(name, "other") not in PASSING]
     return weighted, norms
 
 
@@ -102,7 +106,7 @@ def _why_not(
     weighted, norms = _members(space, group)
     if norms and all(_chooses(choices, name) for name in norms):
         return None
-    if not any(_chooses(choices, name) for name in (*weighted, *norms)):
+    if not any(_chooses(choices, slot.module) for slot in group.slots if slot.side == "out"):
         return ""
     missing = [name for name in weighted if name not in choices]
     if not missing:
@@ -135,7 +139,7 @@ def _bound(
             f"`{next(iter(mine))}`: no sparse_ratio, and no target for the whole network; give one"
         )
         return
-    if by_ratio and ratio is not None and all(choice.shared is None for choice in mine.values()):
+    if by_ratio and ratio is not None and any(choice.exact for choice in mine.values()):
         least = most = ratio
     # As NNI counts: so many whole channels of each conv group go, rounded down.
     low, high = (group.units - int(group.units * share) for share in (most, least))
@@ -158,8 +162,7 @@ def _apart(space: ChannelSpace, choices: Mapping[str, LayerChoice]) -> Iterator[
     """
     apart: dict[GroupId, dict[frozenset[int], str]] = {}
     for name, choice in choices.items():
-        exact = choice.ratio is not None and choice.shared is None
-        if choice.dependency is not None and not choice.follows and not exact:
+        if choice.dependency is not None and not choice.follows and not choice.exact:
             groups = frozenset(index for index, _ in space.slots_of.get((name, "out"), []))
             if groups:  # what stays whole is told of elsewhere
                 apart.setdefault(choice.dependency, {}).setdefault(groups, name)

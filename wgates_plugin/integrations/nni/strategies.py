@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nni.compression.base.wrapper import ModuleWrapper
-from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs, copied
@@ -82,8 +80,6 @@ class StrategyPruner(WGatesPruner):
         loss: LossFunction | None = None,
         seed: int = 0,
         grid: int | None = None,
-        evaluator: Evaluator | None = None,
-        existed_wrappers: dict[str, ModuleWrapper] | None = None,
         example_inputs: ExampleInputs | None = None,
         efficiency: Efficiency | None = None,
         target: float | Target | None = None,
@@ -111,9 +107,7 @@ class StrategyPruner(WGatesPruner):
         super().__init__(
             model,
             config_list,
-            evaluator,
-            0,
-            existed_wrappers,
+            training_steps=0,
             example_inputs=example_inputs,
             efficiency=efficiency,
             target=target,

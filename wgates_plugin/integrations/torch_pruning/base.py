@@ -59,6 +59,8 @@ class TracedPruner(tp.pruner.BasePruner):
         problems = words.problems(model) + problems
         if problems:
             raise ConfigError(self._subject, problems + target_problems(words.target))
+        if isinstance(example_inputs, list):
+            example_inputs = tuple(example_inputs)
         self._inputs = example_inputs
         self._dims = options.parameter_dims(model, words.unwrapped_parameters)
         self._trace = DependencyTrace(model, example_inputs, parameter_dims=self._dims)

@@ -20,6 +20,7 @@ _STRENGTH = (
     "no coefficient weighs the budget here, its pressure is found while training "
     '(`settings=WGatesSettings(constraint="linear", alpha=...)` sets one)'
 )
+_PENALTY = "gates take the place of a norm penalty"
 _WRAP = "wrap the network in a module whose forward takes the example inputs and returns the tensor"
 _CONV_GROUPS = "conv groups are found by tracing and kept alike in every one"
 
@@ -44,7 +45,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "reg": ((), _STRENGTH),
     "alpha": ((), _STRENGTH),
     "delta_reg": ((), _STRENGTH),
-    "group_lasso": ((False,), "gates take the place of a norm penalty"),
+    "group_lasso": ((False,), _PENALTY),
+    "bias": ((False,), _PENALTY),
 }
 """Word -> (values that ask for nothing, why others cannot be honoured)."""
 

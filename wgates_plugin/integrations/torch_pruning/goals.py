@@ -16,7 +16,7 @@ from wgates_plugin.errors import ConfigError, InfeasibleTargetError, TargetError
 from wgates_plugin.integrations.torch_pruning.options import SUBJECT
 from wgates_plugin.strategies.budgeting import check_feasible
 from wgates_plugin.strategies.ratios import Scope, ratio_budget, ratio_widths
-from wgates_plugin.strategies.wgates import ranks_within
+from wgates_plugin.strategies.wgates.starting import Opening
 
 
 class Goal(Protocol):
@@ -25,8 +25,8 @@ class Goal(Protocol):
     def budget(self, now: ChannelSpace, step: int) -> Budget:
         """The limits that gates learn under."""
 
-    def opening(self, now: ChannelSpace, carried: Tensor | None, step: int) -> Sequence[int] | None:
-        """Widths (G,) where gates start, given the scores of the step before; None leaves it to them."""
+    def opening(self, now: ChannelSpace, step: int) -> Opening | None:
+        """From merits to the widths (G,) where gates start; None leaves it to the budget."""
 
     def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> Sequence[int] | None:
         """The decided widths (G,) for learned scores; None leaves it to the budget."""
@@ -41,11 +41,8 @@ class RatioGoal:
     def budget(self, now: ChannelSpace, step: int) -> Budget:
         return ratio_budget(now, self.scopes, step, self.grid)
 
-    def opening(self, now: ChannelSpace, carried: Tensor | None, step: int) -> Sequence[int]:
-        if carried is None:
-            # Only learned scores compare over groups: whichever of a group's channels comes first.
-            carried = ranks_within(now, torch.zeros(now.total_units))
-        return ratio_widths(now, carried, self.scopes, step, self.grid)
+    def opening(self, now: ChannelSpace, step: int) -> Opening:
+        return lambda merits: self.widths(now, merits, step)
 
     def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> Sequence[int]:
         return ratio_widths(now, scores, self.scopes, step, self.grid)
@@ -70,7 +67,7 @@ class BudgetGoal:
             limits.append(Limit(model, limit.target + left))
         return Budget.of(*limits)
 
-    def opening(self, now: ChannelSpace, carried: Tensor | None, step: int) -> None:
+    def opening(self, now: ChannelSpace, step: int) -> None:
         return None
 
     def widths(self, now: ChannelSpace, scores: Tensor, step: int) -> None:

@@ -58,7 +58,9 @@ class WGatesImportance(tp.importance.Importance):
     """Learned soft scores for any torch-pruning pruner: local, global or isomorphic.
 
     A score lies between 0 and 1, and a gate is open above 1/2, in every group alike: scores can be
-    ranked over all layers. They are read off once, when this is made. Groups the gates do not know
+    ranked over all layers, for as many channels as the gates learned to leave open. Learn with the
+    ratio and the scope (`global_pruning`, `isomorphic`) of the pruner that is to rank by them, or
+    with a target. They are read off once, when this is made. Groups the gates do not know
     (`ignored_layers` of theirs, norms over all channels) get None, which torch-pruning skips.
 
     Args:

@@ -41,17 +41,18 @@ class WGatesPruner(TracedPruner):
 
     Args:
         model: the network to prune, in place at `step()`.
-        example_inputs: one batch as a tensor, a tuple of arguments or a dict.
+        example_inputs: one batch as a tensor, a tuple or list of arguments or a dict.
         importance: any torch-pruning importance; it ranks the channels where the gates start. None
-            ranks by what open gates measure, `settings.measuring` steps long, and by filter norms
-            with `measuring=0`.
+            ranks by what open gates measure, `settings.measuring` steps long, and with `measuring=0`
+            by filter norms, which compare within a group alone.
         efficiency: what is limited: `LPNet`, `MacsModel`, `ParametersModel`, a function of the
             channel space that returns one, or a `Budget` of several limits. Without it a
             target counts MACs, never milliseconds: those need an `LPNet`.
         target: the limit in the model's unit (ms, MACs, parameters); None for a `Budget`.
         pruning_ratio: share of the channels to remove; 0.5 if there is no target.
         pruning_ratio_dict: module or tuple of modules -> its own ratio; a layer's last entry counts.
-        global_pruning, isomorphic: rank over all groups, or over groups of one structure.
+        global_pruning, isomorphic: rank over all groups, or over groups of one structure, by what was
+            measured or by the values of `importance`; filter norms leave all of them equally wide.
         max_pruning_ratio: largest share of any group that may go.
         round_to: channel multiple of every width that is cut; by default, under a latency, that of
             the widths which LPNet has measured, and 1 otherwise.
@@ -65,7 +66,8 @@ class WGatesPruner(TracedPruner):
         steps: gate steps to come before each `step()`: at most half of them is spent on
             measuring. Needed for settings that slide the target.
         min_channels, min_fraction, floors, caps: see `wgates_plugin.trace`.
-        average: called on the gates' gradient; several processes pass their all-reduce.
+        average: called on the gates' gradient, which keeps several processes alike; by default the
+            mean over all of them, where `torch.distributed` runs.
 
     Raises:
         ConfigError: options that are wrong or cannot be honoured, all at once.
@@ -166,8 +168,14 @@ class WGatesPruner(TracedPruner):
         """The limits that the gates learn under now."""
         return self.gates.budget
 
-    def _attach(self, *, ranking: Tensor | None = None, carried: Tensor | None = None) -> None:
-        """Gates for the step to come, on the network as it stands."""
+    def _attach(
+        self,
+        *,
+        ranking: Tensor | None = None,
+        carried: Tensor | None = None,
+        compared: Tensor | None = None,
+    ) -> None:
+        """Gates for the step to come, on the network as it stands; what is known of it as in `WGates`."""
         step = self.current_step + 1
         budget = self._goal.budget(self._now, step)
         self.gates = WGates(
@@ -179,7 +187,8 @@ class WGatesPruner(TracedPruner):
             average=self._average,
             ranking=ranking,
             carried=carried,
-            opening=self._goal.opening(self._now, carried, step),
+            compared=compared,
+            opening=self._goal.opening(self._now, step),
             waiting=True,
         ).attach()
         self.importance = self._live_importance
@@ -201,15 +210,16 @@ class WGatesPruner(TracedPruner):
             model: the network, or a compiled or parallel wrapper of it.
             loss: there for torch-pruning's signature.
             scale: what the loss was multiplied by, `scaler.get_scale()` under a `GradScaler`. Its
-                `unscale_` does not reach the gates.
+                `unscale_` does not reach the gates: call this between `scaler.unscale_(optimizer)`
+                and `scaler.step(optimizer)`.
 
         Raises:
             PlanError: another model, or nothing is left to learn.
             ConfigError: a sibling's word that has no meaning here.
+            TrainingError: no gradient reached the gates, or the optimizer has stepped already.
         """
-        if others:
-            words = checks.refused_options(others)
-            raise ConfigError(f"{self._subject}.regularize", words)
+        if problems := checks.refused_options(others):
+            raise ConfigError(f"{self._subject}.regularize", problems)
         if not options.wraps(model, self.model):
             raise PlanError(
                 f"{self._subject}.regularize: another model than the one the pruner was made for"
@@ -299,8 +309,14 @@ class WGatesPruner(TracedPruner):
         if self.current_step < self.iterative_steps:
             before = self._now
             self._trace_again(plan)
-            carried = None if scores is None else _carried(before, plan, scores, self._now)
-            self._attach(carried=carried)
+            known = {"carried": scores, "compared": self.gates.starting.compared}
+            self._attach(
+                **{
+                    name: _carried(before, plan, merits, self._now)
+                    for name, merits in known.items()
+                    if scores is not None and merits is not None
+                }
+            )
 
     def _trace_again(self, plan: PruningPlan) -> None:
         """The records of the smaller network, under the floors and caps of the first one."""
@@ -425,11 +441,11 @@ class WGatesPruner(TracedPruner):
 
 
 def _carried(
-    before: ChannelSpace, plan: PruningPlan, scores: Tensor, after: ChannelSpace
+    before: ChannelSpace, plan: PruningPlan, merits: Tensor, after: ChannelSpace
 ) -> Tensor:
-    """The scores of the units that stayed, in the numbering of the smaller network."""
+    """The merits of the units that stayed, in the numbering of the smaller network."""
     kept = dict(zip(before.names, plan.kept, strict=True))
     starts = dict(zip(before.names, before.offsets, strict=False))
     return torch.cat(
-        [scores[starts[name] + torch.tensor(kept[name]).to(scores.device)] for name in after.names]
+        [merits[starts[name] + torch.tensor(kept[name]).to(merits.device)] for name in after.names]
     )

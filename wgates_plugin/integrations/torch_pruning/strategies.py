@@ -59,7 +59,7 @@ class StrategyPruner(TracedPruner):
 
     Args:
         model: the network to prune, in place at `step()`.
-        example_inputs: one batch as a tensor, a tuple of arguments or a dict.
+        example_inputs: one batch as a tensor, a tuple or list of arguments or a dict.
         strategy: a key of `wgates_plugin.strategies.STRATEGIES`, or "package.module:Class"; its own
             settings are `options`.
         data: batches (inputs, targets), with a length; None for criteria of weights alone.

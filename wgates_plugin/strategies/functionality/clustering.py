@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +30,6 @@ class Clusters:
     labels: Tensor
     silhouette: float | None
 
-    @property
-    def count(self) -> int:
-        return int(self.labels.max()) + 1 if len(self.labels) else 0
-
 
 def load_sklearn() -> Any:
     """scikit-learn's clustering.
@@ -47,19 +42,16 @@ def load_sklearn() -> Any:
     return require("sklearn.cluster", extra="functionality", purpose=purpose)
 
 
-def likeness(patterns: Sequence[Tensor]) -> Tensor:
-    """Cosine between the patterns of any two units, averaged over layers: K x (n, ...) -> (n, n).
+def likeness(patterns: Tensor) -> Tensor:
+    """Cosine between the patterns of any two units: (n, ...) -> (n, n), float64 on the CPU.
 
     Patterns are standardised to unit norm. They are not centred: brighter or darker than grey is a
     part of what a filter looks for (ours). An empty pattern stays empty.
     """
-    total = torch.zeros(len(patterns[0]), len(patterns[0]), dtype=torch.float64)
-    for of_layer in patterns:
-        rows = of_layer.flatten(1).cpu().double()  # not every device has doubles
-        size = rows.norm(dim=1, keepdim=True)
-        rows = torch.where(size > 0, rows / size.clamp_min(1e-30), torch.zeros_like(rows))
-        total += rows @ rows.T / len(patterns)
-    return total
+    rows = patterns.flatten(1).cpu().double()  # not every device has doubles
+    size = rows.norm(dim=1, keepdim=True)
+    rows = torch.where(size > 0, rows / size.clamp_min(1e-30), torch.zeros_like(rows))
+    return rows @ rows.T
 
 
 def distances(cosines: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from wgates_plugin.strategies.functionality.inputs import (
     with_value,
 )
 from wgates_plugin.strategies.functionality.points import Point
-from wgates_plugin.training.evaluation import images_in, images_of, logits_of
+from wgates_plugin.training.evaluation import images_in, images_of, logits_of, one_number
 
 IMAGES_AT_ONCE = 32
 """Feature maps of the whole network are held for so many images."""
@@ -43,7 +43,7 @@ def contribution_index(
         network: in eval mode, its parameters without gradients.
 
     Raises:
-        TrainingError: a loss that is not finite.
+        TrainingError: a loss that is not finite, or no single number.
     """
     sums: dict[int, Tensor] = {}
     norms: list[tuple[int, Tensor]] = []
@@ -111,7 +111,7 @@ def _backward(network: nn.Module, inputs: ExampleInputs, targets: Any, loss: Los
     image = value_at(inputs, key).detach().requires_grad_(True)
     with torch.enable_grad():
         output = call_with(network, with_value(inputs, key, image.clone()))
-        value = loss(logits_of(output, network), targets)
+        value = one_number(loss(logits_of(output, network), targets), "functionality")
         if not torch.isfinite(value):
             raise TrainingError(
                 f"functionality: the loss is {float(value.detach())} on a batch of training data"

@@ -120,7 +120,7 @@ def _observe(network: nn.Module, image: ImageInput, shape: list[int], wanted: se
     seen, made, total = _Pass(), [], 0  # type: tuple[_Pass, list[tuple[str, Tensor]], int]
     names = {module: name for name, module in network.named_modules()}
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal total
         if not isinstance(output, Tensor):
             return
@@ -128,15 +128,16 @@ def _observe(network: nn.Module, image: ImageInput, shape: list[int], wanted: se
         name = names[module]
         if name in wanted and name not in seen.values:
             made.append((name, output))
-        if isinstance(module, (*kinds.BATCH_NORMS, *kinds.INSTANCE_NORMS)) and args:
+        if isinstance(module, (*kinds.BATCH_NORMS, *kinds.INSTANCE_NORMS)):
+            read = kinds.first_input(args, kwargs)
             for maker, tensor in made:
                 # The very tensor: behind an addition or a concatenation it is no longer the layer's.
-                if args[0] is tensor:
+                if read is tensor:
                     seen.reader.setdefault(maker, name)
         seen.values.setdefault(name, total)
 
     leaves = [m for m in network.modules() if not list(m.children())]
-    handles = [module.register_forward_hook(note) for module in leaves]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in leaves]
     try:
         image.call(network, torch.zeros(1, *shape).to(image.image))
     except (RuntimeError, ValueError):

@@ -36,7 +36,7 @@ from wgates_plugin.strategies.functionality.pictures import picture, thumbnails
 from wgates_plugin.strategies.functionality.points import Point, find_points
 from wgates_plugin.strategies.functionality.ranking import rank, representatives
 from wgates_plugin.strategies.functionality.settings import FunctionalitySettings
-from wgates_plugin.strategies.own_checkpoints import OwnCheckpoints
+from wgates_plugin.strategies.own_checkpoints import own_checkpoints
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.training.evaluation import cross_entropy, to_device, unpack
 from wgates_plugin.training.progress import Bar
@@ -86,7 +86,7 @@ class FunctionalityStrategy(Strategy):
     def _judged(self, task: Task) -> dict[str, Any]:
         """Contributions of all units, and labels and scores of each group; from the checkpoint if
         one is there, which is written after each group."""
-        checkpoints = OwnCheckpoints(self, task)
+        checkpoints = own_checkpoints(self, task)
         state = checkpoints.load_state(STATE) or {"contribution": None, "groups": {}}
         if len(state["groups"]) == len(task.space.groups):
             return state
@@ -135,11 +135,11 @@ class FunctionalityStrategy(Strategy):
         """One group. Units are alike if they are in all of its layers: patterns of several layers
         stand side by side as one (ours)."""
         settings = self.settings
-        tiles, cosines = None, torch.zeros(1)
+        tiles, units = None, len(contribution)
+        cosines = torch.zeros(units, units, dtype=torch.float64)
         for place, point in enumerate(points):
             found = patterns(network, point, image, grey, settings, seed)
-            mine = likeness([found]) / len(points)
-            cosines = mine if place == 0 else cosines + mine
+            cosines += likeness(found) / len(points)
             if pictured and place == 0:
                 tiles = thumbnails(found)
         clusters = cluster(

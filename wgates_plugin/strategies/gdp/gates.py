@@ -28,6 +28,7 @@ from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.efficiency.constraint import AugmentedLagrangian
 from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
+from wgates_plugin.strategies.averaging import mean_over_ranks
 from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.budgeting import Descent, check_feasible, fit_to_budget
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
@@ -122,7 +123,8 @@ class PolarisedGates:
         steps: gate steps to come.
         example_inputs: show whether a branch may close without cutting the network in two, and how
             much settling changes the output; without them no branch closes.
-        average: called on the gates' gradient before use; several ranks pass their all-reduce here.
+        average: called on the gates' gradient before use, which keeps gates identical on several
+            ranks; by default the mean over all of them, where `torch.distributed` runs.
         settle: as in `Task`: the widths of the decision are measured, so that the rest of the phase
             trains what stays. A closed branch is measured at its least width, which takes a little
             longer than its constant.
@@ -143,7 +145,8 @@ class PolarisedGates:
         self.network, self.space, self.budget = network, space, budget
         self.settings = settings or GDPSettings()
         self.grid = self.settings.grid or measured_grid(budget)
-        self.steps, self.average, self.example_inputs = max(1, steps), average, example_inputs
+        self.steps, self.example_inputs = max(1, steps), example_inputs
+        self.average = average or mean_over_ranks
         self._measured = settle
         check_feasible(space, budget, self.grid)
         device = device_of(network)
@@ -249,8 +252,9 @@ class PolarisedGates:
         gates stay as they are, which `skipped` counts.
 
         Args:
-            scale: what the loss was multiplied by (`GradScaler.get_scale()`). A constant scale makes
-                no difference, for gates step by the gradient's relative size; one that changes does.
+            scale: what the loss was multiplied by (`GradScaler.get_scale()`, before
+                `scaler.update()` changes it). A constant scale makes no difference: gates step by the
+                gradient's relative size, and add nothing to the weights' gradient.
 
         Raises:
             TrainingError: no gradient reached the gates, or no finite one for 100 calls in a row.
@@ -262,8 +266,7 @@ class PolarisedGates:
                 "`loss.backward()` before `regularize()`"
             )
         self.discard()
-        task = leaf.grad if self.average is None else self.average(leaf.grad)
-        task = task / scale
+        task = self.average(leaf.grad) / scale
         # Averaged first, so that all ranks skip together.
         if not torch.isfinite(task).all():
             self.skipped += 1

@@ -22,16 +22,22 @@ from wgates_plugin.strategies.metapruning.genes import Widths
 from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
 from wgates_plugin.training.as_found import modes_kept, random_state_kept, seed_epoch
 from wgates_plugin.training.engine import LossFunction
-from wgates_plugin.training.evaluation import answer, evaluate
+from wgates_plugin.training.evaluation import answer, evaluate, one_number
 from wgates_plugin.training.recalibration import recalibrate_batchnorm
 
 logger = logging.getLogger("wgates_plugin")
 
-_WORST = sys.float_info.max
-"""Of a candidate whose loss is not finite: the search goes on without it."""
+_WORST = 1e30
+"""Of a candidate whose loss is not finite: the search goes on without it. Sums of a few stay finite."""
 
 _STORE_BYTES = 256 * 2**20
-"""Least shared memory of a Ray started here; the PruningNet and its images are added."""
+"""Least shared memory of a Ray started here; what is put there is added, the images among it."""
+
+
+def told(error: float) -> float | None:
+    """An error or loss as it can be written down; None of a candidate whose loss was not finite."""
+    # Half: the mean over two processes, of which one found no finite loss.
+    return error if error < _WORST / 2 else None
 
 
 class Fitness:
@@ -78,7 +84,7 @@ class Fitness:
         if self.loss is None:
             return 1.0 - evaluate(network, batches).accuracy
         found = mean_loss(network, batches, self.loss)
-        return found if math.isfinite(found) else _WORST
+        return min(found, _WORST) if math.isfinite(found) else _WORST
 
     def check(self) -> None:
         """Judge one batch, so that data of another kind are refused before training.
@@ -105,16 +111,8 @@ def mean_loss(network: nn.Module, loader: Iterable[Any], loss: LossFunction) -> 
         network.eval()
         for batch in loader:
             logits, targets = answer(network, batch, device)
-            value = loss(logits, targets)
-            if not isinstance(value, torch.Tensor) or value.numel() != 1:
-                got = (
-                    tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-                )
-                raise TrainingError(
-                    f"metapruning: the loss gave {got}, needed a tensor of one number, the mean "
-                    "over the batch"
-                )
-            total += float(value) * logits.shape[0]
+            value = float(one_number(loss(logits, targets), "metapruning"))
+            total += value * logits.shape[0]
             images += logits.shape[0]
     if not images:
         raise TrainingError("metapruning: no held-out batches to judge on; check the data set")
@@ -154,7 +152,7 @@ def judges(fitness: Fitness, workers: int = 1) -> Iterator[Judges]:
             num_cpus=workers,
             include_dashboard=False,
             log_to_driver=False,
-            object_store_memory=_STORE_BYTES + 2 * _bytes(fitness),
+            object_store_memory=_STORE_BYTES + 2 * len(ray.cloudpickle.dumps(fitness)),
             # Workers must find the module of the user's network where this process found it.
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
         )
@@ -210,8 +208,3 @@ def _ray(fitness: Fitness, workers: int) -> ModuleType | None:
     except MissingExtraError as error:
         logger.warning("%s; this process judges alone", error)
         return None
-
-
-def _bytes(fitness: Fitness) -> int:
-    tensors = fitness.pruning_net.state_dict().values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

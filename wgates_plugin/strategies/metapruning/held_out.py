@@ -144,7 +144,7 @@ def _by_batches(loader: Any, share: float, seed: int) -> Split:
         count,
     )
     kept_numbers = frozenset(range(count)) - chosen
-    return Split(_Part(loader, kept_numbers), batches_of(_Part(loader, chosen), seed))
+    return Split(_Part(loader, kept_numbers), gathered(_Part(loader, chosen), seed))
 
 
 class _Part:
@@ -163,7 +163,7 @@ class _Part:
         return (batch for number, batch in enumerate(self.loader) if number in self.numbers)
 
 
-def batches_of(loader: Any, seed: int, images: int | None = None) -> list[Any]:
+def gathered(loader: Any, seed: int, images: int | None = None) -> list[Any]:
     """The batches of a loader, the same at every call, up to about so many images."""
     seen, found = 0, []
     with random_state_kept(torch.device("cpu"), loader):

@@ -15,9 +15,9 @@ from wgates_plugin.run_folder import weights_digest
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.budgeting import uniform_widths
 from wgates_plugin.strategies.metapruning.evolution import Evolution
-from wgates_plugin.strategies.metapruning.fitness import Fitness, judges
+from wgates_plugin.strategies.metapruning.fitness import Fitness, judges, told
 from wgates_plugin.strategies.metapruning.genes import Genes, Widths, check_searchable
-from wgates_plugin.strategies.metapruning.held_out import batches_of, split
+from wgates_plugin.strategies.metapruning.held_out import gathered, split
 from wgates_plugin.strategies.metapruning.pruning_net import PruningNet
 from wgates_plugin.strategies.metapruning.settings import MetaPruningSettings
 from wgates_plugin.strategies.metapruning.training import train
@@ -73,7 +73,7 @@ class MetaPruningStrategy(Strategy):
         )
         fitness = Fitness(
             pruning_net,
-            batches_of(parts.train, task.seed, settings.recalibration_images),
+            gathered(parts.train, task.seed, settings.recalibration_images),
             parts.held_out,
             task.seed,
             task.loss,
@@ -89,8 +89,8 @@ class MetaPruningStrategy(Strategy):
                 "judged": len(search.errors),
                 "generations": [_summary(generation) for generation in search.generations],
                 "judged_by": f"held-out {fitness.measure}",
-                f"best_{fitness.measure}": error,
-                f"uniform_{fitness.measure}": _averaged(task, fitness(uniform)),
+                f"best_{fitness.measure}": told(error),
+                f"uniform_{fitness.measure}": told(_averaged(task, fitness(uniform))),
                 "widths": list(widths),
                 "uniform_widths": list(uniform),
             },
@@ -159,10 +159,13 @@ def _averaged(task: Task, error: float) -> float:
     return float(task.average(value))
 
 
-def _summary(generation: dict[Widths, float | None]) -> dict[str, float]:
-    errors = [error for error in generation.values() if error is not None]
+def _summary(generation: dict[Widths, float | None]) -> dict[str, float | None]:
+    """Of a generation's errors or losses; least and median of those that are finite, if any."""
+    judged = [error for error in generation.values() if error is not None]
+    finite = [error for error in map(told, judged) if error is not None]
     return {
-        "candidates": len(errors),
-        "least": min(errors),
-        "median": statistics.median(errors),
+        "candidates": len(judged),
+        "not_finite": len(judged) - len(finite),
+        "least": min(finite, default=None),
+        "median": statistics.median(finite) if finite else None,
     }

@@ -158,11 +158,12 @@ def norms_behind(
     for module in network.modules():
         if isinstance(module, kinds.BATCH_NORMS):
 
-            def meet(norm: nn.Module, args: Any) -> None:
-                if args and id(args[0]) in given:
-                    found[given[id(args[0])][0]] = norm
+            def meet(norm: nn.Module, args: Any, kwargs: Any) -> None:
+                read = id(kinds.first_input(args, kwargs))
+                if read in given:
+                    found[given[read][0]] = norm
 
-            handles.append(module.register_forward_pre_hook(meet))
+            handles.append(module.register_forward_pre_hook(meet, with_kwargs=True))
     try:
         with modes_kept(network):
             network.eval()

@@ -15,6 +15,7 @@ from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.gating import Gating
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
+from wgates_plugin.strategies.averaging import mean_over_ranks
 from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.skipping import note_skipped
 from wgates_plugin.strategies.wgates.functions import (
@@ -26,7 +27,7 @@ from wgates_plugin.strategies.wgates.functions import (
 )
 from wgates_plugin.strategies.wgates.scores import SCORES, no_autocast
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
-from wgates_plugin.strategies.wgates.starting import StartingPoint
+from wgates_plugin.strategies.wgates.starting import Opening, StartingPoint
 
 
 class WGates:
@@ -40,13 +41,15 @@ class WGates:
     batch of which you skip the step yourself, call `discard()`. Scores are float32 under mixed precision.
 
     Args:
-        average: called on the gates' gradient before use; several ranks pass their all-reduce here,
-            which keeps gates and plan identical on all of them.
+        average: called on the gates' gradient before use, which keeps gates and plan identical on
+            several ranks; by default the mean over all of them, where `torch.distributed` runs.
         steps: gate steps to come: half of them at most is spent on measuring. Needed for
             `start="open"`, whose target slides.
         ranking: merit of each unit (total_units,) to start from; nothing is measured then.
         carried: scores (total_units,) of an earlier phase, which hold until something is measured.
-        opening: widths (G,) to start from, in place of those that fit the budget.
+        compared: merits (total_units,) of that phase which compare between groups, for `opening`.
+        opening: from such merits, or a `ranking`, to the widths (G,) to start from, in place of those
+            that fit the budget.
         settle: as in `Task`: where gates start to learn, their widths are measured first, and the
             budget is put right.
         waiting: act only from the first training pass on; until then, evaluation sees the network
@@ -64,14 +67,15 @@ class WGates:
         average: Callable[[Tensor], Tensor] | None = None,
         ranking: Tensor | None = None,
         carried: Tensor | None = None,
-        opening: Sequence[int] | None = None,
+        compared: Tensor | None = None,
+        opening: Opening | None = None,
         settle: Settle | None = None,
         waiting: bool = False,
     ) -> None:
         self.network, self.space, self.budget = network, space, budget
         self.settings = settings or WGatesSettings()
         self.grid = self.settings.grid or measured_grid(budget)
-        self.steps, self.average, self._settle = steps, average, settle
+        self.steps, self.average, self._settle = steps, average or mean_over_ranks, settle
         if self.settings.start == "open" and not steps:
             raise ConfigError(
                 "W-Gates", ['start="open" slides the target over the phase: give `steps`']
@@ -87,6 +91,7 @@ class WGates:
             steps=steps,
             ranking=ranking,
             carried=carried,
+            compared=compared,
             opening=opening,
         )
         self.merits = self.starting.merits
@@ -164,15 +169,17 @@ class WGates:
     def regularize(self, *, scale: float = 1.0) -> dict[str, float]:
         """Add the budget's gradient to the task's, step the gates, and report the step.
 
-        Call once per optimizer step, after `loss.backward()`. Where the gradient is not finite the
-        gates stay as they are, which `skipped` counts.
+        Call once per optimizer step, between `loss.backward()` and `optimizer.step()`. What moves
+        the scores is added to the `.grad` of the weights that they are computed from. Where the
+        gradient is not finite the gates stay as they are, which `skipped` counts.
 
         Args:
-            scale: what the loss was multiplied by (`GradScaler.get_scale()`). A constant scale
-                makes next to no difference, for gates step by Adam; one that changes does.
+            scale: what the loss was multiplied by (`GradScaler.get_scale()`): the gates' gradient is
+                divided by it, and the weights' must be so already (`scaler.unscale_(optimizer)`).
 
         Raises:
-            TrainingError: no gradient reached the gates, or no finite one for 100 calls in a row.
+            TrainingError: no gradient reached the gates, or no finite one for 100 calls in a row; or
+                the weights changed since the forward pass.
         """
         leaf, scores = self._leaf, self._live_scores
         if leaf is None or scores is None or leaf.grad is None:
@@ -182,8 +189,7 @@ class WGates:
             )
         self.discard()
         with no_autocast(leaf.device):
-            task = leaf.grad if self.average is None else self.average(leaf.grad)
-            task = task / scale
+            task = self.average(leaf.grad) / scale
             # Averaged first, so that all ranks skip together.
             if not (torch.isfinite(task).all() and torch.isfinite(scores).all()):
                 return self._skip(scores)
@@ -192,7 +198,7 @@ class WGates:
             violations, pull = self._efficiency_gradient(scores, task)
             gradient = (task + pull.to(task)) * surrogate(scores.detach())
             self.optimizer.zero_grad(set_to_none=True)
-            scores.backward(gradient=gradient)
+            _send_back(scores, gradient)
             self.optimizer.step()
         self.constraint.update(violations)
         self.step += 1
@@ -355,3 +361,21 @@ class WGates:
         if self.settings.start == "target" and not self.merits.wanted:
             self._hold_measured()
         self._waiting = self._waiting and self.step == 0
+
+
+def _send_back(scores: Tensor, gradient: Tensor) -> None:
+    """`scores.backward(gradient)`.
+
+    Raises:
+        TrainingError: the weights are others than those that the scores were computed from.
+    """
+    try:
+        scores.backward(gradient=gradient)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise TrainingError(
+            "gates: the weights changed between the forward pass and `regularize()`, which adds to "
+            "their gradient; call it between `loss.backward()` and `optimizer.step()` (under a "
+            "GradScaler between `scaler.unscale_(optimizer)` and `scaler.step(optimizer)`)"
+        ) from error

@@ -18,6 +18,9 @@ from wgates_plugin.strategies.wgates.measuring import GateMerits
 from wgates_plugin.strategies.wgates.scores import ranks_within, starting_offsets
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 
+Opening = Callable[[Tensor], Sequence[int]]
+"""From merits (total_units,) to the widths (G,) to start from."""
+
 CHEAPEST = 1e-3
 """Least price of a unit, relative to the dearest: some groups cost next to nothing."""
 
@@ -28,7 +31,8 @@ class StartingPoint:
     That is what open gates measured; before they did, or if nothing is to be measured, a given
     `ranking`, the scores `carried` over from an earlier phase, or else filter norms. Only what was
     measured or carried compares between groups, and then says how wide they open too; the others
-    open uniform widths.
+    open uniform widths. An `opening` says how wide in their place: from what was measured, else
+    from what is `compared` already, else from the ranks of what is known.
 
     Args:
         steps: gate steps to come, None if not known. The rest as in `WGates`.
@@ -45,7 +49,8 @@ class StartingPoint:
         steps: int | None = None,
         ranking: Tensor | None = None,
         carried: Tensor | None = None,
-        opening: Sequence[int] | None = None,
+        compared: Tensor | None = None,
+        opening: Opening | None = None,
     ) -> None:
         self.space, self.budget, self.settings, self.grid = space, budget, settings, grid
         measuring = settings.measuring if ranking is None and settings.start == "target" else 0
@@ -57,8 +62,17 @@ class StartingPoint:
         known = carried if ranking is None else ranking
         # Norms of now: a wrapper of another library may withhold the weights later.
         self._known = (norms() if known is None else known).detach().cpu()
-        self._opening = None if opening is None else tuple(opening)
+        compared = ranking if compared is None else compared  # its values, as an opening takes them
+        self._compared = None if compared is None else compared.detach().cpu()
+        self._opening = opening
+        self._settled: tuple[int, ...] | None = None
         self._found: tuple[int, Tensor] | None = None
+
+    @property
+    def compared(self) -> Tensor | None:
+        """Merits (total_units,) that compare between groups, on the CPU; None where none are known."""
+        measured = self.merits.mean()
+        return self._compared if measured is None else measured
 
     def opened(self) -> Tensor:
         """0/1 (total_units,), on the CPU: what is open while gates are measured, less in each round."""
@@ -78,7 +92,7 @@ class StartingPoint:
             return self._affordable(merits, self._descent.at(done))
         return tuple(
             min(group.allowed_widths(self.grid), key=lambda w: abs(w - aim))
-            for group, width in zip(self.space.groups, self._opening, strict=True)
+            for group, width in zip(self.space.groups, self._opening(merits), strict=True)
             for aim in [group.channels + done * (width - group.channels)]
         )
 
@@ -91,7 +105,7 @@ class StartingPoint:
 
     def settle(self, settle: Settle) -> Budget:
         """Start from widths that `settle` measured; returns the budget that is exact there."""
-        self._opening, self.budget = settle(*self._wanted())
+        self._settled, self.budget = settle(*self._wanted())
         self._found = None
         return self.budget
 
@@ -102,14 +116,16 @@ class StartingPoint:
         )
 
     def _wanted(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The ranking (total_units,), comparable between groups, and the widths (G,) it asks for."""
+        """The ranking (total_units,) within groups and the widths (G,) to open by it."""
         ranking = self.merits.mean()
         if ranking is None:
             ranking = self._known if self._compares else ranks_within(self.space, self._known)
-        return ranking, self._widths(ranking) if self._opening is None else self._opening
+        return ranking, self._widths(ranking) if self._settled is None else self._settled
 
     def _widths(self, ranking: Tensor) -> tuple[int, ...]:
         space, budget, grid = self.space, self.budget, self.grid
+        if self._opening is not None:
+            return tuple(self._opening(ranking if self.compared is None else self.compared))
         if self.merits.done:
             return self._affordable(ranking, budget)
         widths = space.full_widths
@@ -153,15 +169,17 @@ class StartingPoint:
             "merits": self.merits.state_dict(),
             "known": self._known,
             "compares": self._compares,
-            "opening": None if self._opening is None else list(self._opening),
+            "compared": self._compared,
+            "opening": None if self._settled is None else list(self._settled),
             "round": self._opened[0],
             "opened": self._opened[1],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        opening = state["opening"]
+        opening, compared = state["opening"], state.get("compared")
         self.merits.load_state_dict(state["merits"])
         self._known, self._compares = state["known"].cpu(), bool(state["compares"])
-        self._opening = None if opening is None else tuple(int(width) for width in opening)
+        self._compared = None if compared is None else compared.cpu()
+        self._settled = None if opening is None else tuple(int(width) for width in opening)
         self._opened = int(state["round"]), state["opened"].cpu()
         self._found = None

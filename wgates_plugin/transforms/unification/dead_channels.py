@@ -108,14 +108,14 @@ def _zero_reads(
     for name, side in space.slots_of:
         if side == "in":
 
-            def look(module: nn.Module, args: Any, name: str = name) -> None:
-                values = args[0].detach().cpu()
+            def look(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                values = kinds.first_input(args, kwargs).detach().cpu()
                 last = isinstance(module, nn.Linear)
                 per_channel = values.movedim(-1 if last else 1, 0).flatten(1)
                 zero = (per_channel == 0).all(1)
                 reads[name] = zero & reads[name] if name in reads else zero
 
-            handles.append(found[name].register_forward_pre_hook(look))
+            handles.append(found[name].register_forward_pre_hook(look, with_kwargs=True))
     try:
         with left_as_found(network):
             network.eval()

@@ -13,7 +13,9 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from wgates_plugin.calling import copied
+from wgates_plugin.run_folder import weights_digest
 from wgates_plugin.strategies.base import Checkpoints, InMemory
+from wgates_plugin.strategies.own_checkpoints import OwnCheckpoints, told_fields
 from wgates_plugin.training import StepContext, Trainer, TrainingSettings, recalibrate_batchnorm
 from wgates_plugin.training.as_found import random_state_kept, seed_epoch
 from wgates_plugin.training.engine import LossFunction
@@ -80,6 +82,7 @@ def unify(
 
     Raises:
         ConfigError: the settings do not fit the network. TrainingError: training broke down.
+        RunFolderError: the checkpoints are of other settings, another training, seed or network.
     """
     run = _Run(
         copied(network),
@@ -114,16 +117,26 @@ class _Run:
         progress: bool | None,
     ) -> None:
         self.network, self.loader, self.settings = network, loader, settings
-        self.options, self.checkpoints, self.progress = options, checkpoints, progress
+        self.options, self.progress = options, progress
         rate = settings.learning_rate
-        self.training = (
-            training if rate is None else dataclasses.replace(training, learning_rate=rate)
+        self.training = dataclasses.replace(
+            training,
+            epochs=settings.total_epochs,
+            learning_rate=training.learning_rate if rate is None else rate,
         )
         self.grids = layer_grids(network, settings, skip_small=skip_small)
         self.structures: dict[str, Structure] | None = None
         self.trainer = self._new_trainer()  # it moves the network to its device
         self.admm = Admm(network, self.grids, settings)
-        state = checkpoints.load_state(STATE)
+        identity = {
+            "weights": self.trainer.fabric.broadcast(weights_digest(network)),
+            "seed": options["seed"],
+            "layers": list(self.grids),
+            **told_fields("settings", settings),
+            **told_fields("training", self.training),
+        }
+        self.checkpoints = OwnCheckpoints(checkpoints, identity)
+        state = self.checkpoints.load_state(STATE)
         if state is None:
             self.facts: dict[str, Any] = {"distance_before": self.admm.distance()}
         else:
