@@ -163,19 +163,33 @@ def test_a_killed_workers_sample_goes_to_another(
     check_complete(file, alone, space)
 
 
+def test_workers_that_ray_has_no_room_for_are_refused(
+    ray: Any, space: ChannelSpace, file: SampleFile
+) -> None:
+    farm = Farm(workers=2, resources={"num_gpus": 1.0})
+    with pytest.raises(ConfigError, match="got 2 of GPU 1 each, Ray has room for 0"):
+        collect_on_farm(file, space, FarmBench(space), farm, count=10, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("farm", "room"),
     [
         (Farm(workers=3), "got 3 of CPU 1 each, Ray has room for 2"),
         (Farm(workers=2, resources={"num_cpus": 2.0}), "got 2 of CPU 2 each, Ray has room for 1"),
-        (Farm(workers=2, resources={"num_gpus": 1.0}), "got 2 of GPU 1 each, Ray has room for 0"),
     ],
 )
-def test_workers_that_ray_has_no_room_for_are_refused(
-    ray: Any, space: ChannelSpace, file: SampleFile, farm: Farm, room: str
+def test_those_that_ray_has_room_for_do_the_work(
+    ray: Any,
+    space: ChannelSpace,
+    file: SampleFile,
+    alone: SampleFile,
+    caplog: pytest.LogCaptureFixture,
+    farm: Farm,
+    room: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=room):
-        collect_on_farm(file, space, FarmBench(space), farm, count=10, **OPTIONS)
+    collect_on_farm(file, space, FarmBench(space), farm, count=10, **OPTIONS)
+    assert room in caplog.text
+    check_complete(file, alone, space)
 
 
 def test_a_worker_without_a_place_is_not_waited_for(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
 from wgates_plugin.efficiency import sample_file as sample_file_module
-from wgates_plugin.efficiency.bench import Bench, Trust, light_bench, quietest
+from wgates_plugin.efficiency.bench import PROFILES, Bench, Trust, light_bench, quietest
 from wgates_plugin.efficiency.lpnet.data import grid_of
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import (
@@ -367,13 +367,15 @@ def test_layer_times_go_into_the_file(space: ChannelSpace, path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_a_profile_that_fails_or_is_empty_is_asked_for_once(
+def test_profiles_that_fail_or_are_empty_in_a_row_are_asked_for_no_more(
     space: ChannelSpace, path: Path, caplog: pytest.LogCaptureFixture, fails: bool
 ) -> None:
     asked: list[Sequence[int]] = []
 
     def broken(widths: Sequence[int]) -> dict[str, float]:
         asked.append(widths)
+        if len(asked) == 2:
+            return {"0.0": 0.1}
         if fails:
             raise RuntimeError("no profiler")
         return {}
@@ -381,10 +383,11 @@ def test_a_profile_that_fails_or_is_empty_is_asked_for_once(
     bench = steady_bench(space)
     bench.family.layer_times_ms = broken  # type: ignore[attr-defined]
     file = open_file(path, space)
-    collect(file, space, bench, count=4, **OPTIONS)
-    assert file.layers_ms == [None] * 4
-    assert len(asked) == 1
-    assert caplog.text.count("no layer times") == fails
+    collect(file, space, bench, count=7, **OPTIONS)
+    assert file.layers_ms == [None, {"0.0": 0.1}, *[None] * 5]
+    assert len(asked) == 2 + PROFILES
+    assert caplog.text.count("no profiler") == (1 + PROFILES) * fails
+    assert "samples go on without them" in caplog.text
 
 
 class NearestKnown:

@@ -126,7 +126,8 @@ class DependencyTrace:
         return tuple(described), graph
 
     def _note_neighbourly(self, module: nn.Module, _: Any, output: Tensor) -> None:
-        self._neighbourly[output.grad_fn] = module
+        if output.grad_fn is not None:
+            self._neighbourly[output.grad_fn] = module
 
     def _refuse_unbatched(self, module: nn.Module, read: Any, output: Any) -> None:
         if not isinstance(module, kinds.WEIGHTED):
@@ -138,7 +139,7 @@ class DependencyTrace:
         if met is not None and met.dim() < batched:
             raise TraceError(
                 f"module `{self.names[module]}`: meets a tensor of shape {tuple(met.shape)}, which "
-                "has no dimension of images; give a batch: `x.unsqueeze(0)`"
+                "has no dimension of images; give a batch, or that tensor one: `x.unsqueeze(0)`"
             )
 
     def _run(self) -> Tensor:

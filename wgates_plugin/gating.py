@@ -102,7 +102,7 @@ class Gating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gating:
         twin = type(self).__new__(type(self))  # without a source, nor anything else to be copied
-        twin.inert = True
+        twin.inert, twin._handles, twin._indices = True, [], {}
         return twin
 
     def _refuse_inert(self) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from wgates_plugin.catalogue.base import Data, DataRequest, chosen_indices
 from wgates_plugin.catalogue.torchvision_import import import_torchvision
-from wgates_plugin.errors import ConfigError, FileFormatError
+from wgates_plugin.errors import ConfigError, FileFormatError, first_line
 
 # Usual per-channel statistics of ImageNet's training images, as torchvision's weights expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,4 +97,8 @@ def _read(path: str) -> Any:
     try:
         return default_loader(path)
     except (OSError, SyntaxError) as error:  # the latter of a broken PNG
-        raise FileFormatError(f"image `{path}`: cannot be read; delete or replace it") from error
+        access = isinstance(error, OSError) and error.errno is not None
+        mend = "see that it can be reached" if access else "delete or replace it"
+        raise FileFormatError(
+            f"image `{path}`: cannot be read ({first_line(error)}); {mend}"
+        ) from error

@@ -26,6 +26,9 @@ QUIET = 0.015
 
 QUIET_ATTEMPTS = 4
 
+PROFILES = 3
+"""Samples in a row without layer times after which none are asked for."""
+
 
 def quietest(take: Callable[[], Measurement]) -> Measurement:
     """The first measurement that is not disturbed, or of several the one that was least.
@@ -122,7 +125,8 @@ class Bench:
         about: what the reference is and how it was calibrated, for the sample file.
         environment: of this process, the device's name included.
         drifts: of the latest measurements here, the doubted ones included.
-        profiles: whether the family is asked for the layers' own times: until it gives none.
+        profiles: times in a row that the family may give none of the layers' own times before it is
+            asked for no more.
     """
 
     family: Family
@@ -131,7 +135,7 @@ class Bench:
     about: Mapping[str, Any] = field(default_factory=lambda: dict(DENSE))
     environment: dict[str, Any] = field(default_factory=describe_environment)
     drifts: deque[float] = field(default_factory=lambda: deque(maxlen=50))
-    profiles: bool = True
+    profiles: int = PROFILES
 
     def take(
         self, widths: Sequence[int], seconds: float, *, trust: Trust | None = None, profile: bool
@@ -140,8 +144,7 @@ class Bench:
 
         Args:
             seconds: timed inference of one attempt, the reference's included.
-            profile: take the layers' own times too, where the family can. After one failure, or
-                a profile without layers, none is taken any more.
+            profile: take the layers' own times too, where the family can.
         """
         trust = trust or Trust()
         session = self.family.session(widths)
@@ -181,10 +184,10 @@ class Bench:
         try:
             found = dict(layer_times(widths))
         except Exception as error:  # says nothing about the latency, which is measured already
-            logger.warning(
-                "widths %s: no layer times (%r); samples go on without them", list(widths), error
-            )
-        self.profiles = bool(found)
+            logger.warning("widths %s: no layer times (%r)", list(widths), error)
+        self.profiles = PROFILES if found else self.profiles - 1
+        if not self.profiles:
+            logger.warning("no layer times %d times in a row; samples go on without them", PROFILES)
         return found or None
 
     def close(self) -> None:

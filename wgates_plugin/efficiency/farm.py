@@ -281,7 +281,11 @@ def _connect(ray: ModuleType, farm: Farm) -> None:
 
 
 def _check_room(ray: ModuleType, farm: Farm) -> None:
-    """Raises ConfigError where some worker would wait for ever: no node has what it reserves."""
+    """Warn where some workers have no place on the nodes that are there.
+
+    Raises:
+        ConfigError: none has: all would wait, for ever where no node is to come.
+    """
     wanted = {_NODE_NAMES.get(n, n): amount for n, amount in farm.reserved.items() if amount}
     room = sum(
         min(
@@ -293,13 +297,10 @@ def _check_room(ray: ModuleType, farm: Farm) -> None:
     )
     if room < farm.workers:
         each = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
-        raise ConfigError(
-            "farm",
-            [
-                f"workers: got {farm.workers} of {each} each, Ray has room for {room}; ask for fewer, "
-                "or connect it to more machines"
-            ],
-        )
+        found = f"got {farm.workers} of {each} each, Ray has room for {room}"
+        if not room:
+            raise ConfigError("farm", [f"workers: {found}; connect it to a machine that has them"])
+        logger.warning("farm: workers: %s; the others wait for a place", found)
 
 
 class _Worker:

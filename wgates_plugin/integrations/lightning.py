@@ -218,7 +218,7 @@ class WGatesCallback(_Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         self.monitor = self.pruner.regularize(self.pruner.model, scale=scale)
-        where = "gates" if self._alone else f"gates/{self.network}"
+        where = "gates" if self._alone or not self.network else f"gates/{self.network}"
         pl_module.log_dict({f"{where}/{name}": value for name, value in self.monitor.items()})
 
     def state_dict(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def share_loader(loader: Iterable[Any], fabric: Fabric) -> Any:
                     f"loader `{name}`: {world} processes cannot share it, for its data set, a "
                     f"{type(loader.dataset).__name__}, has no indices to share out, and each would "
                     "train on all of it; use a data set with indices, or give the loader a method "
-                    "shard(rank, world)"
+                    "shard(rank, world), which for a data set that shares itself out returns the loader"
                 )
         else:
             raise TrainingError(

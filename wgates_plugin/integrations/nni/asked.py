@@ -91,12 +91,13 @@ def training_problems(
     """What is wrong with the duration that `compress` is given."""
     given = {"max_steps": max_steps, "max_epochs": max_epochs}
     given = {word: value for word, value in given.items() if value is not None}
+    least = 0 if training_steps == 0 else 1  # which decides by norms, and may train on after that
     problems = [
-        f"{word} is {value!r}, needs a whole number from 1"
+        f"{word} is {value!r}, needs a whole number from {least}"
         for word, value in given.items()
-        if not is_whole(value, least=1)
+        if not is_whole(value, least=least)
     ]
-    if given and evaluator is None:
+    if any(given.values()) and evaluator is None:
         problems.append(
             f"{', '.join(given)}: nothing is trained without an evaluator; leave the duration out, or "
             "give the pruner an evaluator"

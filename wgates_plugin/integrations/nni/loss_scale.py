@@ -23,6 +23,9 @@ ALIKE = 0.05
 FAR = 100.0
 """Factor from which gradients that differ in direction too are of different scales."""
 
+ENOUGH = 2
+"""Channels that must agree: through one alone there is always a factor."""
+
 
 def trainers_scale(trainer: Any) -> float:
     """What a Lightning trainer multiplies the loss by."""
@@ -36,13 +39,14 @@ def found_scale(gradient: Tensor, network: nn.Module, space: ChannelSpace) -> fl
 
     The gradient of an open gate is the sum of w * dL/dw over the weights w that read its channel.
     Where one factor for all channels makes the two equal, that is the answer; otherwise (weights with
-    a penalty of their own, gradients of several steps) it is 1.
+    a penalty of their own, gradients of several steps) it is 1. So it is where the gates' gradient is the
+    smaller one, which neither scaling a loss nor clipping brings about.
 
     Args:
         gradient: of the gates (total_units,), averaged over ranks as the weights' gradients are.
 
     Raises:
-        TrainingError: no one factor, and yet orders of magnitude between them.
+        TrainingError: no one factor, and yet the gates' gradient is larger by orders of magnitude.
     """
     found = dict(network.named_modules())
     expected = gradient.new_zeros(space.total_units + 1)
@@ -65,9 +69,10 @@ def found_scale(gradient: Tensor, network: nn.Module, space: ChannelSpace) -> fl
     if not 0 < size < float("inf"):  # nothing to compare, or an overflow, which skips the step
         return 1.0
     scale = float(ours @ theirs / (theirs @ theirs))
-    if float((ours - scale * theirs).norm() / ours.norm()) <= ALIKE:
-        return 1.0 if abs(scale - 1.0) <= ALIKE else scale
-    if 1 / FAR < size < FAR:
+    alike = float((ours - scale * theirs).norm() / ours.norm()) <= ALIKE
+    if alike and len(ours) >= ENOUGH and scale > 1.0 + ALIKE:
+        return scale
+    if alike or size < FAR:
         return 1.0
     raise TrainingError(
         f"gates: their gradient is {size:.2g} times what the weights' gradients come to, and by no one "

@@ -67,7 +67,8 @@ class WGatesPruner(TracedPruner):
             measuring. Needed for settings that slide the target.
         min_channels, min_fraction, floors, caps: see `wgates_plugin.trace`.
         average: called on the gates' gradient, which keeps several processes alike; by default the
-            mean over all of them, where `torch.distributed` runs.
+            mean over all of them, where `torch.distributed` runs. Where one of them prunes alone:
+            `lambda gradient: gradient`.
 
     Raises:
         ConfigError: options that are wrong or cannot be honoured, all at once.

@@ -124,7 +124,8 @@ class PolarisedGates:
         example_inputs: show whether a branch may close without cutting the network in two, and how
             much settling changes the output; without them no branch closes.
         average: called on the gates' gradient before use, which keeps gates identical on several
-            ranks; by default the mean over all of them, where `torch.distributed` runs.
+            ranks; by default the mean over all of them, where `torch.distributed` runs. Where one of
+            them learns alone: `lambda gradient: gradient`.
         settle: as in `Task`: the widths of the decision are measured, so that the rest of the phase
             trains what stays. A closed branch is measured at its least width, which takes a little
             longer than its constant.

@@ -16,10 +16,6 @@ from torch import Tensor
 
 KINDS = ("image", "pixel")
 
-_LEAST = 1e-5
-"""Of the largest variance: directions of less are not kept. In single precision they are rounding for a
-part, not at right angles to the others; as many centred images as there are have one of none at all."""
-
 
 @dataclass(frozen=True, eq=False)
 class GaussianKnockoffs:
@@ -90,7 +86,9 @@ def fit_gaussian(images: Tensor, *, kind: str = "image", rank: int = 256) -> Gau
     gram = (centred @ centred.T).double() / count
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    rank = min(rank, pixels, int((values > values[0].clamp_min(1e-30) * _LEAST).sum()))
+    # Centred images span one direction less than there are of them; of that one only rounding is left.
+    spanned = min(count - 1, int((values > values[0].clamp_min(1e-30) * 1e-9).sum()))
+    rank = min(rank, pixels, spanned)
     lengths = (count * values[:rank].clamp_min(1e-30)).sqrt()
     basis = centred.T @ (vectors[:, :rank] / lengths).float()
     average = float(values.sum()) / pixels

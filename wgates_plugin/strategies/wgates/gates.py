@@ -42,7 +42,8 @@ class WGates:
 
     Args:
         average: called on the gates' gradient before use, which keeps gates and plan identical on
-            several ranks; by default the mean over all of them, where `torch.distributed` runs.
+            several ranks; by default the mean over all of them, where `torch.distributed` runs. Where
+            one of them learns alone: `lambda gradient: gradient`.
         steps: gate steps to come: half of them at most is spent on measuring. Needed for
             `start="open"`, whose target slides.
         ranking: merit of each unit (total_units,) to start from; nothing is measured then.

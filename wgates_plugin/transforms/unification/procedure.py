@@ -133,7 +133,7 @@ class _Run:
             "seed": options["seed"],
             "layers": list(self.grids),
             **told_fields("settings", settings),
-            **told_fields("training", self.training),
+            **told_fields("training", dataclasses.replace(self.training, accelerator="auto")),
         }
         self.checkpoints = OwnCheckpoints(checkpoints, identity)
         state = self.checkpoints.load_state(STATE)
