@@ -256,7 +256,9 @@ def test_image_folder(tmp_path: Path) -> None:
     assert len(list(data.train_loader)) == 3
     whole = (tmp_path / "train" / "red" / "1.png").read_bytes()
     (tmp_path / "train" / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FileFormatError, match=r"image `.*red/1\.png`: cannot be read .*; delete or"):
+    with pytest.raises(
+        FileFormatError, match=r"image `.*red/1\.png`: cannot be read .*; delete or"
+    ):
         list(data.train_loader)
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "green")
     with pytest.raises(ConfigError, match="green, red"):
