@@ -328,8 +328,9 @@ def in_short(folder: Path) -> str:
     missed = sum(not entry.holds for entry in bars)
     return (
         f"Held against the best of {len(rivals)} rivals or more, ours is level or ahead in {good} of the "
-        f"{len(decided)} cells (task, target, runtime) that are complete and decided; {missing} of "
-        f"{len(verdicts)} are incomplete. Against any one of them ({names}) it is ahead in "
+        f"{len(decided)} cells (task, target, runtime) that are complete and decided; of all "
+        f"{len(verdicts)} cells, {len(verdicts) - len(decided) - missing} count for nobody (undecided, not at "
+        f"equal latency, or out of every method's reach) and {missing} {'is' if missing == 1 else 'are'} incomplete. Against any one of them ({names}) it is ahead in "
         f"{min(ahead, default=0)} to {max(ahead, default=0)} of {most}. Of the scoreboard's {len(bars)} "
         f"bars {missed} are missed."
     )
