@@ -326,13 +326,15 @@ def in_short(folder: Path) -> str:
     names = ", ".join(f"`{name}`" for name in alone)
     bars = [entry for entry in scoreboard.entries(folder) if entry.bar is not None]
     missed = sum(not entry.holds for entry in bars)
+    nobodys = len(verdicts) - len(decided) - missing
+    are = "is" if missing == 1 else "are"
     return (
         f"Held against the best of {len(rivals)} rivals or more, ours is level or ahead in {good} of the "
         f"{len(decided)} cells (task, target, runtime) that are complete and decided; of all "
-        f"{len(verdicts)} cells, {len(verdicts) - len(decided) - missing} count for nobody (undecided, not at "
-        f"equal latency, or out of every method's reach) and {missing} {'is' if missing == 1 else 'are'} incomplete. Against any one of them ({names}) it is ahead in "
-        f"{min(ahead, default=0)} to {max(ahead, default=0)} of {most}. Of the scoreboard's {len(bars)} "
-        f"bars {missed} are missed."
+        f"{len(verdicts)} cells, {nobodys} count for nobody (undecided, not at equal latency, or out of "
+        f"every method's reach) and {missing} {are} incomplete. Against any one of them ({names}) it is "
+        f"ahead in {min(ahead, default=0)} to {max(ahead, default=0)} of {most}. Of the scoreboard's "
+        f"{len(bars)} bars {missed} are missed."
     )
 
 
