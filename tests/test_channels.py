@@ -574,7 +574,9 @@ def test_example_inputs_as_tuple_and_as_keywords() -> None:
     ids=["convolutions", "one dimension", "linear layers"],
 )
 def test_example_inputs_need_a_batch(network: nn.Module, inputs: Tensor, name: str) -> None:
-    with pytest.raises(TraceError, match=rf"`{name}`: .* give a batch, or that tensor one: `x\.unsqueeze\(0\)`"):
+    with pytest.raises(
+        TraceError, match=rf"`{name}`: .* give a batch, or that tensor one: `x\.unsqueeze\(0\)`"
+    ):
         trace(network, inputs)
     assert len(trace(network, inputs.unsqueeze(0)).groups) == 1
 
