@@ -592,6 +592,18 @@ def test_layers_may_be_called_by_keyword() -> None:
     assert trace(by_keyword, example()).fingerprint == trace(by_place, example()).fingerprint
 
 
+class OwnName(nn.Conv2d):
+    """A layer whose input has another name than torch's layers give it."""
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(features)
+
+
+def test_a_module_called_by_a_name_of_its_own_is_not_taken_for_cut_off() -> None:
+    network = Wired(lambda m, x: m[1](features=m[0](x)), nn.Conv2d(3, 8, 3), OwnName(8, 4, 1))
+    assert DependencyTrace(network, example()).keeps_channel_order
+
+
 @pytest.mark.parametrize("name", ["plain", "squeeze-excite"])
 def test_tracing_works_under_inference_mode(name: str) -> None:
     network = tiny(name)

@@ -136,7 +136,7 @@ def test_a_claim_ends_though_a_forked_process_lives_on(path: Path) -> None:
         os._exit(0)
     try:
         del mine
-        claim(path)
+        assert claim(path).ours
     finally:
         os.write(writing, b".")
         os.waitpid(child, 0)

@@ -77,7 +77,7 @@ class DependencyTrace:
         images = batch_length(self.example_inputs)
 
         def note(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
-            read = inputs[0] if inputs else keywords.get("input")
+            read = kinds.first_input(inputs, keywords)
             # A transposed convolution applies its kernel once per *input* position.
             met = read if isinstance(module, kinds.TRANSPOSED) else output
             self._refuse_unbatched(module, read, output)

@@ -49,7 +49,7 @@ def layer_kind(module: nn.Module) -> str:
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a module reads, in a hook `with_kwargs`: it may be called by keyword (`conv(input=x)`)."""
-    return next(iter((*args, *kwargs.values())), None)
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
 
 
 def channel_dims(module: nn.Module) -> tuple[int, int]:

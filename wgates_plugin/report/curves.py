@@ -34,7 +34,7 @@ def draw_training(report: dict[str, Any], theme: Theme) -> Figure | None:
         panels.append(lambda axis: _violation(axis, gates, theme))
     if any(noted(gates, key) for key in SHARES):
         panels.append(lambda axis: _shares(axis, gates, theme))
-    if any(epoch.get("accuracy") is not None for epoch in epochs):
+    if noted(epochs, "accuracy"):
         panels.append(lambda axis: _accuracy_by_epoch(axis, epochs, theme))
     if not panels:
         return None
