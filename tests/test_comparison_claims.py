@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 from comparison_helpers import filled, made_up
 
-from benchmarks.comparison import claims as subject
-from benchmarks.comparison.claims import compared, comparison_claims
+from benchmarks.comparison.claims import comparison_claims
+from benchmarks.comparison.contests import COMPARED, compared
 from benchmarks.comparison.experiment import Experiment, load_experiment
 from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
 from benchmarks.comparison.summary import Difference, Verdict, read_cells
@@ -386,7 +386,7 @@ def test_pictures_of_the_comparison_lie_beside_its_results(
 
 
 def test_nothing_stored_claims_nothing(tmp_path: Path) -> None:
-    assert set(values(list(subject.COMPARED), tmp_path).values()) == {None}
+    assert set(values(list(COMPARED), tmp_path).values()) == {None}
 
 
 CORE = {

@@ -16,7 +16,7 @@ from comparison_helpers import SMALL, made_up, stored
 from benchmarks import comparison
 from benchmarks.comparison import finals, runs
 from benchmarks.comparison import turns as turns_module
-from benchmarks.comparison.claims import compared
+from benchmarks.comparison.contests import compared
 from benchmarks.comparison.experiment import (
     Run,
     dense_recipe,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.comparison.again import MOST_APART, found_by_cell, read_replaced
-from benchmarks.comparison.claims import always_there, contests, margin_over, margins
+from benchmarks.comparison.contests import always_there, contests, margin_over, margins
 from benchmarks.comparison.experiment import Experiment, Method, runs_of, runtime_name
 from benchmarks.comparison.runs import Places
 from benchmarks.comparison.summary import (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.comparison.claims import COMPARED
+from benchmarks.comparison.contests import COMPARED
 from benchmarks.comparison.pictures import RUNTIME_WORDS, both_themes, draw_experiment
 from benchmarks.not_faster import OURS, RIVAL
 from benchmarks.tools.records import parser, read_record

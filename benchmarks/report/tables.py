@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import not_faster
-from benchmarks.comparison.claims import COMPARED, always_there, contests, margins
+from benchmarks.comparison.contests import COMPARED, always_there, contests, margins
 from benchmarks.comparison.summary import CHANCE, Verdict
 from benchmarks.comparison.tables import (
     ablations_table,
