@@ -55,7 +55,8 @@ def half_plan(space: ChannelSpace, seed: int) -> PruningPlan:
 def ours(plan: PruningPlan, example: Tensor, *, check: bool) -> Removal:
     """Trace, plan and remove; with `check` the trace is always checked in numbers.
 
-    Without it only where an operation might move channels (`wgates_plugin.channel_order`).
+    Without it only where an operation might move channels
+    (`wgates_plugin.dependencies.channel_order`).
     """
     mask = plan.mask
 

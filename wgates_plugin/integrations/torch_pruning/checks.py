@@ -1,4 +1,4 @@
-"""Everything wrong with torch-pruning's constructor words, before the network is traced."""
+"""Everything wrong with the words of a pruner's constructor, before the network is traced."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from wgates_plugin.integrations.torch_pruning.options import problems_of, schedu
 from wgates_plugin.option_checks import is_whole
 from wgates_plugin.strategies.criteria import flaw_of
 from wgates_plugin.strategies.criteria_repaired import HessianImportance, TaylorImportance
+from wgates_plugin.strategies.wgates import WGatesSettings
 
 _HEADS = (
     "attention heads are not pruned: removing some would leave the module's own head count behind "
@@ -126,6 +127,13 @@ def limit_problems(min_channels: Any, min_fraction: Any, floors: Any, caps: Any)
     return problems
 
 
+def round_to_problems(round_to: Any) -> list[str]:
+    """What is wrong with the channel multiple; None leaves it to the pruner."""
+    if round_to is None or is_whole(round_to, least=1):
+        return []
+    return [f"round_to {round_to!r}: needs a whole number from 1"]
+
+
 def schedule_problems(
     scheduler: Any, pruning_ratio: Any, by_module: Mapping[Any, float] | None, steps: Any
 ) -> list[str]:
@@ -166,3 +174,20 @@ def importance_problems(network: nn.Module, importance: Any) -> list[str]:
             "`loss.backward()` and its `accumulate_grad(model)` per sample before making the pruner"
         ]
     return []
+
+
+def gate_problems(settings: WGatesSettings, importance: Any, steps: Any, average: Any) -> list[str]:
+    """Everything wrong with what `WGatesPruner` is told of its gates."""
+    problems = []
+    if importance is not None and settings.start == "open":
+        problems.append('importance: ranks where gates start, which start="open" leaves no say')
+    if steps is not None and not is_whole(steps, least=1):
+        problems.append(f"steps {steps!r}: needs a whole number from 1")
+    if steps is None and settings.start == "open":
+        problems.append(
+            'steps None: start="open" slides the target over the gate phase; needs its length, '
+            "a whole number from 1"
+        )
+    if average is not None and not callable(average):
+        problems.append(f"average {average!r}: needs a function of the gates' gradient")
+    return problems

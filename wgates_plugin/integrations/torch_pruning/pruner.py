@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
-from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError, TraceError
 from wgates_plugin.integrations.torch_pruning import checks, options
@@ -21,8 +19,8 @@ from wgates_plugin.integrations.torch_pruning.importance import (
     WGatesImportance,
     units_left,
 )
+from wgates_plugin.integrations.torch_pruning.smaller import carried, space_after
 from wgates_plugin.integrations.torch_pruning.words import Efficiency, Scheduler, Words, linear
-from wgates_plugin.option_checks import is_whole
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.criteria import importance_scores
 from wgates_plugin.strategies.wgates import WGates, WGatesSettings
@@ -75,6 +73,7 @@ class WGatesPruner(TracedPruner):
         TraceError, InfeasibleTargetError: before anything is changed.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
         >>> x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -118,21 +117,11 @@ class WGatesPruner(TracedPruner):
     ) -> None:
         model = options.plain(model)
         settings = settings or WGatesSettings()
-        problems = []
-        if round_to is not None and not is_whole(round_to, least=1):
-            problems.append(f"round_to {round_to!r}: needs a whole number from 1")
-        problems += checks.importance_problems(model, importance)
-        if importance is not None and settings.start == "open":
-            problems.append('importance: ranks where gates start, which start="open" leaves no say')
-        if steps is not None and not is_whole(steps, least=1):
-            problems.append(f"steps {steps!r}: needs a whole number from 1")
-        if steps is None and settings.start == "open":
-            problems.append(
-                'steps None: start="open" slides the target over the gate phase; needs its length, '
-                "a whole number from 1"
-            )
-        if average is not None and not callable(average):
-            problems.append(f"average {average!r}: needs a function of the gates' gradient")
+        problems = [
+            *checks.round_to_problems(round_to),
+            *checks.importance_problems(model, importance),
+            *checks.gate_problems(settings, importance, steps, average),
+        ]
         self._gate_steps, self._average = steps, average
         words = Words(
             efficiency=efficiency,
@@ -308,41 +297,25 @@ class WGatesPruner(TracedPruner):
         self._unfinished = False
         self.plan = plan if self.plan is None else self.plan.compose(plan)
         if self.current_step < self.iterative_steps:
-            before = self._now
             self._trace_again(plan)
             known = {"carried": scores, "compared": self.gates.starting.compared}
             self._attach(
                 **{
-                    name: _carried(before, plan, merits, self._now)
+                    name: carried(merits, plan, self._now)
                     for name, merits in known.items()
                     if scores is not None and merits is not None
                 }
             )
 
     def _trace_again(self, plan: PruningPlan) -> None:
-        """The records of the smaller network, under the floors and caps of the first one."""
         self._retrace(self._inputs)
-        # A group that is down to one unit has nothing left to choose.
-        open_ones = {g for g, kept in zip(plan.space.names, plan.kept, strict=True) if kept[1:]}
-        ignored = [*self._ignored, *(name for name in self.space.names if name not in open_ones)]
         try:
-            space = self._trace.space(ignored_layers=ignored)
+            self._now = space_after(plan, self.space, self._trace, self._ignored)
         except TraceError as error:
             raise PlanError(
                 f"{self._subject}.step: step {self.current_step} of {self.iterative_steps} left "
                 f"nothing to prune ({error}); ask for fewer steps or a smaller ratio"
             ) from error
-        limits = {group.name: group for group in self.space.groups}
-        groups = tuple(
-            replace(
-                group,
-                floor=min(limits[group.name].floor, group.channels),
-                cap=min(limits[group.name].cap, group.channels),
-            )
-            for group in space.groups
-            if group.name in limits
-        )
-        self._now = replace(space, groups=groups)
 
     def detach(self) -> nn.Module:
         """Take the gates off without pruning."""
@@ -439,14 +412,3 @@ class WGatesPruner(TracedPruner):
             group.prune()
         self.DG._pruning_history = [list(entry) for entry in history]
         self._pruned(plan, None)
-
-
-def _carried(
-    before: ChannelSpace, plan: PruningPlan, merits: Tensor, after: ChannelSpace
-) -> Tensor:
-    """The merits of the units that stayed, in the numbering of the smaller network."""
-    kept = dict(zip(before.names, plan.kept, strict=True))
-    starts = dict(zip(before.names, before.offsets, strict=False))
-    return torch.cat(
-        [merits[starts[name] + torch.tensor(kept[name]).to(merits.device)] for name in after.names]
-    )

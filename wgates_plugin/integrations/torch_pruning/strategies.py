@@ -18,9 +18,9 @@ from wgates_plugin.integrations.strategy_checks import (
     preparation_problems,
 )
 from wgates_plugin.integrations.torch_pruning.base import TracedPruner
+from wgates_plugin.integrations.torch_pruning.checks import round_to_problems
 from wgates_plugin.integrations.torch_pruning.options import plain
 from wgates_plugin.integrations.torch_pruning.words import Efficiency, Words
-from wgates_plugin.option_checks import is_whole
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
@@ -127,8 +127,7 @@ class StrategyPruner(TracedPruner):
         if (steps := others.pop("iterative_steps", 1)) != 1:
             problems.append(f"iterative_steps {steps!r}: a strategy decides once; leave it at 1")
         problems += learning_problems(epochs=epochs, seed=seed, training=training, loss=loss)
-        if round_to is not None and not is_whole(round_to, least=1):
-            problems.append(f"round_to {round_to!r}: needs a whole number from 1")
+        problems += round_to_problems(round_to)
         if not problems:
             self.strategy = make_strategy(strategy, options)
             problems += preparation_problems(
