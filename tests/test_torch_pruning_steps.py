@@ -250,3 +250,28 @@ def test_states_load_without_executing_anything(tmp_path: Any) -> None:
         other.load_state_dict({**pruner.state_dict(), "step": 2})
     with pytest.raises(PlanError, match="its gates do not fit"):
         other.load_state_dict({**pruner.state_dict(), "kept": None, "step": 0})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("kept", 5, "a field is missing or wrong"),
+        ("kept", [["x"]], "a field is missing or wrong"),
+        ("history", 5, "a field is missing or wrong"),
+        ("history", [5], "a field is missing or wrong"),
+        ("history", [["conv", True]], "pruning history"),
+    ],
+)
+def test_a_state_that_is_wrong_is_refused_before_anything_goes(
+    field: str, value: object, words: str
+) -> None:
+    network = tiny("residual")
+    pruner = WGatesPruner(network, example(), iterative_steps=2)
+    learn(pruner, network, steps=1)
+    pruner.step()
+    twin = tiny("residual")
+    resumed = WGatesPruner(twin, example(), iterative_steps=2)
+    before = snapshot(twin)
+    with pytest.raises(PlanError, match=words):
+        resumed.load_state_dict({**pruner.state_dict(), field: value})
+    assert snapshot(twin) == before

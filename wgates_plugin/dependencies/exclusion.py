@@ -56,7 +56,8 @@ def attention_of(name: str, network: nn.Module) -> str | None:
     """Why an attention's queries, keys and values cannot be cut; None for another layer."""
     parent = name.rpartition(".")[0]
     owner = network.get_submodule(parent)
-    return _ATTENTION.format(parent) if hasattr(owner, "num_heads") else None
+    called = parent or type(owner).__name__
+    return _ATTENTION.format(called) if hasattr(owner, "num_heads") else None
 
 
 def attentions(names: Mapping[nn.Module, str]) -> dict[str, str]:

@@ -373,8 +373,11 @@ class WGatesPruner(TracedPruner):
         """
         self._refuse_reload("load_state_dict")
         try:
-            step, kept = int(state["step"]), state["kept"]
-            learned, history, gates = bool(state["learned"]), state["history"], state["gates"]
+            step, learned, gates = int(state["step"]), bool(state["learned"]), state["gates"]
+            history = [list(entry) for entry in state["history"]]
+            kept = state["kept"]
+            if kept is not None:
+                kept = tuple(tuple(int(unit) for unit in row) for row in kept)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
                 f"{self._subject} state: a field is missing or wrong ({error!r})"
@@ -385,8 +388,8 @@ class WGatesPruner(TracedPruner):
                 f"{self.iterative_steps}; use the options the state was made with"
             )
         if kept is not None:
-            units = tuple(tuple(int(unit) for unit in row) for row in kept)
-            plan = PruningPlan(self._now, units, {"strategy": "wgates"})
+            plan = PruningPlan(self._now, kept, {"strategy": "wgates"})
+            units_left(self._now, history)
             self.current_step = step
             self._carry_out(plan, history)
         self._learned = learned
