@@ -21,7 +21,7 @@ from benchmarks.comparison.summary import (
     read_cells,
 )
 from benchmarks.report.claims import Claim
-from wgates_plugin.recipe.checks import read as read_file
+from wgates_plugin.recipe.reading import read as read_file
 
 FREE = "free-gates"
 """The ablation that learns one score per channel instead of computing it from the weights."""
