@@ -25,18 +25,18 @@ from wgates_plugin.errors import ConfigError, InfeasibleTargetError, PlanError, 
 from wgates_plugin.strategies.budgeting import threshold_widths
 from wgates_plugin.strategies.criteria import (
     CRITERIA,
-    REFUSED,
-    SCOPES,
     criterion_scores,
     importance_scores,
     plan_by_criterion,
-    tp_group,
 )
-from wgates_plugin.strategies.criteria_repaired import (
+from wgates_plugin.strategies.criteria.gradients import gradients_of
+from wgates_plugin.strategies.criteria.group import tp_group
+from wgates_plugin.strategies.criteria.plan import SCOPES
+from wgates_plugin.strategies.criteria.refused import REFUSED
+from wgates_plugin.strategies.criteria.repaired import (
     FPGMImportance,
     HessianImportance,
     TaylorImportance,
-    gradients_of,
 )
 from wgates_plugin.verification import TOLERANCE, removal_error
 

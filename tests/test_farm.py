@@ -23,8 +23,8 @@ from fake_bench import (
 from networks import example, tiny
 
 from wgates_plugin import ChannelSpace, trace
-from wgates_plugin.efficiency import farm as farm_module
-from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
+from wgates_plugin.efficiency.farm import BenchRecipe, Farm, cluster, collect_on_farm
+from wgates_plugin.efficiency.farm import settings as farm_settings
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active
 from wgates_plugin.errors import ConfigError, MeasurementError
@@ -68,8 +68,8 @@ def ray() -> Iterator[Any]:
 
 def test_workers_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(farm_module, "usable_cores", lambda: 6)
-    monkeypatch.setattr(farm_module, "_on_cluster", lambda: False)
+    monkeypatch.setattr(farm_settings, "usable_cores", lambda: 6)
+    monkeypatch.setattr(farm_settings, "on_cluster", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert Farm.of(1, RuntimeSettings(threads=64)) == Farm()
     assert Farm.of(3, RuntimeSettings(threads=2)) == Farm(3, resources={"num_cpus": 2.0})
@@ -83,7 +83,7 @@ def test_workers_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
         Farm.of(2, RuntimeSettings(device="cuda:1"))
     with pytest.raises(ConfigError, match="got 2, this machine has 1 device to measure on"):
         Farm.of(2, RuntimeSettings(threads=16), runs_here=False)
-    monkeypatch.setattr(farm_module, "_on_cluster", lambda: True)
+    monkeypatch.setattr(farm_settings, "on_cluster", lambda: True)
     assert Farm.of(40, RuntimeSettings()).workers == 40
 
 
@@ -227,9 +227,9 @@ def test_a_cluster_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = cast(Any, SimpleNamespace(init=nobody, is_initialized=lambda: False))
-    monkeypatch.setattr(farm_module, "_ray", lambda: ray)
+    monkeypatch.setattr(cluster, "installed_ray", lambda: ray)
     words = r"`10.0.0.1:6379` \(Could not find any running Ray instance.\); start it"
-    with pytest.raises(ConfigError, match=words), farm_module._connected(Farm(2)):
+    with pytest.raises(ConfigError, match=words), cluster.connected(Farm(2)):
         pass
 
 

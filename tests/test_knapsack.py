@@ -17,7 +17,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import Task, make_strategy
 from wgates_plugin.strategies.budgeting import holds
 from wgates_plugin.strategies.criteria import criterion_scores
-from wgates_plugin.strategies.criteria_repaired import TaylorImportance
+from wgates_plugin.strategies.criteria.repaired import TaylorImportance
 from wgates_plugin.strategies.knapsack import (
     kept_saliency,
     pack,

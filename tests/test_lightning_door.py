@@ -29,7 +29,7 @@ from wgates_plugin.files import load_tensors
 from wgates_plugin.integrations.lightning import WGatesCallback
 from wgates_plugin.integrations.torch_pruning import WGatesPruner
 from wgates_plugin.strategies import WGatesSettings
-from wgates_plugin.strategies.criteria_repaired import TaylorImportance
+from wgates_plugin.strategies.criteria.repaired import TaylorImportance
 from wgates_plugin.verification import TOLERANCE, removal_error
 
 lightning = pytest.importorskip("lightning.pytorch")

@@ -50,7 +50,7 @@ from wgates_plugin.pipeline.identity import settings_as_json
 from wgates_plugin.pipeline.job import Job
 from wgates_plugin.run_folder import LOCK, RunFolder, first_batch_digest
 from wgates_plugin.strategies.base import Decision, Task
-from wgates_plugin.strategies.criteria_strategy import criterion_strategies
+from wgates_plugin.strategies.criteria.strategy import criterion_strategies
 from wgates_plugin.strategies.wgates import WGatesSettings, WGatesStrategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings
 from wgates_plugin.training import Trainer, TrainingSettings, evaluate

@@ -31,7 +31,7 @@ from wgates_plugin.integrations.torch_pruning import WGatesPruner
 from wgates_plugin.latency import RUNTIMES
 from wgates_plugin.latency.options import options_of
 from wgates_plugin.recipe import Recipe
-from wgates_plugin.recipe.checks import NO_EFFECT
+from wgates_plugin.recipe.meaning import NO_EFFECT
 from wgates_plugin.recipe.schema import all_places, fields_of, inner_type, type_at
 from wgates_plugin.strategies import CRITERIA, STRATEGIES
 from wgates_plugin.strategies.base import option_names

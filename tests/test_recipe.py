@@ -22,7 +22,7 @@ from wgates_plugin.errors import (
 from wgates_plugin.files import write_json
 from wgates_plugin.pipeline.identity import identity_of_request, options_in_full
 from wgates_plugin.recipe import Recipe, dense, job, load_recipe, prepare, run_recipe
-from wgates_plugin.recipe.checks import read
+from wgates_plugin.recipe.reading import read
 from wgates_plugin.run_folder import RunFolder
 from wgates_plugin.strategies import make_strategy
 from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, PruningSettings

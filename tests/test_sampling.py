@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
-from wgates_plugin.efficiency import sample_file as sample_file_module
+from wgates_plugin.efficiency import sample_writer
 from wgates_plugin.efficiency.bench import PROFILES, Bench, Trust, light_bench, quietest
 from wgates_plugin.efficiency.lpnet.data import grid_of
 from wgates_plugin.efficiency.sample_file import SampleFile
@@ -141,7 +141,7 @@ def test_a_line_that_cannot_be_written_is_taken_back(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_file_module, "append_line", torn)
+        patch.setattr(sample_writer, "append_line", torn)
         with pytest.raises((FileFormatError, KeyboardInterrupt)) as caught:
             file.add([8, 12], measured(2.0))
     if isinstance(error, OSError):

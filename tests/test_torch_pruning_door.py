@@ -26,7 +26,7 @@ from wgates_plugin.errors import (
 from wgates_plugin.integrations.torch_pruning import StrategyPruner, WGatesPruner
 from wgates_plugin.pipeline import prune_to_target
 from wgates_plugin.strategies import WGatesSettings
-from wgates_plugin.strategies.criteria_repaired import HessianImportance, TaylorImportance
+from wgates_plugin.strategies.criteria.repaired import HessianImportance, TaylorImportance
 from wgates_plugin.targets import MacsTarget, PruningSettings
 from wgates_plugin.training import Trainer, TrainingSettings
 from wgates_plugin.verification import TOLERANCE

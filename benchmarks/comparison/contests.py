@@ -13,7 +13,7 @@ from benchmarks.comparison.again import first_draws
 from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment
 from benchmarks.comparison.runs import Places
 from benchmarks.comparison.summary import CHANCE, Cell, Difference, Verdict, read_cells
-from wgates_plugin.recipe.checks import read as read_file
+from wgates_plugin.recipe.reading import read as read_file
 
 FREE = "free-gates"
 """The ablation that learns one score per channel instead of computing it from the weights."""

@@ -20,7 +20,8 @@ from pydantic import (
 from benchmarks.tools.records import HOME
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.recipe import Recipe
-from wgates_plugin.recipe.checks import checked, read
+from wgates_plugin.recipe.checks import checked
+from wgates_plugin.recipe.reading import read
 
 FOLDER = HOME / "experiments"
 

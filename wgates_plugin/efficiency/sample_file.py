@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,14 +14,13 @@ from wgates_plugin.efficiency.sample_lines import (
     check_header,
     complete_lines,
     content_of,
-    cut_torn_end,
     new_header,
     read_header,
 )
 from wgates_plugin.efficiency.sample_record import Sample, Source, comparable
-from wgates_plugin.errors import FileFormatError, FileInUseError, MeasurementError
-from wgates_plugin.file_claim import Claim, claim
-from wgates_plugin.files import append_line, create_text
+from wgates_plugin.efficiency.sample_writer import SampleWriter, claimed
+from wgates_plugin.errors import FileFormatError, MeasurementError
+from wgates_plugin.files import create_text
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.measurement import Measurement
 
@@ -67,8 +64,7 @@ class SampleFile:
     allowed: frozenset[int] = frozenset()
     clock_ms: float | None = None
     ties: dict[int, float] = field(default_factory=dict)
-    _size: int | None = field(default=None, repr=False, compare=False)
-    _claim: Claim | None = field(default=None, repr=False, compare=False)
+    _writer: SampleWriter = field(kw_only=True, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -98,9 +94,9 @@ class SampleFile:
         }
         if not path.exists():
             create_text(path, new_header(space, kept))
-        claimed = _claimed(path)
+        mine = claimed(path)
         file = cls._read(path, here, (space, kept))
-        file._begin_writing(claimed)
+        file._writer.begin(mine)
         if missing := set(allow) - set(file.sources):
             raise FileFormatError(
                 f"samples `{path}`: source {min(missing)} is allowed but not in the file; it has "
@@ -145,8 +141,8 @@ class SampleFile:
         if expected is not None:
             check_header(path, header, *expected)
         space = None if expected is None else expected[0]
-        file = cls(path, header, dict(environment))
-        file._size = len(content)
+        writer = SampleWriter(path, len(content))
+        file = cls(path, header, dict(environment), _writer=writer)
         for number, line in enumerate(lines[1:], 2):
             try:
                 file._take(json.loads(line), space)
@@ -174,41 +170,9 @@ class SampleFile:
 
     # Writing
 
-    def _begin_writing(self, claimed: Claim) -> None:
-        self._check_unchanged()
-        cut_torn_end(self.path)
-        self._size, self._claim = _size_of(self.path), claimed
-
-    def _append(self, value: Mapping[str, Any]) -> None:
-        """Write a line, whole or not at all."""
-        if self._claim is None or not self._claim.ours:
-            self._begin_writing(_claimed(self.path))
-        self._check_unchanged()
-        try:
-            append_line(self.path, value)
-        except BaseException as error:
-            if self._size is not None:
-                with suppress(OSError):
-                    os.truncate(self.path, self._size)
-            if isinstance(error, OSError):
-                raise FileFormatError(
-                    f"samples `{self.path}`: cannot be written ({error}); what was measured before "
-                    "is kept. Make room for it, then start again: sampling goes on where it was"
-                ) from error
-            raise
-        self._size = _size_of(self.path)
-
-    def _check_unchanged(self) -> None:
-        """Raises FileInUseError where the file is not what was read or written here."""
-        if _size_of(self.path) != self._size:
-            raise FileInUseError(
-                f"samples `{self.path}`: written or removed by others since it was read here; "
-                "open it again"
-            )
-
     def close(self) -> None:
         """Let other processes write to the file. What it holds can still be read here."""
-        self._claim = None
+        self._writer.release()
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +198,7 @@ class SampleFile:
             if same and self.compares(known.environment, own):
                 return known
         source = Source(max(self.sources, default=-1) + 1, dict(own), wanted[0], wanted[1], worker)
-        self._append(source.to_json())
+        self._writer.append(source.to_json())
         self.sources[source.id] = source
         return source
 
@@ -273,7 +237,7 @@ class SampleFile:
             raise MeasurementError(
                 f"samples `{self.path}`: {error}; the measurement contradicts itself, take it again"
             ) from error
-        self._append(sample.to_json())
+        self._writer.append(sample.to_json())
         (self.samples if why is None else self.rejected).append(sample)
         return sample
 
@@ -355,23 +319,9 @@ class SampleFile:
         return iter(self.usable)
 
 
-def _size_of(path: Path) -> int | None:
-    """Bytes; None where there is no such file."""
-    return path.stat().st_size if path.exists() else None
-
-
 def _kept(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What of a runtime's identity the header holds. The chip is part of the environment: its samples
     are kept apart, not refused."""
     kept = {name: value for name, value in identity.items() if name != "device_name"}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
-
-
-def _claimed(path: Path) -> Claim:
-    try:
-        return claim(path)
-    except OSError as error:
-        raise FileFormatError(
-            f"samples `{path}`: cannot be written ({error}); check its permissions, or copy it"
-        ) from error

@@ -13,8 +13,9 @@ from torch import nn
 from wgates_plugin.catalogue import Data, load_data, load_model
 from wgates_plugin.pipeline import PruningResult, check, make_job, prune_to_target
 from wgates_plugin.recipe.blocks import Recipe
-from wgates_plugin.recipe.checks import checked, read
+from wgates_plugin.recipe.checks import checked
 from wgates_plugin.recipe.dense import check_folder, check_same_run, trained
+from wgates_plugin.recipe.reading import read
 from wgates_plugin.targets import PruningSettings, Target
 
 logger = logging.getLogger("wgates_plugin")

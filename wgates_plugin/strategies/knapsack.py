@@ -20,9 +20,10 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.latency.base import require
-from wgates_plugin.strategies import budgeting, criteria
+from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
-from wgates_plugin.strategies.criteria_repaired import TaylorImportance
+from wgates_plugin.strategies.criteria.repaired import TaylorImportance
+from wgates_plugin.strategies.criteria.scores import batches_problems, criterion_scores
 from wgates_plugin.training.evaluation import cross_entropy
 
 SCALES = ("loss", "group")
@@ -65,7 +66,7 @@ class KnapsackSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problems.append(f"{name} {value!r}: must be a whole number from {least}")
-        problems += criteria.batches_problems(self.batches)
+        problems += batches_problems(self.batches)
         if problems:
             raise ConfigError("knapsack settings", problems)
 
@@ -121,7 +122,7 @@ def taylor_saliency(task: Task, *, scale: str, batches: int | None = None) -> Te
     weights count once for each conv group, as in torch-pruning.
     """
     raw = TaylorImportance(group_reduction="sum", normalizer=None)
-    found = criteria.criterion_scores(
+    found = criterion_scores(
         task.network,
         task.space,
         raw,

@@ -20,7 +20,7 @@ from wgates_plugin.errors import ConfigError
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Decision, Strategy, Task
 from wgates_plugin.strategies.criteria import importance_scores
-from wgates_plugin.strategies.criteria_repaired import BNScaleImportance
+from wgates_plugin.strategies.criteria.repaired import BNScaleImportance
 from wgates_plugin.strategies.phase import drop_frozen, run_phase
 from wgates_plugin.training import StepContext
 

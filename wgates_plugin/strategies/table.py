@@ -12,8 +12,8 @@ from wgates_plugin.catalogue.factories import is_factory_name, load_factory
 from wgates_plugin.errors import ConfigError
 from wgates_plugin.option_checks import did_you_mean, value_problems
 from wgates_plugin.strategies.base import Strategy, option_names
-from wgates_plugin.strategies.criteria import REFUSED as REFUSED_CRITERIA
-from wgates_plugin.strategies.criteria_strategy import criterion_strategies
+from wgates_plugin.strategies.criteria.refused import REFUSED as REFUSED_CRITERIA
+from wgates_plugin.strategies.criteria.strategy import criterion_strategies
 from wgates_plugin.strategies.functionality import FunctionalityStrategy
 from wgates_plugin.strategies.gdp import GDPStrategy
 from wgates_plugin.strategies.knapsack import KnapsackStrategy

@@ -26,14 +26,15 @@ from wgates_plugin.targets import LatencyTarget, MacsTarget, ParametersTarget, T
 Efficiency = EfficiencyModel | Budget | Callable[[ChannelSpace], EfficiencyModel]
 
 
+def ratios_decide(efficiency: object, target: object) -> bool:
+    """Whether the config's ratios say how much goes, rather than a target."""
+    return target is None and not isinstance(efficiency, Budget)
+
+
 def contradictions(
-    choices: dict[str, LayerChoice],
-    efficiency: object,
-    target: object,
-    *,
-    by_ratio: bool,
-    grid: int = 1,
+    choices: dict[str, LayerChoice], efficiency: object, target: object, *, grid: int = 1
 ) -> list[str]:
+    by_ratio = ratios_decide(efficiency, target)
     problems = [] if efficiency is None else efficiency_problems(efficiency)
     ratios = [name for name, choice in choices.items() if choice.ratio is not None]
     exact = [name for name in ratios if choices[name].exact]
@@ -158,5 +159,5 @@ def budget_of(
         amount = target
     budget = Budget.of(Limit(model, amount))
     if why := nothing_to_remove(space, budget):
-        warnings.warn(f"{subject}: {why}", stacklevel=3)
+        warnings.warn(f"{subject}: {why}", stacklevel=4)
     return budget

@@ -10,56 +10,33 @@ from typing import Any
 
 import torch
 from nni.compression import LightningEvaluator
-from nni.compression.base.compressor import Compressor, Pruner
+from nni.compression.base.compressor import Compressor
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
-from wgates_plugin.dependencies import DependencyTrace
-from wgates_plugin.efficiency.base import Budget, measured_grid
 from wgates_plugin.errors import ConfigError, PlanError, TrainingError
 from wgates_plugin.integrations.nni.asked import (
     Efficiency,
-    budget_of,
-    checked_selection,
     contradictions,
     duration_problems,
     training_problems,
 )
-from wgates_plugin.integrations.nni.choices import ConfigList, missing_entries, read_config
-from wgates_plugin.integrations.nni.evaluators import (
-    evaluator_problems,
-    example_from,
-    guessed_inputs,
-)
-from wgates_plugin.integrations.nni.gates import (
-    changes,
-    layers_of,
-    unsynchronised,
-    wrapped_gates,
-)
+from wgates_plugin.integrations.nni.base import TracedPruner
+from wgates_plugin.integrations.nni.choices import ConfigList, read_config
+from wgates_plugin.integrations.nni.evaluators import evaluator_problems
+from wgates_plugin.integrations.nni.gates import wrapped_gates
 from wgates_plugin.integrations.nni.loss_scale import found_scale, trainers_scale
-from wgates_plugin.integrations.nni.masks import (
-    Masks,
-    closed_units,
-    flags_of,
-    masks_from,
-    needed_targets,
-    out_targets,
-    still_open,
-)
-from wgates_plugin.integrations.nni.readers import open_readers
-from wgates_plugin.plan import PruningPlan
+from wgates_plugin.integrations.nni.masks import Masks, still_open
 from wgates_plugin.strategies.averaging import mean_over_ranks
-from wgates_plugin.strategies.budgeting import check_feasible, plan_for_budget
+from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.strategies.wgates.functions import widths_of
 from wgates_plugin.targets import Target
-from wgates_plugin.verification import verify
 
 
-class WGatesPruner(Pruner):
+class WGatesPruner(TracedPruner):
     """W-Gates as an NNI pruner: gates learn in the evaluator's training, masks come out.
 
     The config list says which layers may shrink. How far, either it says too (`sparse_ratio`, per
@@ -114,16 +91,13 @@ class WGatesPruner(Pruner):
         min_channels: int = 1,
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
-        by_ratio = target is None and not isinstance(efficiency, Budget)
         settings = settings or WGatesSettings()
         untrained = evaluator is None and training_steps is None
         if untrained:
             training_steps = 0
         read = read_config(model, config_list)
         choices, problems = read.choices, list(read.problems)
-        problems += contradictions(
-            choices, efficiency, target, by_ratio=by_ratio, grid=settings.grid or 1
-        )
+        problems += contradictions(choices, efficiency, target, grid=settings.grid or 1)
         problems += duration_problems(training_steps, evaluator, settings)
         if existed_wrappers is not None and not isinstance(existed_wrappers, Mapping):
             problems.append(
@@ -143,43 +117,19 @@ class WGatesPruner(Pruner):
             problems += evaluator_problems(evaluator, model)
         if problems:
             raise ConfigError(self._subject, problems)
-        if example_inputs is None and evaluator is None and by_ratio:
-            example_inputs = guessed_inputs(model)
-        if example_inputs is None:
-            example_inputs = example_from(evaluator, model)
-        with unsynchronised(model):
-            traced = DependencyTrace(model, example_inputs)
-            verify(traced, traced.space())
-        selection = checked_selection(
-            self._subject, traced.space(min_channels=min_channels), choices, by_ratio
-        )
-        # Groups the config leaves alone stay in the space at full width: an LPNet of the whole
-        # network then fits, whatever is pruned.
-        space = traced.space(floors=selection.floors, caps=selection.caps)
-        budget = budget_of(self._subject, space, selection, efficiency, target)
-        grid = settings.grid or measured_grid(budget)
-        check_feasible(space, budget, grid)
-        self._readers = open_readers(model, space, example_inputs, selection.chosen)
-        self._needed = needed_targets(
-            model, out_targets(model, space, selection.chosen), self._readers
-        )
-        wrapped = {name: set(keys) for name, keys in read.wrapped.items()}
-        for name, wrapper in (existed_wrappers or {}).items():
-            wrapped.setdefault(name, set()).update(wrapper.pruning_target_spaces)
-        self._layers = layers_of(model, [name for name, _ in space.slots_of])
         super().__init__(
-            model=model,
-            config_list=read.entries + missing_entries(self._needed, wrapped),
-            evaluator=evaluator,
-            existed_wrappers=existed_wrappers,
+            model,
+            read,
+            evaluator,
+            existed_wrappers,
+            example_inputs=example_inputs,
+            efficiency=efficiency,
+            target=target,
+            grid=settings.grid,
+            min_channels=min_channels,
         )
-        self._sort(model)
-        self.evaluator: Evaluator | None
         self.training_steps = training_steps
-        self.space, self.budget = space, budget
-        self.left_out = selection.left_out
-        self.plan: PruningPlan | None = None
-        self._settings, self._grid = replace(settings, grid=grid), grid
+        self._settings = replace(settings, grid=self._grid)
         self._longest: int | None = None
         self._loss_scale = loss_scale
         self._renew_gates()
@@ -198,11 +148,6 @@ class WGatesPruner(Pruner):
             shown = "; ".join(f"`{name}`: {why}" for name, why in list(self.left_out.items())[:8])
             more = f"; and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
             warnings.warn(f"{self._subject}: layers that stay whole: {shown}{more}", stacklevel=2)
-
-    @property
-    def _subject(self) -> str:
-        """The name that errors and warnings begin with."""
-        return type(self).__name__
 
     @classmethod
     def from_compressor(
@@ -234,10 +179,6 @@ class WGatesPruner(Pruner):
             raise
         return pruner
 
-    def _closed(self) -> Tensor:
-        """Units (total_units,) that earlier links of a chain have masked."""
-        return closed_units(self.bound_model, self.space, self.get_masks())
-
     def _renew_gates(self) -> None:
         """Gates that start from the weights as they are now, under the masks there are."""
         space = still_open(self.space, self._closed())
@@ -250,17 +191,6 @@ class WGatesPruner(Pruner):
             steps=steps,
             average=self._as_the_weights,
         )
-
-    def get_masks(self) -> Masks:
-        """The masks as they stand, in plain dicts, which `torch.save` writes for any `torch.load`."""
-        return {name: dict(targets) for name, targets in super().get_masks().items()}
-
-    def _sort(self, model: nn.Module) -> None:
-        """Wrappers in `named_modules()` order: NNI keeps them in the order of a set."""
-        order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-        for attribute in ("_module_wrappers", "_target_spaces"):
-            table = getattr(self, attribute)
-            setattr(self, attribute, dict(sorted(table.items(), key=lambda item: order[item[0]])))
 
     def compress(
         self, max_steps: int | None = None, max_epochs: int | None = None
@@ -301,14 +231,6 @@ class WGatesPruner(Pruner):
         with self._detached_on_error():
             model, masks = super().compress(max_steps, max_epochs)
         return model, masks
-
-    def _check_unchanged(self) -> None:
-        problems = changes(self.bound_model, self._layers)
-        if problems:
-            raise PlanError(
-                f"{self._subject}: the network changed since it was traced: "
-                f"{'; '.join(problems[:5])}; unwrap it and make the pruner anew"
-            )
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         self._fusion_compress(max_steps, max_epochs)
@@ -432,26 +354,6 @@ class WGatesPruner(Pruner):
         widths = widths_of(space, scores, grid)
         plan = plan_for_budget(space, scores, widths, self.budget, grid, strategy="wgates")
         return self._masks_of(plan)
-
-    def _masks_of(self, plan: PruningPlan) -> Masks:
-        """The masks that carry `plan` out, and what a chain has masked before."""
-        self.plan = plan
-        wrappers = self._module_wrappers
-        spaces = {
-            name: {key: wrappers[name].pruning_target_spaces[key] for key in keys}
-            for name, keys in self._needed.items()
-        }
-        masks = masks_from(
-            flags_of(self.plan),
-            self.bound_model,
-            self.space,
-            {name: {k: held.target for k, held in keys.items()} for name, keys in spaces.items()},
-            self._readers,
-        )
-        for name, keys in spaces.items():
-            for key, held in keys.items():
-                masks[name][key] = masks[name][key] * held.mask
-        return masks
 
 
 def _before_optimizer_step(module: Any, task: Callable[[], None]) -> Callable[[], None]:

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs, copied
-from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.errors import ConfigError, PlanError
-from wgates_plugin.integrations.nni.asked import Efficiency
+from wgates_plugin.integrations.nni.asked import Efficiency, ratios_decide
 from wgates_plugin.integrations.nni.choices import ConfigList
 from wgates_plugin.integrations.nni.evaluators import example_of
 from wgates_plugin.integrations.nni.gates import load_wrapped, unwrapped_state
@@ -89,7 +88,7 @@ class StrategyPruner(WGatesPruner):
         if not problems:
             problems += data_problems(strategy, data, traced_on=example_inputs is None)
         problems += learning_problems(epochs=epochs, seed=seed, training=training, loss=loss)
-        if strategy in NEED_A_TARGET and target is None and not isinstance(efficiency, Budget):
+        if strategy in NEED_A_TARGET and ratios_decide(efficiency, target):
             problems.append(NEED_A_TARGET[strategy])
         if problems:
             raise ConfigError("StrategyPruner", problems)

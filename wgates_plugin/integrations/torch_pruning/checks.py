@@ -9,8 +9,8 @@ from torch import nn
 
 from wgates_plugin.integrations.torch_pruning.options import problems_of, schedule
 from wgates_plugin.option_checks import is_whole
-from wgates_plugin.strategies.criteria import flaw_of
-from wgates_plugin.strategies.criteria_repaired import HessianImportance, TaylorImportance
+from wgates_plugin.strategies.criteria.refused import flaw_of
+from wgates_plugin.strategies.criteria.repaired import HessianImportance, TaylorImportance
 from wgates_plugin.strategies.wgates import WGatesSettings
 
 _HEADS = (

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from wgates_plugin.errors import ConfigError
-from wgates_plugin.strategies import criteria
 from wgates_plugin.strategies.base import Decision, Strategy, Task
+from wgates_plugin.strategies.criteria.plan import SCOPES, decide_by_criterion
+from wgates_plugin.strategies.criteria.scores import batches_problems
+from wgates_plugin.strategies.criteria.table import CRITERIA
 from wgates_plugin.training.evaluation import cross_entropy
 
 
@@ -27,9 +29,9 @@ class CriterionSettings:
     batches: int | None = None
 
     def __post_init__(self) -> None:
-        problems = criteria.batches_problems(self.batches)
-        if self.scope not in criteria.SCOPES:
-            known = ", ".join(criteria.SCOPES)
+        problems = batches_problems(self.batches)
+        if self.scope not in SCOPES:
+            known = ", ".join(SCOPES)
             problems.insert(0, f"scope `{self.scope}`: unknown; known: {known}")
         if problems:
             raise ConfigError("criterion", problems)
@@ -45,7 +47,7 @@ class CriterionStrategy(Strategy):
     settings: CriterionSettings
 
     def decide(self, task: Task) -> Decision:
-        plan, scores = criteria.decide_by_criterion(
+        plan, scores = decide_by_criterion(
             task.network,
             task.space,
             self.criterion,
@@ -68,5 +70,5 @@ def criterion_strategies() -> dict[str, type[CriterionStrategy]]:
             (CriterionStrategy,),
             {"criterion": name, "summary": found.paper},
         )
-        for name, found in criteria.CRITERIA.items()
+        for name, found in CRITERIA.items()
     }
