@@ -24,6 +24,7 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet.data import LatencyData
+from wgates_plugin.efficiency.lpnet.file import below
 from wgates_plugin.efficiency.lpnet.gaussian import (
     at_most,
     descend,
@@ -210,11 +211,7 @@ class LayersStructure:
     @classmethod
     def from_tensors(cls, space: ChannelSpace, tensors: Mapping[str, Tensor]) -> LayersStructure:
         """Raises KeyError, ValueError or RuntimeError where the tensors are not whole."""
-        before = {
-            name.removeprefix("prior."): value
-            for name, value in tensors.items()
-            if name.startswith("prior.")
-        }
+        before = below("prior.", tensors)
         prior = cls.from_tensors(space, before) if before else None
         self = cls(space, prior)
         self.times = LayerTimes(self.view, prior.layer_ms if prior else None)
