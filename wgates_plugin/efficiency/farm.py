@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.bench import Bench, Taken, Trust, light_bench
+from wgates_plugin.efficiency.bench import Bench, Taken, Trust
+from wgates_plugin.efficiency.light_reference import light_bench
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sample_record import Source
 from wgates_plugin.efficiency.sampling import (
