@@ -41,7 +41,8 @@ from wgates_plugin.strategies.base import Decision, InMemory, Strategy, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.strategies.gdp import GDPStrategy
 from wgates_plugin.strategies.gdp.absorption import absorb
-from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.gdp.gates import PolarisedGates
+from wgates_plugin.strategies.gdp.settings import GDPSettings
 from wgates_plugin.strategies.phase import PHASE_STATE
 from wgates_plugin.strategies.table import STRATEGIES
 from wgates_plugin.strategies.wgates.strategy import WGatesStrategy

@@ -26,7 +26,8 @@ from benchmarks.tools.records import RESULTS, parser
 from benchmarks.tools.subjects import images, torchvision_network
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget, Limit
-from wgates_plugin.efficiency.bench import Bench, light_bench
+from wgates_plugin.efficiency.bench import Bench
+from wgates_plugin.efficiency.light_reference import light_bench
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import collect, draw_widths

@@ -28,15 +28,17 @@ from wgates_plugin.integrations.torch_pruning import GDPImportance
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import Task
 from wgates_plugin.strategies.base import InMemory
-from wgates_plugin.strategies.budgeting import Descent, holds
+from wgates_plugin.strategies.budgeting import holds
 from wgates_plugin.strategies.gdp.absorption import absorb, rigid_units
-from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.gdp.budget_pull import BudgetPull
+from wgates_plugin.strategies.gdp.gates import PolarisedGates
 from wgates_plugin.strategies.gdp.polarisation import (
     epsilon_at,
     smooth_l0,
     smooth_l0_slope,
     soft_threshold,
 )
+from wgates_plugin.strategies.gdp.settings import GDPSettings
 from wgates_plugin.strategies.gdp.strategy import GDPStrategy
 from wgates_plugin.surgery import rebuild, remove
 from wgates_plugin.training import TrainingSettings
@@ -295,7 +297,7 @@ def test_frozen_readers_keep_their_weights_for_the_channels_that_stay() -> None:
     assert 0 < int(opened.sum()) < len(opened)
     assert torch.equal(reader.weight[:, opened], before[:, opened])
     # What stays is what the task would miss most, not what comes first.
-    fisher = gates._fisher[inner]
+    fisher = gates.gradient.fisher[inner]
     assert fisher[opened].min() >= fisher[~opened].max()
 
 
@@ -412,7 +414,7 @@ def test_branches_that_close_together_open_again_while_there_is_room(
     left = [gates.space.names.index(name) for name in gates.facts["closed_branches"]]
     assert 1 <= len(left) < len(closed)
     # What opens again is what the task would miss most, of branches and within them.
-    missed = {g: gates._fisher[gates.space.unit_slice(g)] for g in closed}
+    missed = {g: gates.gradient.fisher[gates.space.unit_slice(g)] for g in closed}
     opened = [g for g in closed if g not in left]
     for g in opened:
         assert float(missed[g].sum()) >= max(float(missed[other].sum()) for other in left)
@@ -459,12 +461,23 @@ def test_a_group_at_its_least_width_is_pulled_only_if_all_of_it_may_close(
     for index, group in enumerate(gates.space.groups):
         gates.x[gates.space.unit_slice(index)][group.units // 2 :] = 0.0
     assert gates.widths() == gates.space.least_widths(1)
-    gates.budget = Budget.of(*(dataclasses.replace(one, target=1.0) for one in gates.budget.limits))
-    gates._descent = Descent(gates.space, gates.budget)
+    budget = Budget.of(*(dataclasses.replace(one, target=1.0) for one in gates.budget.limits))
+    rigid = torch.zeros(gates.space.total_units, dtype=torch.bool)
+    pull = BudgetPull(gates.space, budget, gates.constraint, rigid, grid=1, steps=gates.steps)
+
+    def asked() -> Tensor:
+        return pull(
+            gates.x,
+            gates.unit_scores(),
+            epsilon=gates.epsilon,
+            step=gates.steps,
+            may_close=gates.branches.may_close(),
+        )
+
     gates.step = gates.steps
-    assert bool((gates._pull(gates.epsilon) > 0).any()) is remove_branches
+    assert bool((asked() > 0).any()) is remove_branches
     gates.x[:] = 1.0
-    assert (gates._pull(gates.epsilon) > 0).all()
+    assert (asked() > 0).all()
 
 
 def test_a_floor_of_its_own_keeps_a_branch() -> None:

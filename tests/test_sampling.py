@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
 from wgates_plugin.efficiency import sample_writer
-from wgates_plugin.efficiency.bench import PROFILES, Bench, Trust, light_bench, quietest
+from wgates_plugin.efficiency.bench import PROFILES, Bench, Trust, quietest
+from wgates_plugin.efficiency.common_drift import common_drift
+from wgates_plugin.efficiency.light_reference import light_bench
 from wgates_plugin.efficiency.lpnet.data import grid_of
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import (
@@ -41,7 +43,7 @@ from wgates_plugin.efficiency.sampling import (
 from wgates_plugin.errors import FileFormatError, MeasurementError
 from wgates_plugin.files import append_line
 from wgates_plugin.latency.environment import describe_environment
-from wgates_plugin.latency_study import LatencyStudy, common_drift
+from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.targets import LatencyTarget
 
 

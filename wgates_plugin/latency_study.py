@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.bench import QUIET, Bench, Trust, light_bench, quietest
+from wgates_plugin.efficiency.bench import QUIET, Bench, Trust, quietest
+from wgates_plugin.efficiency.common_drift import MOST_COMMON_DRIFT, common_drift
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
-from wgates_plugin.efficiency.lpnet import COVERAGE, LPNet
-from wgates_plugin.efficiency.lpnet.held_out import interval_rows
+from wgates_plugin.efficiency.light_reference import kept_light_bench, light_bench
+from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.sample_file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, SamplingCost, collect
 from wgates_plugin.latency import get_runtime
@@ -30,19 +29,7 @@ from wgates_plugin.targets import LatencyTarget
 logger = logging.getLogger("wgates_plugin")
 
 DRIFT_SAMPLES = 5
-MOST_COMMON_DRIFT = 0.025
-"""Relative. Ratios do not feel a drift that all samples have in common, milliseconds do."""
-
-
-def common_drift(drifts: Sequence[float]) -> float:
-    """The drift that samples have in common: their median, or 1 where they lie on both sides.
-
-    >>> common_drift([0.96, 0.97, 0.95]), common_drift([0.9, 1.1, 1.05]), common_drift([])
-    (0.96, 1.0, 1.0)
-    """
-    if not drifts or min(drifts) <= 1.0 <= max(drifts):
-        return 1.0
-    return statistics.median(drifts)
+"""After so many, the drift that they have in common is looked at."""
 
 
 class LatencyStudy:
@@ -174,19 +161,7 @@ class LatencyStudy:
         if self._light is not None and self._light[0] == grid:
             return self._light[1]
         widths = self.space.half_widths(grid)
-        bench = None
-        for sample in reversed(self.samples.usable):
-            source = self.samples.sources[sample.source]
-            known = (
-                source.worker,
-                source.reference.get("widths"),
-                source.reference.get("dense_ms"),
-            )
-            if known == ("main", list(widths), self.reference_ms):
-                bench = Bench(
-                    self.family, self.family.session(widths), source.reference_ms, source.reference
-                )
-                break
+        bench = kept_light_bench(self.samples, self.family, widths, self.reference_ms)
         if bench is None:
             bench = light_bench(
                 self.family,
@@ -259,34 +234,22 @@ class LatencyStudy:
             return SamplingCost(0.0, 0.0)
         calibration = max(1.0, 4 * seconds_per_sample)
         if farm.workers > 1:
-            return collect_on_farm(
-                self.samples,
+            recipe = BenchRecipe(
+                self.network,
                 self.space,
-                BenchRecipe(
-                    self.network,
-                    self.space,
-                    self.example_inputs,
-                    self.runtime.name,
-                    self.runtime.settings,
-                    self.reference_ms,
-                    grid,
-                    self._options,
-                    calibration,
-                ),
-                farm,
-                count=count,
-                grid=grid,
-                seed=seed,
-                seconds_per_sample=seconds_per_sample,
-                trust=trust,
-                active=active,
-                profile=profile,
-                on_sample=on_sample,
+                self.example_inputs,
+                self.runtime.name,
+                self.runtime.settings,
+                self.reference_ms,
+                grid,
+                self._options,
+                calibration,
             )
-        return collect(
-            self.samples,
-            self.space,
-            self._light_bench(grid, calibration) if light else self._dense_bench(),
+            collected = functools.partial(collect_on_farm, self.samples, self.space, recipe, farm)
+        else:
+            bench = self._light_bench(grid, calibration) if light else self._dense_bench()
+            collected = functools.partial(collect, self.samples, self.space, bench)
+        return collected(
             count=count,
             grid=grid,
             seed=seed,
@@ -381,24 +344,3 @@ class LatencyStudy:
             [latency_ms for _, latency_ms in every],
             [sample.layers_ms for sample, _ in every],
         )
-
-    def visited_error(self, lpnet: LPNet) -> float | None:
-        """Mean relative error of `lpnet` on the visited widths, None when there are none."""
-        if not self.visited:
-            return None
-        widths = torch.tensor(self.visited.widths, dtype=torch.float64)
-        measured = torch.tensor(self.visited.latencies_ms, dtype=torch.float64)
-        return float(lpnet.relative_errors(widths, measured).abs().mean())
-
-    @torch.no_grad()
-    def predictions(self, lpnet: LPNet) -> list[dict[str, Any]]:
-        """Measured against predicted latency with the 90 % interval: sampled sub-networks as they
-        were predicted unseen, visited ones by `lpnet` as it is."""
-        held_out = lpnet.held_out
-        rows = held_out.rows("sampled")
-        if self.visited:
-            widths = torch.tensor(self.visited.widths, dtype=torch.float64)
-            measured = torch.tensor(self.visited.latencies_ms, dtype=torch.float64)
-            known = lpnet.interval(widths) if held_out.most_coverage >= COVERAGE else None
-            rows += interval_rows("visited", measured, lpnet(widths), known)
-        return rows

@@ -133,7 +133,7 @@ def fit_lpnet(
         from wgates_plugin.cli.live_samples import LiveSamples
         from wgates_plugin.efficiency.learner import Learner
         from wgates_plugin.efficiency.lpnet import LPNet, check_choice
-        from wgates_plugin.efficiency.lpnet.model import lpnet_file
+        from wgates_plugin.efficiency.lpnet.file import lpnet_file
         from wgates_plugin.efficiency.sampling import check_space, mixed_grids
         from wgates_plugin.latency_study import LatencyStudy
         from wgates_plugin.targets import LatencyTarget

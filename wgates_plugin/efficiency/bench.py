@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.sample_file import DENSE
-from wgates_plugin.efficiency.sample_record import rounded
 from wgates_plugin.latency.base import Family, Measurement, Session
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.layer_times import PROFILED_RUNS
@@ -192,48 +190,3 @@ class Bench:
 
     def close(self) -> None:
         self.reference.close()
-
-
-def light_bench(
-    family: Family,
-    space: ChannelSpace,
-    dense: Session,
-    dense_ms: float,
-    *,
-    grid: int,
-    seconds: float,
-) -> Bench:
-    """A bench whose reference is the network at about half widths, calibrated against `dense`.
-
-    Half of the time of a sample goes into its reference; this one takes a fraction of the
-    untouched network's. An interleaved measurement, again while it is disturbed, puts it into the
-    untouched network's clock:
-
-        reference_ms = median_i(light_i / dense_i) * dense_ms
-
-    Args:
-        dense: the untouched network, ready to run.
-        dense_ms: its latency, the clock that all samples are given in.
-        seconds: timed inference of the calibration, both networks together.
-    """
-    widths = space.half_widths(grid)
-    reference = family.session(widths)
-    try:
-        found = quietest(
-            lambda: measure(reference, reference=dense, reference_ms=dense_ms, seconds=seconds)
-        )
-    except BaseException:
-        reference.close()
-        raise
-    about = {
-        "network": "resized",
-        "widths": list(widths),
-        "dense_ms": dense_ms,
-        "ratio_to_dense": found.ratio,
-        "ratio_spread": found.ratio_spread,
-        "drift": found.drift,
-        "inference_seconds": rounded(found.inference_seconds),
-        "reference_minima_ms": [rounded(ms) for ms in found.samples_ms],
-        "dense_minima_ms": [rounded(ms) for ms in found.reference_samples_ms],
-    }
-    return Bench(family, reference, found.latency_ms, about)

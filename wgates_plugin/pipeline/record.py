@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from wgates_plugin.efficiency.lpnet import LPNet
+from wgates_plugin.efficiency.visited import predictions, visited_error
 from wgates_plugin.errors import MissingExtraError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.base import Measurement
@@ -183,6 +184,6 @@ def _lpnet(job: Job) -> dict[str, Any] | None:
     fitted = LPNet.load(job.folder.file("lpnet.safetensors"), space=job.space)
     return {
         **facts,
-        "mape_visited": job.study.visited_error(fitted),
-        "predictions": job.study.predictions(fitted),
+        "mape_visited": visited_error(fitted, job.study.visited),
+        "predictions": predictions(fitted, job.study.visited),
     }

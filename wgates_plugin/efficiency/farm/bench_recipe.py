@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.bench import Bench, light_bench
+from wgates_plugin.efficiency.bench import Bench
+from wgates_plugin.efficiency.light_reference import light_bench
 from wgates_plugin.latency.base import RuntimeSettings
 
 if TYPE_CHECKING:

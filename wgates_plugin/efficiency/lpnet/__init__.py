@@ -1,14 +1,12 @@
 """LPNet: latency from widths. `model.py` is the door, each structure a file of its own."""
 
+from wgates_plugin.efficiency.lpnet.choice import check_choice
 from wgates_plugin.efficiency.lpnet.data import LEAST_SAMPLES, weighted_names
+from wgates_plugin.efficiency.lpnet.fit_report import FitReport
 from wgates_plugin.efficiency.lpnet.held_out import COVERAGE, HeldOut
-from wgates_plugin.efficiency.lpnet.model import (
-    STRUCTURES,
-    FitReport,
-    LPNet,
-    UpperBound,
-    check_choice,
-)
+from wgates_plugin.efficiency.lpnet.model import LPNet
+from wgates_plugin.efficiency.lpnet.structure import STRUCTURES
+from wgates_plugin.efficiency.lpnet.upper_bound import UpperBound
 
 __all__ = [
     "COVERAGE",

@@ -1,4 +1,4 @@
-"""How alike a layer's latencies are at two pairs of widths: the covariance of `layers.py`.
+"""How alike a layer's latencies are at two pairs of widths: the covariance of `layer_times.py`.
 
 Latency is smooth in a layer's input and output channels where the runtime's blocks are full, steps up
 where a new block begins, and falls onto a slower kernel where a width is no multiple of what the fast

@@ -7,80 +7,31 @@ made offline and frozen. The paper's is an MLP (`structure="mlp"`); the default,
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.efficiency.lpnet import file
+from wgates_plugin.efficiency.lpnet.choice import check_choice
 from wgates_plugin.efficiency.lpnet.data import LatencyData, folds, grid_of
+from wgates_plugin.efficiency.lpnet.fit_report import FitReport
 from wgates_plugin.efficiency.lpnet.held_out import COVERAGE, HeldOut, cross_validated
 from wgates_plugin.efficiency.lpnet.layers import LayersStructure
 from wgates_plugin.efficiency.lpnet.mlp import MlpStructure
+from wgates_plugin.efficiency.lpnet.structure import FROM_TENSORS, Structure
+from wgates_plugin.efficiency.lpnet.upper_bound import UpperBound
 from wgates_plugin.errors import ConfigError, FileFormatError, MeasurementError
-from wgates_plugin.files import atomic_path
 
 logger = logging.getLogger("wgates_plugin")
 
-IN_RUN_FOLDER = "lpnet.safetensors"
-"""What LPNet's file is called in the folder of a run."""
-
-_VERSION = 2
-
 _FEW = 60
 """Measurements below which a prior must show that it helps: few cannot outvote a misleading one."""
-
-
-class Structure(Protocol):
-    """What learns and predicts inside LPNet; differentiable in the widths."""
-
-    @property
-    def name(self) -> str: ...
-
-    def predict(self, widths: Tensor) -> Tensor: ...
-
-    def deviation(self, widths: Tensor) -> Tensor: ...
-
-    def conditioned(self, data: LatencyData) -> Structure: ...
-
-    def without(self, data: LatencyData, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-
-_KINDS: dict[str, Callable[[ChannelSpace, Mapping[str, Tensor]], Structure]] = {
-    "layers": LayersStructure.from_tensors,
-    "mlp": MlpStructure.from_tensors,
-}
-
-STRUCTURES = tuple(_KINDS)
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """How good a fit is. Errors are relative, each on a measurement its fit had not seen.
-
-    Attributes:
-        samples: measurements fitted. held_out: how many of them were predicted without being seen.
-        mape: mean absolute error. within_10_percent: share of errors up to 10 %. worst: the largest.
-        half_width_90: typical (median) half width of the 90 % interval, relative; None where there
-            are too few measurements to promise one. widest_90: the largest of the same.
-    """
-
-    samples: int
-    held_out: int
-    mape: float
-    within_10_percent: float
-    worst: float
-    half_width_90: float | None
-    widest_90: float | None = None
 
 
 class LPNet:
@@ -234,18 +185,7 @@ class LPNet:
                 f"LPNet: its predictions of {int((~errors.isfinite()).sum())} of {len(data)} samples are "
                 "no numbers; measure the samples anew, or give more of them"
             )
-        half = None
-        if held_out.most_coverage >= COVERAGE:
-            half = held_out.quantile(COVERAGE) * held_out.deviation_ms / held_out.predicted_ms
-        model.report = FitReport(
-            samples=len(data),
-            held_out=len(data),
-            mape=float(errors.mean()),
-            within_10_percent=float((errors <= 0.1).double().mean()),
-            worst=float(errors.max()),
-            half_width_90=None if half is None else float(half.median()),
-            widest_90=None if half is None else float(half.max()),
-        )
+        model.report = FitReport.of(held_out)
         return model
 
     def refit(
@@ -281,8 +221,6 @@ class LPNet:
     def save(self, path: str | Path) -> None:
         """Write measurements, parameters and description to one safetensors file, atomically."""
         about = {
-            "kind": "lpnet",
-            "version": _VERSION,
             "fingerprint": self.fingerprint,
             "structure": self.structure,
             "correction": self._correction,
@@ -293,9 +231,7 @@ class LPNet:
         }
         tensors = {f"structure.{name}": value for name, value in self._structure.tensors().items()}
         tensors |= {f"held_out.{name}": part for name, part in self.held_out.tensors().items()}
-        whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        with atomic_path(path) as part:
-            save_file(whole, str(part), metadata={"about": json.dumps(about)})
+        file.write(path, about, tensors)
 
     @classmethod
     def load(cls, path: str | Path, *, space: ChannelSpace | None = None) -> LPNet:
@@ -307,8 +243,8 @@ class LPNet:
         Raises:
             FileFormatError: missing, corrupt, of another kind, or for another network.
         """
-        path = lpnet_file(Path(path))
-        about, tensors = _read(path)
+        path = file.lpnet_file(Path(path))
+        about, tensors = file.read(path)
         if space is not None and about["fingerprint"] != space.fingerprint:
             raise FileFormatError(
                 f"LPNet `{path}`: fitted for another network (fingerprint "
@@ -316,8 +252,8 @@ class LPNet:
             )
         own = space or ChannelSpace.from_json(about["space"])
         try:
-            held_out = HeldOut.from_tensors(_below("held_out.", tensors))
-            structure = _KINDS[about["structure"]](own, _below("structure.", tensors))
+            held_out = HeldOut.from_tensors(file.below("held_out.", tensors))
+            structure = FROM_TENSORS[about["structure"]](own, file.below("structure.", tensors))
             model = cls(own, structure, held_out)
             model._correction = float(about["correction"])
             model.report = FitReport(**about["report"]) if about["report"] else None
@@ -328,66 +264,6 @@ class LPNet:
                 f"LPNet `{path}`: description and numbers do not fit together ({error}); fit it again"
             ) from error
         return model
-
-
-@dataclass(frozen=True)
-class UpperBound:
-    """The latency that a measurement stays under with the upper half of LPNet's interval, ms."""
-
-    lpnet: LPNet
-    coverage: float = COVERAGE
-
-    name, unit = "latency", "ms"
-
-    @property
-    def fingerprint(self) -> str:
-        return self.lpnet.fingerprint
-
-    @property
-    def identity(self) -> dict[str, Any] | None:
-        return self.lpnet.identity
-
-    @property
-    def grid(self) -> int:
-        return self.lpnet.grid
-
-    def __call__(self, widths: Tensor) -> Tensor:
-        return self.lpnet.interval(widths, self.coverage)[1]
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
-def check_choice(
-    space: ChannelSpace,
-    structure: str,
-    prior: LPNet | None,
-    identity: Mapping[str, Any] | None = None,
-) -> None:
-    """Raises ConfigError where structure, prior, network and runtime do not go together."""
-    problems = []
-    if structure not in STRUCTURES:
-        problems.append(f"structure `{structure}`: known: {', '.join(STRUCTURES)}")
-    if prior is not None and (structure, prior.structure) != ("layers", "layers"):
-        problems.append("prior: only the structure `layers` adapts, and only from `layers`")
-    if prior is not None and prior.fingerprint != space.fingerprint:
-        problems.append(
-            f"prior: fitted for another network (fingerprint {prior.fingerprint}, this one has "
-            f"{space.fingerprint})"
-        )
-    if prior is not None and prior.identity and identity and prior.identity == dict(identity):
-        problems.append(
-            "prior: fitted on this very runtime, device, thread count and input shape; it is no "
-            "prior but the same thing. Leave it out and go on with the samples it was fitted to "
-            "(`--samples-file`)"
-        )
-    if problems:
-        raise ConfigError("LPNet", problems)
 
 
 def _better(adapted: LPNet, alone: LPNet) -> LPNet:
@@ -401,41 +277,3 @@ def _better(adapted: LPNet, alone: LPNet) -> LPNet:
         100 * adapted.report.mape, 100 * alone.report.mape,
     )  # fmt: skip
     return alone
-
-
-def lpnet_file(path: Path) -> Path:
-    """The file that is meant: `path`, or the one in the run folder `path`.
-
-    Raises:
-        FileFormatError: a folder without one.
-    """
-    if not path.is_dir():
-        return path
-    file = path / IN_RUN_FOLDER
-    if not file.is_file():
-        raise FileFormatError(
-            f"LPNet `{path}`: a folder without `{IN_RUN_FOLDER}`; give a file that `wgates fit-lpnet` "
-            "wrote, or the folder of a run with a latency target"
-        )
-    return file
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise FileFormatError(
-            f"LPNet `{path}`: cannot be read ({error}); it is missing, corrupt or cut off, fit "
-            "it again"
-        ) from error
-    known = isinstance(about, dict) and about.get("kind") == "lpnet"
-    if not known or about.get("version") != _VERSION:
-        raise FileFormatError(
-            f"LPNet `{path}`: the file is no LPNet of version {_VERSION}; fit it again"
-        )
-    fields = ("fingerprint", "structure", "correction", "report", "space")
-    if missing := [name for name in fields if name not in about]:
-        raise FileFormatError(f"LPNet `{path}`: lacks {', '.join(missing)}; fit it again")
-    return about, tensors

@@ -16,7 +16,8 @@ from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.errors import SurgeryError
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision, Strategy, Task
-from wgates_plugin.strategies.gdp.gates import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.gdp.gates import PolarisedGates
+from wgates_plugin.strategies.gdp.settings import GDPSettings
 from wgates_plugin.strategies.phase import drop_frozen, run_phase
 from wgates_plugin.strategies.without_learning import largest_filters
 from wgates_plugin.training import StepContext
