@@ -83,6 +83,23 @@ def test_gates_learn_inside_the_trainer(duration: dict[str, int]) -> None:
     assert module.net[0][0].out_channels == 4
 
 
+class Counts(Module):
+    steps = 0
+
+    def training_step(self, given: Any, _: int) -> Tensor:
+        self.steps += 1
+        assert self.steps < 20
+        return super().training_step(given, _)
+
+
+def test_training_ends_where_no_gate_learns() -> None:
+    module = Counts()
+    half = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    pruner = WGatesPruner(module, half, evaluator(), training_steps=0, settings=SETTINGS)
+    pruner.compress(max_steps=3)
+    assert module.steps == 3
+
+
 @pytest.mark.parametrize("growth", [1, 1000])
 def test_the_scale_of_the_trainers_scaler_is_taken_out_of_the_gates(growth: int) -> None:
     """The CPU's mixed precision has no scaler; with one, of whatever course, gates learn as without."""

@@ -310,6 +310,7 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ("seed", "key=value"),
         ("seed.deeper=1", "no keys below it"),
         ("targets.7.macs=1", "no position"),
+        ("targets.².macs=1", "no position"),
         ("name={", "no YAML"),
     ],
 )

@@ -30,7 +30,7 @@ def override(raw: dict[str, Any], item: str) -> str | None:
     here: Any = raw
     for part in parts[:-1]:
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
+            if not part.isdecimal() or int(part) >= len(here):
                 return f"`{part}` is no position in a list of {len(here)}"
             here = here[int(part)]
         else:
@@ -40,7 +40,7 @@ def override(raw: dict[str, Any], item: str) -> str | None:
         if not isinstance(here, (dict, list)):
             return f"`{part}` holds {here!r} and has no keys below it"
     if isinstance(here, list):
-        if not parts[-1].isdigit() or int(parts[-1]) >= len(here):
+        if not parts[-1].isdecimal() or int(parts[-1]) >= len(here):
             return f"`{parts[-1]}` is no position in a list of {len(here)}"
         here[int(parts[-1])] = value
     else:

@@ -251,10 +251,12 @@ class WGatesPruner(TracedPruner):
         self._check_unchanged()
         self._renew_gates()
         self.gates.attach()
+        lightning = isinstance(evaluator, LightningEvaluator)
         if self.training_steps == 0:
             self._decide()
-            return
-        if isinstance(evaluator, LightningEvaluator):
+            if lightning:
+                evaluator.patch_optimizer_step([], [self._stop_when_due])
+        elif lightning:
             # Lightning computes gradients inside `optimizer.step(closure)`, which is too late.
             self._undo = _before_optimizer_step(evaluator.model, self._learn)
             evaluator.patch_optimizer_step([], [self._decide_when_due, self._stop_when_due])
