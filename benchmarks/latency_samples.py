@@ -29,7 +29,7 @@ from wgates_plugin.efficiency.base import Budget, Limit
 from wgates_plugin.efficiency.bench import Bench
 from wgates_plugin.efficiency.light_reference import light_bench
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import collect, draw_widths
 from wgates_plugin.files import atomic_path
 from wgates_plugin.latency_study import LatencyStudy

@@ -27,7 +27,7 @@ from benchmarks.tools.records import RESULTS, parser, read_record, write_record
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet import LPNet
 from wgates_plugin.efficiency.lpnet.data import LatencyData, folds
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 
 CLAIM = "300 measurements: 2 % on grid widths, 3 % on arbitrary ones, intervals that hold"
 SIZES = (50, 100, 200, 300)

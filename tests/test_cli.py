@@ -416,7 +416,7 @@ def test_the_live_table_shows_prediction_and_totals(tmp_path: Path) -> None:
     from wgates_plugin import trace
     from wgates_plugin.cli.live_samples import SHOWN, LiveSamples
     from wgates_plugin.efficiency.learner import Learner
-    from wgates_plugin.efficiency.sample_file import SampleFile
+    from wgates_plugin.efficiency.samples.file import SampleFile
     from wgates_plugin.efficiency.sampling import collect
 
     space = trace(tiny("residual"), example())

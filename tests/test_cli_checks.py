@@ -26,7 +26,7 @@ from wgates_plugin.cli.fit_warnings import fit_warnings
 from wgates_plugin.cli.measure import Row, table
 from wgates_plugin.cli.runtimes import NAMES
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency import RUNTIMES, get_runtime, measure
 from wgates_plugin.latency.artefacts import input_sides

@@ -25,7 +25,7 @@ from networks import example, tiny
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, cluster, collect_on_farm
 from wgates_plugin.efficiency.farm import settings as farm_settings
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import Active
 from wgates_plugin.errors import ConfigError, MeasurementError
 from wgates_plugin.latency import RuntimeSettings, get_runtime

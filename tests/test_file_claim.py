@@ -11,7 +11,7 @@ from lock_helpers import Other, needs_locks
 from networks import example, tiny
 
 from wgates_plugin import ChannelSpace, file_claim, trace
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.errors import FileFormatError, FileInUseError
 from wgates_plugin.file_claim import claim
 from wgates_plugin.files import create_text

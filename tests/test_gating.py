@@ -197,7 +197,12 @@ def test_a_deep_copy_of_an_attached_network_is_the_plain_one() -> None:
         assert torch.equal(twin(example()), plain)
 
 
-@pytest.mark.parametrize("use", [Gating.attach, Gating.detach])
+def answer_under_other_gates(gating: Gating) -> None:
+    with gating.answering(torch.ones(1)):
+        pass
+
+
+@pytest.mark.parametrize("use", [Gating.attach, Gating.detach, answer_under_other_gates])
 def test_a_deep_copy_of_gates_is_refused(use: Any) -> None:
     network = tiny("residual")
     space = trace(network, example())

@@ -462,8 +462,11 @@ def test_a_group_at_its_least_width_is_pulled_only_if_all_of_it_may_close(
         gates.x[gates.space.unit_slice(index)][group.units // 2 :] = 0.0
     assert gates.widths() == gates.space.least_widths(1)
     budget = Budget.of(*(dataclasses.replace(one, target=1.0) for one in gates.budget.limits))
-    rigid = torch.zeros(gates.space.total_units, dtype=torch.bool)
-    pull = BudgetPull(gates.space, budget, gates.constraint, rigid, grid=1, steps=gates.steps)
+    steps = gates.settings.decay_fraction * gates.steps
+    assert gates.pull._steps == steps
+    assert not gates.pull._rigid.any()
+    rigid = gates.pull._rigid
+    pull = BudgetPull(gates.space, budget, gates.constraint, rigid, grid=1, steps=steps)
 
     def asked() -> Tensor:
         return pull(

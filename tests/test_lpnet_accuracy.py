@@ -18,7 +18,7 @@ from benchmarks.tools.records import read_record
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency.lpnet import weighted_names
 from wgates_plugin.efficiency.lpnet.kernel import LayerView
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import draw_widths
 
 

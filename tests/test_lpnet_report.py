@@ -14,7 +14,7 @@ from networks import example, tiny
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.lpnet import LPNet, weighted_names
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import collect
 from wgates_plugin.report.lpnet_contents import contents
 from wgates_plugin.report.lpnet_page import write_lpnet_report

@@ -92,12 +92,16 @@ class Counts(Module):
         return super().training_step(given, _)
 
 
-def test_training_ends_where_no_gate_learns() -> None:
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [({"max_steps": 3}, 3), ({"max_epochs": 1}, 4), ({"max_steps": 0, "max_epochs": 2}, 8)],
+)
+def test_training_ends_where_no_gate_learns(duration: dict[str, int], steps: int) -> None:
     module = Counts()
     half = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     pruner = WGatesPruner(module, half, evaluator(), training_steps=0, settings=SETTINGS)
-    pruner.compress(max_steps=3)
-    assert module.steps == 3
+    pruner.compress(**duration)
+    assert module.steps == steps
 
 
 @pytest.mark.parametrize("growth", [1, 1000])

@@ -25,7 +25,7 @@ from tests.test_pipeline import (
 from wgates_plugin import closed_loop, trace
 from wgates_plugin.efficiency import Budget, Limit, MacsModel, ParametersModel
 from wgates_plugin.efficiency.lpnet import LPNet, UpperBound
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, collect
 from wgates_plugin.errors import ConfigError, TargetError
 from wgates_plugin.files import read_json

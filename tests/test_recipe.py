@@ -311,6 +311,7 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ("seed.deeper=1", "no keys below it"),
         ("targets.7.macs=1", "no position"),
         ("targets.².macs=1", "no position"),
+        ("targets.²=1", "no position"),
         ("name={", "no YAML"),
     ],
 )

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
-from wgates_plugin.efficiency import sample_writer
 from wgates_plugin.efficiency.bench import PROFILES, Bench, Trust, quietest
 from wgates_plugin.efficiency.common_drift import common_drift
 from wgates_plugin.efficiency.light_reference import light_bench
 from wgates_plugin.efficiency.lpnet.data import grid_of
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples import writer as sample_writer
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import (
     Active,
     SamplingCost,

@@ -260,6 +260,9 @@ def test_states_load_without_executing_anything(tmp_path: Any) -> None:
         ("history", 5, "a field is missing or wrong"),
         ("history", [5], "a field is missing or wrong"),
         ("history", [["conv", True]], "pruning history"),
+        ("history", [], "leaves other channels than it keeps"),
+        ("step", -1, "-1 steps are done"),
+        ("gates", None, "a field is missing or wrong"),
     ],
 )
 def test_a_state_that_is_wrong_is_refused_before_anything_goes(

@@ -17,8 +17,9 @@ from wgates_plugin.errors import ConfigError, InfeasibleTargetError, TrainingErr
 from wgates_plugin.integrations.torch_pruning import WGatesPruner
 from wgates_plugin.strategies import WGates, WGatesSettings, fit_to_budget, uniform_widths
 from wgates_plugin.strategies.gdp import GDPSettings, PolarisedGates
+from wgates_plugin.strategies.unit_scores import widths_of
 from wgates_plugin.strategies.wgates import WeightScores, filter_scores, starting_offsets
-from wgates_plugin.strategies.wgates.functions import binary_step, squash, surrogate, widths_of
+from wgates_plugin.strategies.wgates.functions import binary_step, squash, surrogate
 
 
 def full_cost(space: ChannelSpace) -> float:

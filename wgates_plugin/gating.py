@@ -8,7 +8,8 @@ BatchNorm behind it turns the zero into its shift again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +94,19 @@ class Gating:
         self._indices.clear()
         self._extended = None
         return self.network
+
+    @contextmanager
+    def answering(self, gates: Tensor) -> Iterator[nn.Module]:
+        """Within, the network runs under `gates` (total_units,), be its own attached or not."""
+        self._refuse_inert()
+        source, attached = self.source, self.attached
+        self.source = lambda: gates
+        try:
+            yield self.attach().network
+        finally:
+            self.source = source
+            if not attached:
+                self.detach()
 
     def __enter__(self) -> Gating:
         return self.attach()

@@ -18,7 +18,7 @@ from wgates_plugin.efficiency.common_drift import MOST_COMMON_DRIFT, common_drif
 from wgates_plugin.efficiency.farm import BenchRecipe, Farm, collect_on_farm
 from wgates_plugin.efficiency.light_reference import kept_light_bench, light_bench
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import Active, SamplingCost, collect
 from wgates_plugin.latency import get_runtime
 from wgates_plugin.latency.base import Family, Measurement, RuntimeSettings, Session

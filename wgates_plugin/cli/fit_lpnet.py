@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from wgates_plugin.channels import ChannelSpace
     from wgates_plugin.efficiency.lpnet import LPNet
-    from wgates_plugin.efficiency.sample_file import SampleFile
+    from wgates_plugin.efficiency.samples.file import SampleFile
     from wgates_plugin.efficiency.sampling import SamplingCost
     from wgates_plugin.latency_study import LatencyStudy
 

@@ -23,8 +23,8 @@ from wgates_plugin.efficiency.bench import MUCH_DISTURBED, disturbed_share
 from wgates_plugin.efficiency.common_drift import MOST_COMMON_DRIFT, common_drift
 from wgates_plugin.efficiency.counts import MacsModel
 from wgates_plugin.efficiency.learner import Learner
-from wgates_plugin.efficiency.sample_file import SampleFile
-from wgates_plugin.efficiency.sample_record import Sample
+from wgates_plugin.efficiency.samples.file import SampleFile
+from wgates_plugin.efficiency.samples.record import Sample
 
 if TYPE_CHECKING:
     from wgates_plugin.channels import ChannelSpace

@@ -1,5 +1,5 @@
 """Dependencies between channels: torch-pruning's graph of a network, made into plain records."""
 
-from wgates_plugin.dependencies.trace import DependencyTrace
+from wgates_plugin.dependencies.dependency_trace import DependencyTrace
 
 __all__ = ["DependencyTrace"]

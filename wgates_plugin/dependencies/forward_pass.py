@@ -15,7 +15,7 @@ from wgates_plugin import modules as kinds
 from wgates_plugin.calling import ExampleInputs, batch_length, call_with, shapes_of
 from wgates_plugin.channels import Layer
 from wgates_plugin.dependencies.channel_order import FixedViews
-from wgates_plugin.dependencies.layer_record import layer_record, positions_per_image
+from wgates_plugin.dependencies.layer_record import layer_record
 from wgates_plugin.errors import TraceError
 from wgates_plugin.transforms.scatter import ScatterPruner
 
@@ -74,7 +74,7 @@ class ForwardPass:
             self._refuse_unbatched(module, read, output)
             if isinstance(met, Tensor) and met.dim() > 1:
                 channels = met.shape[-1] if isinstance(module, nn.Linear) else met.shape[1]
-                here = positions_per_image(met, images, channels)
+                here = _positions_per_image(met, images, channels)
                 positions[module] = positions.get(module, 0) + here
             if isinstance(output, Tensor):
                 history = [getattr(tensor, "grad_fn", None) for tensor in (read, output)]
@@ -235,3 +235,10 @@ def _history(tensor: Tensor) -> set[Any]:
             seen.add(operation)
             waiting += [before for before, _ in operation.next_functions]
     return seen
+
+
+def _positions_per_image(met: Tensor, images: int | None, channels: int) -> int:
+    """Positions per image of the example inputs. A network may fold frames into the batch; what is no
+    multiple of it was not made of the images."""
+    count = met.shape[0]
+    return met.numel() // max(1, channels * (images if images and count % images == 0 else count))

@@ -1,4 +1,4 @@
-"""A layer as a record: its shape, and how often one image applies it."""
+"""A layer as a record."""
 
 from __future__ import annotations
 
@@ -30,10 +30,3 @@ def layer_record(name: str, module: nn.Module, positions: int) -> Layer:
         )
     channels = int(getattr(module, "num_features", 0) or getattr(module, "num_parameters", 0))
     return Layer(name, kind, channels, channels, 1, 0, positions, False, parameters)
-
-
-def positions_per_image(met: Tensor, images: int | None, channels: int) -> int:
-    """Positions per image of the example inputs. A network may fold frames into the batch; what is no
-    multiple of it was not made of the images."""
-    count = met.shape[0]
-    return met.numel() // max(1, channels * (images if images and count % images == 0 else count))

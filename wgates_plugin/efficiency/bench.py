@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from wgates_plugin.efficiency.sample_file import DENSE
+from wgates_plugin.efficiency.samples.file import DENSE
 from wgates_plugin.latency.base import Family, Measurement, Session
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.layer_times import PROFILED_RUNS

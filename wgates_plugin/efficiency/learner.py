@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import Active
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.bench import Bench, quietest
-from wgates_plugin.efficiency.sample_file import SampleFile
-from wgates_plugin.efficiency.sample_record import rounded
+from wgates_plugin.efficiency.samples.file import SampleFile
+from wgates_plugin.efficiency.samples.record import rounded
 from wgates_plugin.latency.base import Family, Session
 from wgates_plugin.latency.timing import measure
 

@@ -16,8 +16,8 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.bench import Bench, Taken, Trust
 from wgates_plugin.efficiency.lpnet import LEAST_SAMPLES
 from wgates_plugin.efficiency.lpnet.data import common_multiple, grid_of
-from wgates_plugin.efficiency.sample_file import SampleFile as SampleFile
-from wgates_plugin.efficiency.sample_record import Source
+from wgates_plugin.efficiency.samples.file import SampleFile as SampleFile
+from wgates_plugin.efficiency.samples.record import Source
 from wgates_plugin.errors import MeasurementError
 from wgates_plugin.latency.base import Measurement
 

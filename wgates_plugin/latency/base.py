@@ -207,7 +207,8 @@ class BaseRuntime(ABC):
     def takes_device(cls, device: str) -> bool:
         """Whether it is of a kind that this runtime knows, with a number at most; one CPU has none."""
         kind, colon, index = device.partition(":")
-        return kind in cls.device_kinds and (not colon or (kind != "cpu" and index.isdecimal()))
+        numbered = kind != "cpu" and index.isascii() and index.isdecimal()
+        return kind in cls.device_kinds and (not colon or numbered)
 
     def identity(self, example_inputs: ExampleInputs) -> dict[str, Any]:
         tensors = named_tensors(example_inputs)

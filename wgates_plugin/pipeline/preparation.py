@@ -14,7 +14,7 @@ import torch
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import draw_widths
 from wgates_plugin.errors import ConfigError, InfeasibleTargetError
 from wgates_plugin.files import write_text

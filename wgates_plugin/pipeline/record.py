@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.visited import predictions, visited_error
 from wgates_plugin.errors import MissingExtraError
 from wgates_plugin.files import read_json, write_json
 from wgates_plugin.latency.base import Measurement
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.pipeline import learning
 from wgates_plugin.pipeline.job import Job
+from wgates_plugin.pipeline.lpnet_record import predictions, visited_error
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.base import Decision
 

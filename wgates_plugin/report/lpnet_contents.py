@@ -12,7 +12,7 @@ from torch import Tensor
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.counts import LayerShapes
 from wgates_plugin.efficiency.lpnet import LPNet, weighted_names
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import SamplingCost
 
 KIND, VERSION = "wgates-lpnet-report", 1

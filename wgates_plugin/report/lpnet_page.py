@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wgates_plugin.efficiency.lpnet import LPNet
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import SamplingCost
 from wgates_plugin.errors import MissingExtraError
 from wgates_plugin.files import write_json, write_text

@@ -6,7 +6,8 @@ import logging
 
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import fit_to_budget, uniform_widths
-from wgates_plugin.strategies.wgates.scores import WeightScores, ranks_within
+from wgates_plugin.strategies.filters import filter_norms, producers_of
+from wgates_plugin.strategies.unit_scores import ranks_within
 
 logger = logging.getLogger("wgates_plugin")
 
@@ -18,7 +19,8 @@ def largest_filters(task: Task, strategy: str) -> Decision:
         "every group. Give it epochs, or choose a strategy that needs none",
         strategy,
     )
-    ranks = ranks_within(task.space, WeightScores(task.network, task.space).norms()).cpu()
+    norms = filter_norms(producers_of(task.network, task.space), task.space.total_units)
+    ranks = ranks_within(task.space, norms).cpu()
     uniform = uniform_widths(task.space, task.budget, task.grid)
     widths = fit_to_budget(task.space, ranks, uniform, task.budget, task.grid)
     return Decision(task.network, ranks, widths, facts={"learned": False})

@@ -10,7 +10,7 @@ from wgates_plugin.efficiency.bench import Bench, Trust
 from wgates_plugin.efficiency.farm.cluster import connected
 from wgates_plugin.efficiency.farm.crew import Crew
 from wgates_plugin.efficiency.farm.settings import Farm
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 from wgates_plugin.efficiency.sampling import (
     Active,
     Proposals,

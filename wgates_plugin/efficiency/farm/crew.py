@@ -12,8 +12,8 @@ from typing import Any
 
 from wgates_plugin.efficiency.bench import Bench, Taken, Trust
 from wgates_plugin.efficiency.farm.settings import Farm
-from wgates_plugin.efficiency.sample_file import SampleFile
-from wgates_plugin.efficiency.sample_record import Source
+from wgates_plugin.efficiency.samples.file import SampleFile
+from wgates_plugin.efficiency.samples.record import Source
 from wgates_plugin.efficiency.sampling import Proposals
 from wgates_plugin.errors import MeasurementError, WGatesError
 from wgates_plugin.latency.environment import describe_environment

@@ -1,6 +1,6 @@
-"""LPNet: latency from widths. `model.py` is the door, each structure a file of its own."""
+"""LPNet: latency from widths. `model.py` is the door; `layers.py` and `mlp.py` are its two structures."""
 
-from wgates_plugin.efficiency.lpnet.choice import check_choice
+from wgates_plugin.efficiency.lpnet.compatibility import check_choice
 from wgates_plugin.efficiency.lpnet.data import LEAST_SAMPLES, weighted_names
 from wgates_plugin.efficiency.lpnet.fit_report import FitReport
 from wgates_plugin.efficiency.lpnet.held_out import COVERAGE, HeldOut

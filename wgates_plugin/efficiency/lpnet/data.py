@@ -169,3 +169,12 @@ def _check(space: ChannelSpace, inputs: Tensor, targets: Tensor) -> None:
             f"LPNet: all {len(targets)} measurements say {float(targets[0]):.6g} ms; the clock or "
             "the program that reports times does not react to the network, check it"
         )
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, named without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

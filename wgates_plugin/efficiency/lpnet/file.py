@@ -69,12 +69,3 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing := [name for name in fields if name not in about]:
         raise FileFormatError(f"LPNet `{path}`: lacks {', '.join(missing)}; fit it again")
     return about, tensors
-
-
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, named without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.lpnet.data import LatencyData
-from wgates_plugin.efficiency.lpnet.file import below
+from wgates_plugin.efficiency.lpnet.data import LatencyData, below
 from wgates_plugin.efficiency.lpnet.gaussian import (
     at_most,
     descend,
@@ -33,7 +32,7 @@ from wgates_plugin.efficiency.lpnet.gaussian import (
     unlikelihood,
 )
 from wgates_plugin.efficiency.lpnet.kernel import LayerInputs, LayerKernel, LayerView
-from wgates_plugin.efficiency.lpnet.layer_times import LayerTimes
+from wgates_plugin.efficiency.lpnet.layer_process import LayerTimes
 from wgates_plugin.efficiency.lpnet.remainder import Parts, Remainder
 from wgates_plugin.errors import MeasurementError
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.lpnet import file
-from wgates_plugin.efficiency.lpnet.choice import check_choice
-from wgates_plugin.efficiency.lpnet.data import LatencyData, folds, grid_of
+from wgates_plugin.efficiency.lpnet.compatibility import check_choice
+from wgates_plugin.efficiency.lpnet.data import LatencyData, below, folds, grid_of
 from wgates_plugin.efficiency.lpnet.fit_report import FitReport
 from wgates_plugin.efficiency.lpnet.held_out import COVERAGE, HeldOut, cross_validated
 from wgates_plugin.efficiency.lpnet.layers import LayersStructure
@@ -252,8 +252,8 @@ class LPNet:
             )
         own = space or ChannelSpace.from_json(about["space"])
         try:
-            held_out = HeldOut.from_tensors(file.below("held_out.", tensors))
-            structure = FROM_TENSORS[about["structure"]](own, file.below("structure.", tensors))
+            held_out = HeldOut.from_tensors(below("held_out.", tensors))
+            structure = FROM_TENSORS[about["structure"]](own, below("structure.", tensors))
             model = cls(own, structure, held_out)
             model._correction = float(about["correction"])
             model.report = FitReport(**about["report"]) if about["report"] else None

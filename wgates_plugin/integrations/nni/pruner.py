@@ -31,8 +31,8 @@ from wgates_plugin.integrations.nni.loss_scale import found_scale, trainers_scal
 from wgates_plugin.integrations.nni.masks import Masks, still_open
 from wgates_plugin.strategies.averaging import mean_over_ranks
 from wgates_plugin.strategies.budgeting import plan_for_budget
+from wgates_plugin.strategies.unit_scores import widths_of
 from wgates_plugin.strategies.wgates import WGatesSettings
-from wgates_plugin.strategies.wgates.functions import widths_of
 from wgates_plugin.targets import Target
 
 
@@ -224,7 +224,7 @@ class WGatesPruner(TracedPruner):
             self._renew_gates()
             self._decide()
             return self.bound_model, self.get_masks()
-        if isinstance(self.evaluator, LightningEvaluator) and max_steps is not None:
+        if isinstance(self.evaluator, LightningEvaluator) and max_steps:
             # NNI sets a number of steps in a way that Lightning 2 no longer has.
             self._last_step, max_steps = max_steps, None
             max_epochs = -1 if max_epochs is None else max_epochs

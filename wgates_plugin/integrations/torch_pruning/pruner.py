@@ -19,7 +19,7 @@ from wgates_plugin.integrations.torch_pruning.importance import (
     WGatesImportance,
     units_left,
 )
-from wgates_plugin.integrations.torch_pruning.smaller import carried, space_after
+from wgates_plugin.integrations.torch_pruning.next_step import merits_after, space_after
 from wgates_plugin.integrations.torch_pruning.words import Efficiency, Scheduler, Words, linear
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies.criteria import importance_scores
@@ -301,7 +301,7 @@ class WGatesPruner(TracedPruner):
             known = {"carried": scores, "compared": self.gates.starting.compared}
             self._attach(
                 **{
-                    name: carried(merits, plan, self._now)
+                    name: merits_after(merits, plan, self._now)
                     for name, merits in known.items()
                     if scores is not None and merits is not None
                 }
@@ -378,28 +378,35 @@ class WGatesPruner(TracedPruner):
             kept = state["kept"]
             if kept is not None:
                 kept = tuple(tuple(int(unit) for unit in row) for row in kept)
+            if not isinstance(gates, dict):
+                raise TypeError(f"gates: {type(gates).__name__}")
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
                 f"{self._subject} state: a field is missing or wrong ({error!r})"
             ) from None
-        if step > self.iterative_steps:
+        if not 0 <= step <= self.iterative_steps:
             raise PlanError(
                 f"{self._subject} state: {step} steps are done, this pruner makes "
                 f"{self.iterative_steps}; use the options the state was made with"
             )
         if kept is not None:
             plan = PruningPlan(self._now, kept, {"strategy": "wgates"})
-            units_left(self._now, history)
+            left = PruningPlan.from_masks(self._now, units_left(self._now, history))
+            if left.kept != plan.kept:
+                raise PlanError(
+                    f"{self._subject} state: its history leaves other channels than it keeps; take "
+                    "a whole state of one pruner"
+                )
             self.current_step = step
             self._carry_out(plan, history)
         self._learned = learned
         if self.current_step < self.iterative_steps:
             try:
                 self.gates.load_state_dict(gates)
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise PlanError(
                     f"{self._subject} state: its gates do not fit this network ({error}); use the "
-                    "network and options the state was made with"
+                    "options the state was made with, and a fresh network"
                 ) from error
 
     def _refuse_reload(self, what: str) -> None:

@@ -12,7 +12,16 @@ them over in silence. The repaired ones do as well, so that scores stay comparab
 """
 
 from wgates_plugin.strategies.criteria.plan import plan_by_criterion
+from wgates_plugin.strategies.criteria.repaired import HessianImportance, TaylorImportance
 from wgates_plugin.strategies.criteria.scores import criterion_scores, importance_scores
 from wgates_plugin.strategies.criteria.table import CRITERIA, Criterion
 
-__all__ = ["CRITERIA", "Criterion", "criterion_scores", "importance_scores", "plan_by_criterion"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "HessianImportance",
+    "TaylorImportance",
+    "criterion_scores",
+    "importance_scores",
+    "plan_by_criterion",
+]

@@ -27,7 +27,6 @@ def gated_output(
     Args:
         seed: of noise to take in place of the example inputs, in their shape; None takes them.
     """
-    network, source, attached = gating.network, gating.source, gating.attached
     generator = torch.Generator().manual_seed(seed or 0)
 
     def noise(value: Tensor) -> Tensor:
@@ -36,15 +35,8 @@ def gated_output(
         return torch.randn(value.shape, generator=generator).to(value)
 
     inputs = to_device(example_inputs, gates.device)
-    inputs = map_tensors(noise, informative(network, inputs))
-    gating.source = lambda: gates
-    try:
-        with left_as_found(network):
-            network.eval()
-            gating.attach()
-            output: Tensor = call_with(network, inputs)
-    finally:
-        gating.source = source
-        if not attached:
-            gating.detach()
+    with gating.answering(gates) as network, left_as_found(network):
+        inputs = map_tensors(noise, informative(network, inputs))
+        network.eval()
+        output: Tensor = call_with(network, inputs)
     return output

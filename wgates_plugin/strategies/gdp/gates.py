@@ -35,7 +35,7 @@ from wgates_plugin.strategies.gdp.settings import GDPSettings
 from wgates_plugin.strategies.gdp.settling import Settling
 from wgates_plugin.strategies.gdp.task_gradient import TaskGradient
 from wgates_plugin.strategies.skipping import note_skipped
-from wgates_plugin.strategies.wgates.functions import widths_of
+from wgates_plugin.strategies.unit_scores import widths_of
 from wgates_plugin.verification import relative_error
 
 LEAST_OPEN, REOPENED = 0.03, 1 / 3

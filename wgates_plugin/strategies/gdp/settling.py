@@ -14,7 +14,7 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.budgeting import fit_to_budget
 from wgates_plugin.strategies.gdp.branches import Branches
-from wgates_plugin.strategies.wgates.scores import ranks_within
+from wgates_plugin.strategies.unit_scores import ranks_within
 
 logger = logging.getLogger("wgates_plugin")
 

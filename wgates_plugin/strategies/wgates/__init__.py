@@ -11,7 +11,6 @@ from wgates_plugin.strategies.wgates.gates import WGates
 from wgates_plugin.strategies.wgates.scores import (
     WeightScores,
     filter_scores,
-    ranks_within,
     starting_offsets,
 )
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
@@ -23,6 +22,5 @@ __all__ = [
     "WGatesStrategy",
     "WeightScores",
     "filter_scores",
-    "ranks_within",
     "starting_offsets",
 ]

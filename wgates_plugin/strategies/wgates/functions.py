@@ -47,34 +47,6 @@ def squash(raw: Tensor) -> Tensor:
     return 0.5 * torch.tanh(2 * raw)
 
 
-def widths_of(space: ChannelSpace, scores: Tensor, grid: int = 1) -> tuple[int, ...]:
-    """Widths (G,) that scores (total_units,) stand for: positive ones counted, rounded up.
-
-    Rounding up to the grid keeps the spare channels on the same step of the latency staircase, and
-    keeps every group at its floor or above.
-    """
-    counts = positive_counts(space, scores)
-    return tuple(
-        group.round_up(count * group.ties, grid)
-        for group, count in zip(space.groups, counts, strict=True)
-    )
-
-
-def positive_counts(space: ChannelSpace, scores: Tensor) -> list[int]:
-    positive = (scores.detach() > 0).cpu()
-    return [int(positive[space.unit_slice(g)].sum()) for g in range(len(space.groups))]
-
-
-def open_mask(space: ChannelSpace, scores: Tensor, grid: int = 1) -> Tensor:
-    """0/1 (total_units,): what the plan of these scores would leave, so that what trains stays."""
-    mask = torch.zeros_like(scores)
-    for index, width in enumerate(widths_of(space, scores, grid)):
-        group, start = space.groups[index], space.offsets[index]
-        order = torch.argsort(scores[space.unit_slice(index)], descending=True, stable=True)
-        mask[start + order[: width // group.ties]] = 1.0
-    return mask
-
-
 def per_unit(space: ChannelSpace, by_group: Tensor) -> Tensor:
     """Gradient by width (G,) -> by gate (total_units,): a unit stands for `ties` channels."""
     repeats = torch.tensor([group.units for group in space.groups])

@@ -18,13 +18,8 @@ from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.averaging import mean_over_ranks
 from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.skipping import note_skipped
-from wgates_plugin.strategies.wgates.functions import (
-    open_mask,
-    per_unit,
-    positive_counts,
-    surrogate,
-    widths_of,
-)
+from wgates_plugin.strategies.unit_scores import open_mask, positive_counts, widths_of
+from wgates_plugin.strategies.wgates.functions import per_unit, surrogate
 from wgates_plugin.strategies.wgates.scores import SCORES, no_autocast
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 from wgates_plugin.strategies.wgates.starting import Opening, StartingPoint

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wgates_plugin import modules as kinds
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.strategies.filters import filter_norms, filters_of, producers_of
 from wgates_plugin.strategies.wgates.functions import squash
 
 
@@ -38,19 +38,12 @@ class WeightScores(nn.Module):
     def __init__(self, network: nn.Module, space: ChannelSpace) -> None:
         super().__init__()
         self.space = space
-        found = dict(network.named_modules())
-        self._producers: list[tuple[nn.Module, Tensor]] = []
+        self._producers = producers_of(network, space)
         self.thetas = nn.ParameterList()
-        for index, group in enumerate(space.groups):
-            for slot in group.slots_as("producer"):
-                module = found[slot.module]
-                weight: Tensor = module.weight
-                units = torch.from_numpy(slot.units).to(weight.device)
-                target = torch.where(units >= 0, units + space.offsets[index], space.total_units)
-                self._producers.append((module, target))
-                fan_in = weight.numel() // kinds.out_channels_of(module)
-                zeros = torch.zeros(fan_in, device=weight.device, dtype=torch.float32)
-                self.thetas.append(nn.Parameter(zeros))
+        for module, target in self._producers:
+            fan_in = filters_of(module).shape[1]
+            zeros = torch.zeros(fan_in, device=target.device, dtype=torch.float32)
+            self.thetas.append(nn.Parameter(zeros))
         device = self.thetas[0].device
         options = {"device": device, "dtype": torch.float32}
         self.register_buffer("offset", torch.full((space.total_units,), 0.25, **options))
@@ -67,18 +60,12 @@ class WeightScores(nn.Module):
         with no_autocast(self.offset.device):
             total = self.offset.new_zeros(self.space.total_units + 1)  # last: of no group
             for (module, target), theta in zip(self._producers, self.thetas, strict=True):
-                flat = _flat(module).to(theta.dtype)
+                flat = filters_of(module).to(theta.dtype)
                 total = total.index_add(0, target, filter_scores(flat, theta))
             return total[:-1] / self.ties
 
-    @torch.no_grad()
     def norms(self) -> Tensor:
-        """L2 norm of each unit's filters relative to its layer's mean, summed over producers."""
-        total = self.offset.new_zeros(self.space.total_units + 1)
-        for module, target in self._producers:
-            norm = _flat(module).to(total.dtype).norm(dim=1)
-            total.index_add_(0, target, norm / norm.mean().clamp_min(1e-12))
-        return total[:-1]
+        return filter_norms(self._producers, self.space.total_units)
 
 
 class FreeScores(nn.Module):
@@ -149,13 +136,6 @@ def matched_step_size(weights: WeightScores, *, steps: int = 30) -> Tensor:
     return (sums[0] / sums[1]).repeat_interleave(units.to(free.device))
 
 
-def _flat(module: nn.Module) -> Tensor:
-    """Filters as rows: (C_out, fan_in)."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    out_dim, _ = kinds.channel_dims(module)
-    return weight.transpose(0, out_dim).flatten(1)
-
-
 def filter_scores(flat: Tensor, theta: Tensor) -> Tensor:
     """`standardise(W*) @ theta / fan_in`, without forming the standardised matrix.
 
@@ -169,16 +149,6 @@ def filter_scores(flat: Tensor, theta: Tensor) -> Tensor:
         spread = variance.clamp_min(0).sqrt().clamp_min(1e-12)
     projected = flat @ theta  # (C_out, fan_in) @ (fan_in,) -> (C_out,)
     return (projected - mean * theta.sum()) / (spread * theta.numel())
-
-
-def ranks_within(space: ChannelSpace, merits: Tensor) -> Tensor:
-    """Rank of each unit within its group as a share of it, (total_units,) in [0, 1)."""
-    return torch.cat(
-        [
-            torch.argsort(torch.argsort(merits[space.unit_slice(g)])) / group.units
-            for g, group in enumerate(space.groups)
-        ]
-    )
 
 
 def starting_offsets(

@@ -13,9 +13,9 @@ from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.plan import PruningPlan
 from wgates_plugin.strategies import budgeting
 from wgates_plugin.strategies.base import Settle
-from wgates_plugin.strategies.wgates.functions import positive_counts
+from wgates_plugin.strategies.unit_scores import positive_counts, ranks_within
 from wgates_plugin.strategies.wgates.measuring import GateMerits
-from wgates_plugin.strategies.wgates.scores import ranks_within, starting_offsets
+from wgates_plugin.strategies.wgates.scores import starting_offsets
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 
 Opening = Callable[[Tensor], Sequence[int]]

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from wgates_plugin.channels import ChannelSpace
-from wgates_plugin.efficiency.sample_lines import (
+from wgates_plugin.efficiency.samples.lines import (
     check_header,
     complete_lines,
     content_of,
     new_header,
     read_header,
 )
-from wgates_plugin.efficiency.sample_record import Sample, Source, comparable
-from wgates_plugin.efficiency.sample_writer import SampleWriter, claimed
+from wgates_plugin.efficiency.samples.record import Sample, Source, comparable
+from wgates_plugin.efficiency.samples.writer import SampleWriter, claimed
 from wgates_plugin.errors import FileFormatError, MeasurementError
 from wgates_plugin.files import create_text
 from wgates_plugin.latency.environment import describe_environment

@@ -42,7 +42,7 @@ def space_after(
     return replace(space, groups=groups)
 
 
-def carried(merits: Tensor, plan: PruningPlan, after: ChannelSpace) -> Tensor:
+def merits_after(merits: Tensor, plan: PruningPlan, after: ChannelSpace) -> Tensor:
     """The merits of the units that stayed, in the numbering of the smaller network.
 
     `merits`: (total_units,) of the plan's space.

@@ -8,16 +8,14 @@ import torch
 
 from wgates_plugin.efficiency.lpnet import COVERAGE, LPNet
 from wgates_plugin.efficiency.lpnet.held_out import interval_rows
-from wgates_plugin.efficiency.sample_file import SampleFile
+from wgates_plugin.efficiency.samples.file import SampleFile
 
 
 def visited_error(lpnet: LPNet, visited: SampleFile | None) -> float | None:
     """Mean relative error of `lpnet` on the visited widths, None when there are none."""
     if not visited:
         return None
-    widths = torch.tensor(visited.widths, dtype=torch.float64)
-    measured = torch.tensor(visited.latencies_ms, dtype=torch.float64)
-    return float(lpnet.relative_errors(widths, measured).abs().mean())
+    return float(lpnet.relative_errors(*_tensors(visited)).abs().mean())
 
 
 @torch.no_grad()
@@ -27,8 +25,15 @@ def predictions(lpnet: LPNet, visited: SampleFile | None) -> list[dict[str, Any]
     held_out = lpnet.held_out
     rows = held_out.rows("sampled")
     if visited:
-        widths = torch.tensor(visited.widths, dtype=torch.float64)
-        measured = torch.tensor(visited.latencies_ms, dtype=torch.float64)
+        widths, measured = _tensors(visited)
         known = lpnet.interval(widths) if held_out.most_coverage >= COVERAGE else None
         rows += interval_rows("visited", measured, lpnet(widths), known)
     return rows
+
+
+def _tensors(visited: SampleFile) -> tuple[torch.Tensor, torch.Tensor]:
+    """Widths (N, G) and measured milliseconds (N,)."""
+    return (
+        torch.tensor(visited.widths, dtype=torch.float64),
+        torch.tensor(visited.latencies_ms, dtype=torch.float64),
+    )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wgates_plugin.efficiency.sample_lines import cut_torn_end
+from wgates_plugin.efficiency.samples.lines import cut_torn_end
 from wgates_plugin.errors import FileFormatError, FileInUseError
 from wgates_plugin.file_claim import Claim, claim
 from wgates_plugin.files import append_line
