@@ -22,6 +22,7 @@ from wgates_plugin import modules as kinds
 from wgates_plugin.calling import ExampleInputs, copied
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
+from wgates_plugin.dependencies.raw_groups import coupled_with
 from wgates_plugin.errors import PlanError, SurgeryError
 from wgates_plugin.files import load_tensors
 from wgates_plugin.plan import PruningPlan
@@ -72,8 +73,7 @@ def removals(
         if not gone:
             continue
         root = found[group.name]
-        pruning = graph.get_pruner_of_module(root).prune_out_channels
-        removal = graph.get_pruning_group(root, pruning, gone)
+        removal = coupled_with(graph, root, gone)
         if not graph.check_pruning_group(removal):
             raise SurgeryError(
                 f"group `{group.name}`: torch-pruning refuses to remove {len(gone)} of "

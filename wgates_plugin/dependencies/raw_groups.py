@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch_pruning as tp
+from torch import nn
 from torch_pruning import ops as tp_ops
 
 from wgates_plugin import modules as kinds
@@ -33,8 +35,7 @@ def raw_groups(seen: ForwardPass) -> Iterator[Any]:
                 waits = not last_round and (channels == 1 or kinds.is_depthwise(root))
                 if root in met or waits:
                     continue
-                pruning = graph.get_pruner_of_module(root).prune_out_channels
-                raw = graph.get_pruning_group(root, pruning, list(range(channels)))
+                raw = coupled_with(graph, root, range(channels))
                 written = [
                     item for item in raw if graph.is_out_channel_pruning_fn(item.dep.handler)
                 ]
@@ -48,6 +49,12 @@ def raw_groups(seen: ForwardPass) -> Iterator[Any]:
             f"({type(error).__name__}: {error}); it holds a layer that is not supported, such "
             "as a recurrent one"
         ) from error
+
+
+def coupled_with(graph: tp.DependencyGraph, root: nn.Module, channels: Iterable[int]) -> tp.Group:
+    """What falls with these output channels of `root`: torch-pruning's group."""
+    prune = graph.get_pruner_of_module(root).prune_out_channels
+    return graph.get_pruning_group(root, prune, list(channels))
 
 
 def root_of(raw: Any, seen: ForwardPass) -> tuple[str, np.ndarray]:

@@ -198,15 +198,19 @@ def collect(
     while (widths := proposals.next()) is not None:
         taken = bench.take(widths, seconds_per_sample, trust=trust, profile=profile)
         inside += taken.inference_seconds
-        keep(file, widths, taken, source)
-        if on_sample is not None:
-            on_sample(file.distinct, taken.found)
+        keep(file, widths, taken, source, on_sample)
     check_enough(file, count, grid)
     return SamplingCost(time.perf_counter() - started, inside)
 
 
-def keep(file: SampleFile, widths: Sequence[int], taken: Taken, source: Source) -> None:
-    """Append a sample, and before it the attempts that were not trusted.
+def keep(
+    file: SampleFile,
+    widths: Sequence[int],
+    taken: Taken,
+    source: Source,
+    on_sample: Callable[[int, Measurement], None] | None,
+) -> None:
+    """Append a sample, and before it the attempts that were not trusted; then tell `on_sample`.
 
     Raises:
         MeasurementError: all latencies so far are the same; the sample is in the file.
@@ -215,6 +219,8 @@ def keep(file: SampleFile, widths: Sequence[int], taken: Taken, source: Source) 
         file.add(widths, found, source, why=why)
     file.add(widths, taken.found, source, layers_ms=taken.layers_ms)
     check_they_differ(file)
+    if on_sample is not None:
+        on_sample(file.distinct, taken.found)
 
 
 def check_space(space: ChannelSpace, count: int, grid: int) -> None:

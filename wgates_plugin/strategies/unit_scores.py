@@ -1,4 +1,5 @@
-"""What one score per unit says: how many are open, which widths that makes, who ranks before whom."""
+"""What one score per unit says: how many are open, which widths that makes, who ranks before whom;
+and what is said of groups, unit by unit."""
 
 from __future__ import annotations
 
@@ -44,3 +45,8 @@ def ranks_within(space: ChannelSpace, merits: Tensor) -> Tensor:
             for g, group in enumerate(space.groups)
         ]
     )
+
+
+def per_unit(space: ChannelSpace, by_group: Tensor) -> Tensor:
+    """A value per group (G,) -> per unit (total_units,)."""
+    return by_group.repeat_interleave(torch.tensor([group.units for group in space.groups]))

@@ -82,9 +82,7 @@ def collect_on_farm(
                 lambda: Proposals(file, space, count, grid, seed, active)
             ):
                 inside += taken.inference_seconds
-                keep(file, widths, taken, source)
-                if on_sample is not None:
-                    on_sample(file.distinct, taken.found)
+                keep(file, widths, taken, source, on_sample)
         finally:
             crew.dismiss()
     check_enough(file, count, grid)

@@ -342,9 +342,7 @@ class WGatesPruner(TracedPruner):
             PlanError: it is for another network, or this one was pruned already.
         """
         self._refuse_reload("load_pruning_history")
-        left = units_left(self._now, pruning_history)
-        plan = PruningPlan.from_masks(self._now, left, strategy="history")
-        self._carry_out(plan, pruning_history)
+        self._carry_out(self._left_by(pruning_history), pruning_history)
 
     def state_dict(self) -> dict[str, Any]:
         """Gates, steps done and channels kept: tensors and plain values.
@@ -391,8 +389,7 @@ class WGatesPruner(TracedPruner):
             )
         if kept is not None:
             plan = PruningPlan(self._now, kept, {"strategy": "wgates"})
-            left = PruningPlan.from_masks(self._now, units_left(self._now, history))
-            if left.kept != plan.kept:
+            if self._left_by(history).kept != plan.kept:
                 raise PlanError(
                     f"{self._subject} state: its history leaves other channels than it keeps; take "
                     "a whole state of one pruner"
@@ -415,6 +412,9 @@ class WGatesPruner(TracedPruner):
                 f"{self._subject}.{what}: this network is pruned already; load into a pruner of a "
                 "fresh network"
             )
+
+    def _left_by(self, history: History) -> PruningPlan:
+        return PruningPlan.from_masks(self._now, units_left(self._now, history), strategy="history")
 
     def _carry_out(self, plan: PruningPlan, history: History) -> None:
         self.detach()

@@ -73,13 +73,13 @@ def decide_by_criterion(
     space: ChannelSpace,
     criterion: str | Importance,
     budget: Budget,
-    grid: int = 1,
-    data: Iterable[Any] | None = None,
+    grid: int,
+    data: Iterable[Any] | None,
     *,
-    scope: str = "global",
-    loss: LossFunction = cross_entropy,
-    seed: int = 0,
-    batches: int | None = None,
+    scope: str,
+    loss: LossFunction,
+    seed: int,
+    batches: int | None,
 ) -> tuple[PruningPlan, Tensor]:
     """`plan_by_criterion`, and the scores (total_units,) it ranked by; arguments as there.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.dependencies import DependencyTrace
+from wgates_plugin.dependencies.raw_groups import coupled_with
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.option_checks import is_whole
 from wgates_plugin.strategies.criteria.gradients import gradients_of
@@ -103,8 +104,7 @@ def importance_scores(
             made = tp_group(network, space, index)
         else:
             root = network.get_submodule(group.name)
-            prune = traced.graph.get_pruner_of_module(root).prune_out_channels
-            made = traced.graph.get_pruning_group(root, prune, list(range(group.channels)))
+            made = coupled_with(traced.graph, root, range(group.channels))
         try:
             found = importance(made)
         except (RuntimeError, AttributeError, TypeError, IndexError, KeyError) as error:

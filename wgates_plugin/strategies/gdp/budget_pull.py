@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.efficiency.base import Budget
 from wgates_plugin.efficiency.constraint import Constraint
 from wgates_plugin.strategies.budgeting import Descent
+from wgates_plugin.strategies.unit_scores import per_unit
 
 
 class BudgetPull:
@@ -38,9 +37,8 @@ class BudgetPull:
     ) -> None:
         self.space, self.constraint = space, constraint
         self._rigid, self._steps = rigid, steps
-        self._ties = _per_unit(space, [float(group.ties) for group in space.groups]).to(
-            rigid.device
-        )
+        ties = torch.tensor([float(group.ties) for group in space.groups])
+        self._ties = per_unit(space, ties).to(rigid.device)
         self._least = torch.tensor(space.least_widths(grid), dtype=torch.float64)
         self._descent = Descent(space, budget)
 
@@ -66,17 +64,11 @@ class BudgetPull:
         (pressed,) = torch.autograd.grad((violations * pressure).sum(), widths)
         self.constraint.update(violations)
         by_unit, reference = (
-            _per_unit(self.space, value).to(x) * self._ties for value in (pressed, plain)
+            per_unit(self.space, value).to(x) * self._ties for value in (pressed, plain)
         )
         # Multipliers get a scale of their own (ours): at 1 the budget pulls as hard as the task.
         scale = float(reference[x != 0].abs().mean()) if bool((x != 0).any()) else 0.0
         # At its least width a group saves nothing by closing more, unless all of it may close (ours).
-        saves = _per_unit(self.space, (open_now > self._least) | may_close).to(x)
+        saves = per_unit(self.space, (open_now > self._least) | may_close).to(x)
         pull = by_unit.clamp_min(0) * saves / max(scale, 1e-30)
         return torch.where(self._rigid, 0.0, pull)
-
-
-def _per_unit(space: ChannelSpace, by_group: Any) -> Tensor:
-    """A value per group (G,) -> per unit (total_units,)."""
-    repeats = torch.tensor([group.units for group in space.groups])
-    return torch.as_tensor(by_group).detach().repeat_interleave(repeats)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.strategies.unit_scores import per_unit
 
 
 def binary_step(scores: Tensor) -> Tensor:
@@ -47,8 +48,7 @@ def squash(raw: Tensor) -> Tensor:
     return 0.5 * torch.tanh(2 * raw)
 
 
-def per_unit(space: ChannelSpace, by_group: Tensor) -> Tensor:
+def by_gate(space: ChannelSpace, by_width: Tensor) -> Tensor:
     """Gradient by width (G,) -> by gate (total_units,): a unit stands for `ties` channels."""
-    repeats = torch.tensor([group.units for group in space.groups])
     ties = torch.tensor([float(group.ties) for group in space.groups])
-    return (by_group * ties).repeat_interleave(repeats)
+    return per_unit(space, by_width * ties)

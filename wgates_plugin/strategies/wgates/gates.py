@@ -19,7 +19,7 @@ from wgates_plugin.strategies.averaging import mean_over_ranks
 from wgates_plugin.strategies.base import Settle
 from wgates_plugin.strategies.skipping import note_skipped
 from wgates_plugin.strategies.unit_scores import open_mask, positive_counts, widths_of
-from wgates_plugin.strategies.wgates.functions import per_unit, surrogate
+from wgates_plugin.strategies.wgates.functions import by_gate, surrogate
 from wgates_plugin.strategies.wgates.scores import SCORES, no_autocast
 from wgates_plugin.strategies.wgates.settings import WGatesSettings
 from wgates_plugin.strategies.wgates.starting import Opening, StartingPoint
@@ -238,11 +238,11 @@ class WGates:
         # Multipliers get a scale of their own (ours): pressure 1 pushes as hard as the task pulls.
         # The averaged gradient, so that every rank finds the same scale.
         task_size = float(task.abs().mean())
-        plain_size = float(per_unit(self.space, plain).abs().mean())
+        plain_size = float(by_gate(self.space, plain).abs().mean())
         ratio = task_size / plain_size if plain_size > 0 else 0.0
         first = self.step == self.merits.done
         self.balance = ratio if first else 0.95 * self.balance + 0.05 * ratio
-        return violations.detach(), per_unit(self.space, pressed) * self.balance
+        return violations.detach(), by_gate(self.space, pressed) * self.balance
 
     def _monitor(self, scores: Tensor, violations: Tensor) -> dict[str, float]:
         counts = positive_counts(self.space, scores)
