@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 from latency_helpers import quiet, scripted
 
-from wgates_plugin.errors import (
-    FileFormatError,
-)
-from wgates_plugin.latency import (
-    Measurement,
-)
+from wgates_plugin.efficiency.bench import quietest
+from wgates_plugin.errors import FileFormatError
+from wgates_plugin.latency import Measurement
 
 
 def a_measurement() -> Measurement:
@@ -27,6 +24,25 @@ def test_measurement_survives_json() -> None:
     again = Measurement.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
     assert again == found
     assert isinstance(again.samples_ms, tuple)
+
+
+def test_the_first_quiet_measurement_counts_or_the_quietest() -> None:
+    def of(*spreads: float) -> tuple[float, int, float]:
+        left = [
+            dataclasses.replace(
+                a_measurement(),
+                ratio_spread=spread * a_measurement().ratio,
+                seconds=1e-3,
+                inference_seconds=2.0**index,
+            )
+            for index, spread in enumerate(spreads)
+        ]
+        found = quietest(lambda: left.pop(0))
+        return round(found.relative_spread, 6), len(left), found.discarded_seconds
+
+    assert of(0.01, 0.001) == (0.01, 1, 0.0)
+    assert of(0.03, 0.014, 0.001) == (0.014, 1, 1.0)
+    assert of(0.05, 0.02, 0.04, 0.03, 0.001) == (0.02, 1, 1.0 + 4.0 + 8.0)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,7 @@ def test_measurement_survives_json() -> None:
         ("rounds", 3.0),
         ("warmup", -1),
         ("inferences", 5),
+        ("discarded_seconds", -1.0),
         ("inferences", 6.0),
         ("inferences", None),
         ("seconds", 0.0),
@@ -73,15 +90,16 @@ def test_corrupt_measurements_are_refused(field: str, value: Any) -> None:
         Measurement.from_json(record)
 
 
-def test_a_record_need_not_tell_the_number_of_inferences() -> None:
+def test_a_record_need_not_tell_everything() -> None:
     record = a_measurement().to_json()
     assert record.pop("inferences") == 6
+    assert record.pop("discarded_seconds") == 0.0
     found = Measurement.from_json(record)
     assert found.inferences is None
-    assert found.to_json() == record
+    assert found.to_json() == {**record, "discarded_seconds": 0.0}
 
 
-NEEDED = [f.name for f in dataclasses.fields(Measurement) if f.name != "inferences"]
+NEEDED = [f.name for f in dataclasses.fields(Measurement) if f.default is dataclasses.MISSING]
 
 
 @pytest.mark.parametrize("field", NEEDED)

@@ -7,8 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from wgates_plugin import ChannelSpace, trace
 from wgates_plugin.efficiency import bench as bench_module
-from wgates_plugin.efficiency.bench import PROFILES, Bench, Trust, quietest
+from wgates_plugin.efficiency.bench import PROFILES, Bench, Trust
 from wgates_plugin.efficiency.common_drift import common_drift
 from wgates_plugin.efficiency.light_reference import light_bench
 from wgates_plugin.efficiency.lpnet.data import grid_of
@@ -617,17 +616,6 @@ def test_samples_of_a_disturbed_sitting_are_tied_to_the_present_one(tmp_path: Pa
     second.samples.ties = second.tie(0.0)
     assert second.samples.ties == pytest.approx({0: 1.25}, rel=1e-3)
     assert second._seen()[1] == pytest.approx(true_ms, rel=1e-3)
-
-
-def test_the_first_quiet_measurement_counts_or_the_quietest() -> None:
-    def of(*spreads: float) -> list[float]:
-        left = [SimpleNamespace(relative_spread=spread, seconds=1e-3) for spread in spreads]
-        found = quietest(lambda: cast(Any, left.pop(0)))
-        return [found.relative_spread, len(left)]
-
-    assert of(0.01, 0.001) == [0.01, 1]
-    assert of(0.03, 0.014, 0.001) == [0.014, 1]
-    assert of(0.05, 0.02, 0.04, 0.03, 0.001) == [0.02, 1]
 
 
 @pytest.mark.parametrize("retime", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 import time
@@ -32,13 +33,16 @@ def quietest(take: Callable[[], Measurement]) -> Measurement:
     """The first measurement that is not disturbed, or of several the one that was least.
 
     Networks do not slow down alike beside other work, so a disturbed ratio is not only wide but
-    wrong. The choice is by spread and never by the latency found.
+    wrong. The choice is by spread and never by the latency found. What the others took is its
+    `discarded_seconds`.
     """
     taken = [take()]
     while taken[-1].relative_spread > QUIET and len(taken) < QUIET_ATTEMPTS:
         time.sleep(taken[-1].seconds)  # let it pass
         taken.append(take())
-    return min(taken, key=lambda found: found.relative_spread)
+    kept = min(taken, key=lambda found: found.relative_spread)
+    inside = sum(found.inference_seconds for found in taken)
+    return dataclasses.replace(kept, discarded_seconds=inside - kept.inference_seconds)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ _NUMBERS = (
     "minimum_ms",
     "inference_seconds",
     "seconds",
+    "discarded_seconds",
 )
-_MAY_BE_ZERO = ("ratio_spread",)
+_MAY_BE_ZERO = ("ratio_spread", "discarded_seconds")
 _SERIES = ("samples_ms", "reference_samples_ms")
 _COUNTS = ("rounds", "warmup", "disturbed", "inferences")
 _RECORDS = ("identity", "environment")
-_OPTIONAL = ("inferences",)
+_OPTIONAL = ("inferences", "discarded_seconds")
 
 
 def half_interquartile_range(values: Sequence[float]) -> float:
@@ -72,6 +73,8 @@ class Measurement:
         identity: what was measured on: `Runtime.identity`.
         environment: the machine and the libraries: `describe_environment`.
         inferences: timed ones, the reference's included; None where a record does not tell.
+        discarded_seconds: wall time inside the timed inferences of attempts that other work on the
+            machine disturbed and that this one was kept instead of.
 
     Raises:
         MeasurementError: a time is not finite and positive, or the record contradicts itself.
@@ -94,6 +97,7 @@ class Measurement:
     identity: dict[str, Any]
     environment: dict[str, Any]
     inferences: int | None = None
+    discarded_seconds: float = 0.0
 
     @property
     def relative_spread(self) -> float:
