@@ -14,14 +14,12 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import demo, fashion_mnist, not_faster, removal, targets_at_224
-from benchmarks.comparison.claims import COMPARISON_CLAIMS
 from benchmarks.demo import find_report
 from benchmarks.gate_step import check_alike, steps
 from benchmarks.latency_samples import GRIDS, NETWORKS
 from benchmarks.masked_equals_removed import errors
 from benchmarks.report import scoreboard, tables
 from benchmarks.report.scoreboard import Entry
-from benchmarks.report.strategy_claims import STRATEGY_CLAIMS
 from benchmarks.sampling import naive_session
 from benchmarks.tools import doors
 from benchmarks.tools.activation_masking import ActivationMasking
@@ -180,7 +178,7 @@ def full_results(folder: Path) -> None:
 
 def test_without_results_no_claim_holds(tmp_path: Path) -> None:
     found = board(tmp_path)
-    assert len(found) == len(scoreboard.CLAIMS)
+    assert len(found) == len(scoreboard.claims())
     assert not any(entry.holds for entry in found.values())
     # Runs that are missing are runs that kept no target, here all of them.
     assert found.pop("target_held_share").value == 0.0
@@ -208,7 +206,8 @@ def test_scoreboard_reads_values_and_keeps_missed_bars(tmp_path: Path) -> None:
     assert found[f"{worst}/nni"].value is None  # one network has not been through that door
     missed_doors = {f"{worst}/criteria", f"{worst}/lightning", f"{worst}/nni"}
     # No results of these are made up here.
-    elsewhere = {claim.name for claim in (*STRATEGY_CLAIMS, *COMPARISON_CLAIMS)}
+    mine = {claim.name for claim in scoreboard.PACKAGE_CLAIMS}
+    elsewhere = {claim.name for claim in scoreboard.claims()} - mine
     missed_ones -= {*elsewhere, "nni_trials_succeeded_share"}
     assert missed_ones == {"gate_step_ratio/mobilenet_v2", removal_missed, *missed_doors, *shares}
 
@@ -332,6 +331,11 @@ def test_committed_results_and_readme_agree() -> None:
     assert tables.rewritten(front, RESULTS, tables.FRONT_TABLES) == front
     for path, page in tables.cell_pages(RESULTS).items():
         assert path.read_text() == page
+    claimed = [entry.to_json() for entry in scoreboard.entries(RESULTS)]
+    told = json.loads((RESULTS.parent / "scoreboard.json").read_text())
+    for one, other in zip(told, json.loads(json.dumps(claimed)), strict=True):
+        assert one.pop("interval", []) == pytest.approx(other.pop("interval", []))
+        assert one == other
 
 
 def test_unknown_benchmark_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:

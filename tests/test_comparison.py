@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from comparison_helpers import filled, stored
+from comparison_helpers import SMALL, filled, stored
 
 from benchmarks.comparison import runs
 from benchmarks.comparison.experiment import (
@@ -69,6 +70,32 @@ def test_problems_of_all_methods_come_at_once(tmp_path: Path) -> None:
     nowhere = {**ours, "targets": [0.8, 0.7], "runtimes": ["eager", "openvino"]}
     with pytest.raises(ConfigError, match=r"methods.a: runs at \[0.7, 'openvino'\]"):
         load_experiment(stored(tmp_path, methods={"a": nowhere}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": [0, 1, 1]}, r"seeds.*one is there twice"),
+        ({"seeds": []}, "seeds.*at least 1"),
+        ({"runtimes": []}, "runtimes.*at least 1"),
+        ({"methods": {}}, "methods.*at least 1"),
+        ({"runtimes": [{"runtime": "eager"}, {"runtime": "onnxruntime", "thread": 1}]}, "thread"),
+        ({"methods": {"dense-l1": {"strategy": "l1"}}}, "dense-l1.*rename"),
+        (
+            {"methods": {"a": {"strategy": "l1", "pruning": {"options": {"scope": "local"}}}}},
+            "methods.a.pruning.*options: not taken from here; write them beside `pruning`",
+        ),
+        (
+            {"recipe": {**SMALL["recipe"], "pruning": {"strategy": "l1"}}},
+            "recipe.*strategy: not taken from here; write them under `methods`",
+        ),
+    ],
+)
+def test_what_would_be_left_out_or_counted_twice_is_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_experiment(stored(tmp_path, **changes))
 
 
 def test_a_methods_settings_are_laid_over_the_others(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from xml.etree import ElementTree
 import pytest
 from comparison_helpers import filled, made_up
 
+from benchmarks.comparison.again import first_draws
 from benchmarks.comparison.claims import comparison_claims
-from benchmarks.comparison.contests import COMPARED, compared
+from benchmarks.comparison.contests import compared, margins
 from benchmarks.comparison.experiment import Experiment, load_experiment
 from benchmarks.comparison.pictures import cells_by_runtime, draw_trade_off
+from benchmarks.comparison.runs import Places
 from benchmarks.comparison.summary import Difference, Verdict, read_cells
 from benchmarks.comparison.tables import (
     ablations_table,
@@ -95,8 +97,9 @@ def test_over_the_target_nothing_is_won(tmp_path: Path) -> None:
         (0.45, 0.48, True, Verdict.WON_BEYOND),
         (0.48, 0.45, True, Verdict.UNEQUAL),
         (0.48, 0.46, True, Verdict.WON_BEYOND),
-        (0.45, 0.48, False, Verdict.UNEQUAL),
-        (0.46, 0.48, False, Verdict.LOST),
+        (0.45, 0.48, False, Verdict.LOST),  # the rival kept the target
+        (0.49, 0.53, False, Verdict.UNEQUAL),
+        (0.49, 0.51, False, Verdict.LOST),
         (0.48, 0.45, False, Verdict.LOST),
     ],
 )
@@ -114,6 +117,49 @@ def test_who_is_better_with_more_latency_has_not_won_at_equal_latency(
     assert cell.verdict() is verdict
     share = {Verdict.UNEQUAL: None, Verdict.LOST: 0.0, Verdict.WON_BEYOND: 1.0}[verdict]
     assert values([one], tmp_path / "results")["wgates_wins_share"] == share
+    assert len(margins([cell], "l1")) == (verdict is not Verdict.UNEQUAL)
+
+
+def test_any_rival_that_is_better_fairly_decides(tmp_path: Path) -> None:
+    """The most accurate one is slower than it may be, the second is not."""
+    runs: dict[str, Any] = {"wgates": GOOD, "l1": [0.95] * 3, "random": LOW, "uniform": BETTER}
+    one = filled(tmp_path, runs, ours="wgates", task="t", finals=[0.49] * 3)
+    path = tmp_path / "results/comparison" / one.name / "finals-eager.json"
+    last = json.loads(path.read_text())
+    last["ratio"].update({f"l1-eager-50-{seed}": 0.54 for seed in range(3)})
+    write_json(path, last)
+    (cell,) = read_cells(one, tmp_path / "results")
+    assert cell.best(cell.rivals_here) == "l1"
+    assert not cell.fair("l1")
+    assert cell.verdict() is Verdict.LOST
+    slower = {f"uniform-eager-50-{seed}": 0.54 for seed in range(3)}
+    write_json(path, {**last, "ratio": {**last["ratio"], **slower}})
+    (cell,) = read_cells(one, tmp_path / "results")
+    assert cell.verdict() is Verdict.UNEQUAL
+
+
+def test_where_only_ours_was_allowed_the_target_it_has_won(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": BETTER, "l1": ["few"] * 3, "random": ["few"] * 3}
+    one = filled(tmp_path, runs, ours="wgates", task="t")
+    (cell,) = read_cells(one, tmp_path / "results")
+    assert cell.verdict() is Verdict.WON
+    turned: dict[str, Any] = {"wgates": ["few"] * 3, "l1": GOOD, "random": ["few"] * 3}
+    two = filled(tmp_path, turned, ours="wgates", name="two", task="two")
+    (cell,) = read_cells(two, tmp_path / "results")
+    assert cell.verdict() is Verdict.LOST
+
+
+def test_chance_that_was_refused_or_one_seed_alone(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "random": LOW}
+    one = filled(tmp_path, runs, ours="wgates", task="t")
+    for seed in range(3):
+        path = tmp_path / "results/comparison" / one.name / f"runs/random-eager-50-{seed}.json"
+        write_json(path, {"kind": "refused", "reason": "few"})
+    (cell,) = read_cells(one, tmp_path / "results")
+    assert cell.verdict() is Verdict.WON_BEYOND
+    single = {name: accuracy[:1] for name, accuracy in runs.items()}
+    two = filled(tmp_path, single, ours="wgates", name="two", task="two", seeds=[0])
+    assert "one seed decides nothing" in verdicts_table([two], tmp_path / "results")
 
 
 def test_cells_that_ours_was_tuned_on_are_left_out_of_a_share_of_its_own(tmp_path: Path) -> None:
@@ -278,7 +324,7 @@ def test_weights_against_free_gates_has_students_interval(tmp_path: Path) -> Non
 def test_the_scoreboard_shows_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: dict[str, Any] = {"wgates": [0.91, 0.92, 0.93], "free-gates": [0.9] * 3}
     one = filled(tmp_path, runs, ours="wgates", ablations=["free-gates"], task="t")
-    monkeypatch.setattr(scoreboard, "CLAIMS", tuple(comparison_claims([one])))
+    monkeypatch.setattr(scoreboard, "claims", lambda: tuple(comparison_claims([one])))
     found = {entry.claim: entry for entry in scoreboard.entries(tmp_path / "results")}
     shown = found["weight_dependent_vs_free_gates/t"]
     assert shown.holds  # what has no bar is shown
@@ -318,7 +364,7 @@ def test_all_cells_get_a_page_beside_their_runs(
 ) -> None:
     runs: dict[str, Any] = {"wgates": GOOD, "wide": ["too few ms"] * 3, "l1": [], "random": NOISY}
     one = filled(tmp_path, runs, ours="wgates", task="t")
-    monkeypatch.setattr(tables, "COMPARED", [one])
+    monkeypatch.setattr(tables, "compared", lambda: (one,))
     ((path, page),) = tables.cell_pages(tmp_path / "results").items()
     assert path == tmp_path / "results" / "comparison" / "small" / "README.md"
     assert page.count("*incomplete*: 3 runs are missing") == 2  # among the verdicts and at the cell
@@ -346,7 +392,7 @@ def test_only_experiments_with_a_task_are_compared() -> None:
     assert "systems" not in names
     assert "imagefolder" not in names
     assert {"fashion_resnet20", "ablations_fashion_resnet20"} <= set(names)
-    claims = [claim.name for claim in scoreboard.CLAIMS]
+    claims = [claim.name for claim in scoreboard.claims()]
     assert len(set(claims)) == len(claims)
     assert "weight_dependent_vs_free_gates/emoji_mobilenet_v2" in claims
 
@@ -371,8 +417,9 @@ def test_pictures_of_the_comparison_lie_beside_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    one = filled(tmp_path, {"wgates": GOOD, "random": LOW}, ours="wgates", task="t")
-    monkeypatch.setattr(pictures, "COMPARED", [one])
+    runs: dict[str, Any] = {"wgates": GOOD, "l1": LOW, "random": LOW}
+    one = filled(tmp_path, runs, ours="wgates", task="t")
+    monkeypatch.setattr(pictures, "compared", lambda: (one,))
     results = tmp_path / "results"
     written = pictures.draw(results)
     home = results / "comparison" / "small"
@@ -386,7 +433,7 @@ def test_pictures_of_the_comparison_lie_beside_its_results(
 
 
 def test_nothing_stored_claims_nothing(tmp_path: Path) -> None:
-    assert set(values(list(COMPARED), tmp_path).values()) == {None}
+    assert set(values(list(compared()), tmp_path).values()) == {None}
 
 
 CORE = {
@@ -447,6 +494,25 @@ def test_runs_of_ablations_are_not_in_the_shares_of_runs(tmp_path: Path) -> None
     assert found["target_held_again_share"] == 0.0
 
 
+def test_an_ablation_beside_rivals_is_in_no_share_of_runs_and_in_every_table(
+    tmp_path: Path,
+) -> None:
+    runs: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "free-gates": LOW, "random": LOW}
+    one = filled(
+        tmp_path, runs, ours="wgates", task="t", ablations=["free-gates"], finals=[0.49] * 3
+    )
+    path = tmp_path / "results/comparison" / one.name / "finals-eager.json"
+    last = json.loads(path.read_text())
+    last["ratio"].update({f"free-gates-eager-50-{seed}": 0.6 for seed in range(3)})
+    write_json(path, last)
+    found = values([one], tmp_path / "results")
+    assert found["target_held_share/comparison"] == found["target_held_again_share"] == 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "compared", lambda: (one,))
+        assert "won beyond" in tables.comparison_table(tmp_path / "results")
+        assert "`free-gates`" in tables.comparison_ablations_table(tmp_path / "results")
+
+
 def test_first_draws_are_counted_too(tmp_path: Path) -> None:
     runs: dict[str, Any] = {"wgates": BETTER, "l1": GOOD, "random": LOW}
     one = filled(tmp_path, runs, ours="wgates", task="t")
@@ -461,3 +527,12 @@ def test_first_draws_are_counted_too(tmp_path: Path) -> None:
     write_json(path, {"kind": "replaced runs", "runs": [*gone, *again]})
     found = values([one], results)
     assert (found["wgates_wins_share"], found["wgates_wins_share/first_draws"]) == (1.0, 0.0)
+    refused = {"run": "random-eager-50-1", "refused": "few"}
+    write_json(path, {"kind": "replaced runs", "runs": [refused]})
+    (cell,) = read_cells(one, results)
+    drawn = first_draws(cell, Places(one, results, results))
+    assert drawn.verdict() is Verdict.INCOMPLETE
+    assert (drawn.rows["random"].seeds, drawn.rows["random"].refused) == ([0, 2], {1: "few"})
+    late = {"run": "random-eager-50-1", "accuracy": 0.8, "own": 0.49, "last": None}
+    write_json(path, {"kind": "replaced runs", "runs": [refused, late]})
+    assert first_draws(cell, Places(one, results, results)).verdict() is Verdict.INCOMPLETE

@@ -18,7 +18,9 @@ from benchmarks.comparison.experiment import (
     dense_recipe,
     load_experiment,
 )
+from benchmarks.comparison.summary import network_of
 from wgates_plugin.channels import ChannelSpace
+from wgates_plugin.errors import ConfigError
 from wgates_plugin.files import write_json
 from wgates_plugin.recipe import prepare
 from wgates_plugin.tracing import trace
@@ -64,6 +66,45 @@ def test_the_same_networks_are_not_timed_twice(tmp_path: Path) -> None:
     write_json(places.result(first), result)
     finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
     assert places.finals("eager").read_text() != timed
+
+
+def test_what_cannot_be_built_again_keeps_its_timing(tmp_path: Path) -> None:
+    """Its run folder is gone, and its network is more than widths."""
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    (first, second), block = comparison.choose(experiment), experiment.runtimes[0]
+    result = of_full_widths(experiment)
+    for run in (first, second):
+        write_json(places.result(run), result)
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    gone = {**result, "after_cut": ["constants"]}
+    write_json(places.result(second), gone)
+    last = json.loads(places.finals("eager").read_text())
+    last["networks"][second.key] = network_of(gone)
+    write_json(places.finals("eager"), last)
+    before = places.finals("eager").read_text()
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1)
+    assert places.finals("eager").read_text() == before
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1, again=True)
+    after = json.loads(places.finals("eager").read_text())
+    assert after["of_an_earlier_sitting"] == [second.key]
+    for table in ("ratio", "networks", "passes"):
+        assert after[table][second.key] == last[table][second.key]
+    assert set(after["ratio"]) == {first.key, second.key}
+    write_json(places.result(second), {**gone, "after_cut": ["another"]})
+    finals.time_finals(experiment, places, block, seconds=0.02, passes=1, again=True)
+    assert set(json.loads(places.finals("eager").read_text())["ratio"]) == {first.key}
+
+
+def test_runs_of_another_machine_are_not_timed_here(tmp_path: Path) -> None:
+    experiment = load_experiment(stored(tmp_path))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    first, _ = comparison.choose(experiment)
+    result = {**of_full_widths(experiment), "environment": {"cpu": "another"}}
+    write_json(places.result(first), result)
+    with pytest.raises(ConfigError, match="1 stored runs are from another"):
+        finals.time_finals(experiment, places, experiment.runtimes[0], again=True)
+    assert not places.finals("eager").exists()
 
 
 @pytest.mark.parametrize(

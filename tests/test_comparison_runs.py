@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from comparison_helpers import SMALL, made_up, stored
 
@@ -27,8 +28,8 @@ from benchmarks.comparison.experiment import (
 from benchmarks.comparison.other_images import other_images
 from benchmarks.tools.records import code_digest
 from wgates_plugin.catalogue import TensorLoader, load_data
-from wgates_plugin.errors import ConfigError, TargetError, WGatesError
-from wgates_plugin.files import load_tensors, write_json
+from wgates_plugin.errors import ConfigError, RuntimeUnavailableError, TargetError, WGatesError
+from wgates_plugin.files import load_tensors, save_tensors, write_json
 from wgates_plugin.recipe import prepare
 from wgates_plugin.recipe.dense import WEIGHTS
 from wgates_plugin.strategies.wgates import WGatesSettings
@@ -361,6 +362,44 @@ def test_runs_of_two_machines_are_not_mixed(
     assert not places.result(second).exists()
     with pytest.raises(ConfigError, match="this machine is two AVX512"):
         comparison.main([*words, "--methods", first.method, "--finals"])
+    failed = runs.attempt(experiment, places, second)  # as a worker elsewhere would begin it
+    assert failed.startswith(f"{second.key}: failed: ConfigError: ")
+    assert "this machine is two AVX512" in failed
+
+
+def test_a_network_with_weights_of_its_own_is_not_trained_first(tmp_path: Path) -> None:
+    recipe = dict(SMALL["recipe"])
+    del recipe["dense_training"]
+    given, *_ = prepare(dense_recipe(load_experiment(stored(tmp_path)), 7, tmp_path))
+    save_tensors(tmp_path / "mine.safetensors", dict(given.state_dict()))
+    recipe["model"] = {"name": "digits_resnet", "weights": str(tmp_path / "mine.safetensors")}
+    experiment = load_experiment(stored(tmp_path, name="own", recipe=recipe))
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    runs.make_dense(experiment, places, 0)
+    made = load_tensors(places.dense_folder(0) / WEIGHTS, kind="dense network")
+    assert all(torch.equal(made[name], value) for name, value in given.state_dict().items())
+    assert json.loads(places.dense_result(0).read_text())["trained_on"]["epochs"] == 2
+
+
+def test_a_runtime_that_is_not_there_is_said_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [{"runtime": "eager"}, {"runtime": "eager-elsewhere"}]
+    experiment = load_experiment(stored(tmp_path))
+    experiment = experiment.model_copy(update={"runtimes": blocks})
+    places = runs.Places(experiment, tmp_path / "results", tmp_path / "work")
+    monkeypatch.setattr(runs, "make_dense", lambda *_: pytest.fail("trained"))
+    with pytest.raises(RuntimeUnavailableError, match="eager-elsewhere"):
+        runs.prepared(experiment, places, list(runs_of(experiment)))
+
+
+@pytest.mark.parametrize("words", [["--seed", "1"], ["--method", "l1"]])
+def test_words_that_are_nearly_right_are_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        comparison.main(["fashion_resnet20", *words])
+    assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
 
 
 def test_dense_networks_are_trained_side_by_side(

@@ -13,11 +13,12 @@ import torch
 from networks import example, tiny
 from nni.compression.pruning import L1NormPruner
 from nni_helpers import evaluator
+from test_strategies import batches
 from torch import Tensor, nn
 
 from wgates_plugin import trace
 from wgates_plugin.efficiency import MacsModel
-from wgates_plugin.integrations.nni import WGatesPruner, remove
+from wgates_plugin.integrations.nni import StrategyPruner, WGatesPruner, remove
 from wgates_plugin.strategies import WGatesSettings
 from wgates_plugin.strategies.budgeting import holds
 from wgates_plugin.targets import MacsTarget
@@ -32,6 +33,29 @@ INNER = "1.main.0.0"
 def closed(masks: Any, name: str = INNER) -> Tensor:
     """Output channels (C,) that the masks close."""
     return (masks[name]["weight"] != 0).flatten(1).sum(1) == 0
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_a_strategy_by_name_may_come_first(decided: bool) -> None:
+    network = tiny("residual")
+    config = [{"op_names": [INNER], "sparse_ratio": 0.25}]
+    earlier = StrategyPruner(network, config, "l1", batches())
+    before = closed(earlier.compress()[1]) if decided else None
+    earlier.unwrap_model()
+    trained = evaluator(network)
+    trained._init_optimizer_helpers(network)
+    earlier.wrap_model()
+    pruner = WGatesPruner.from_compressor(
+        earlier,
+        [{"op_names": [INNER], "sparse_ratio": 0.5}],
+        3,
+        evaluator=trained,
+        example_inputs=example(),
+    )
+    now = closed(pruner.compress()[1])
+    assert earlier.plan is not None
+    assert int(now.sum()) == len(now) // 2
+    assert before is None or bool(now[before].all())
 
 
 def chained(

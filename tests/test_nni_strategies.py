@@ -86,7 +86,7 @@ def test_widths_are_those_that_the_latency_model_has_seen(
     assert pruner.plan is not None
     pairs = zip(pruner.plan.widths, pruner.space.full_widths, strict=True)
     assert all(width % multiple == 0 for width, whole in pairs if width < whole)
-    assert pruner._settings.grid == multiple
+    assert pruner._grid == multiple
     parameters = {"pruner": "wgates", "target": 0.6 * full, **word}
     network = tiny("residual")
     named = build_pruner(
@@ -289,9 +289,16 @@ def test_a_search_space_asks_for_data_too(data: Any) -> None:
 
 
 def test_problems_come_at_once() -> None:
-    wrong: dict[str, Any] = {"epochs": -2, "seed": 1.5, "training": {"epochs": 1}, "loss": "mean"}
+    wrong: dict[str, Any] = {
+        "epochs": -2,
+        "seed": 1.5,
+        "training": {"epochs": 1},
+        "loss": "mean",
+        "grid": 0,
+        "efficiency": "latency",
+    }
     with pytest.raises(ConfigError) as caught:
-        pruner_of("l1", **wrong)
+        pruner_of("l1", target=0.5, **wrong)
     assert options_named(caught.value) == sorted(wrong)
 
 
@@ -320,8 +327,13 @@ def test_what_is_wrong_is_said() -> None:
     model = tiny("residual")
     with pytest.raises(ConfigError, match=r"StrategyPruner: .*\n.*neither `target` nor any"):
         StrategyPruner(model, CONVOLUTIONS, "l1", batches())
-    with pytest.warns(UserWarning, match="StrategyPruner: layers that stay whole"):
-        pruner_of("l1", config_list=[{"op_names": ["0.0", "1.main.0.0"], "sparse_ratio": 0.5}])
+    some = [{"op_names": ["0.0", "1.main.0.0"], "sparse_ratio": 0.5}]
+    with pytest.warns(UserWarning, match="StrategyPruner: layers that stay whole") as told:
+        pruner_of("l1", config_list=some)
+    with pytest.warns(UserWarning, match="WGatesPruner: layers that stay whole") as told_too:
+        WGatesPruner(model, some, training_steps=0, example_inputs=example())
+    both = [one for one in (*told, *told_too) if "stay whole" in str(one.message)]
+    assert [one.filename for one in both] == [__file__] * 2
     pruner = pruner_of("l1", config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     with pytest.raises(ConfigError, match="epochs"):
         pruner.compress(max_steps=3)

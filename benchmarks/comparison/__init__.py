@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.comparison import again, finals, other_images, runs, turns
 from benchmarks.comparison.experiment import (
+    DENSE,
     FOLDER,
     Experiment,
     Run,
@@ -76,10 +77,16 @@ def main(argv: Sequence[str] = ()) -> None:
         if not arguments.finals:
             _do_missing(experiment, places, chosen, _SideBySide(experiment, arguments, argv, ours))
         other_images.score(experiment, places, chosen)
+        refused: list[ConfigError] = []
         for block in experiment.runtimes:
             if not arguments.runtimes or runtime_name(block) in arguments.runtimes:
-                finals.time_finals(experiment, places, block, again=arguments.finals)
+                try:
+                    finals.time_finals(experiment, places, block, again=arguments.finals)
+                except ConfigError as error:  # one runtime's machine is another: the others go on
+                    refused.append(error)
     _show(experiment, arguments.results)
+    if refused:
+        raise refused[0]
     still = runs.missing(places, chosen)
     if still and not arguments.finals:
         print(f"{experiment.name}: {len(still)} runs failed; see above", flush=True)
@@ -89,8 +96,8 @@ def main(argv: Sequence[str] = ()) -> None:
 def _do_these(experiment: Experiment, places: runs.Places, keys: Sequence[str]) -> None:
     """Runs and dense networks by their keys, one after the other, in this process."""
     for key in keys:
-        if key.startswith(runs.DENSE):
-            runs.make_dense(experiment, places, int(key.removeprefix(runs.DENSE)))
+        if key.startswith(DENSE):
+            runs.make_dense(experiment, places, int(key.removeprefix(DENSE)))
         else:
             print(runs.attempt(experiment, places, _run_of_key(experiment, key)), flush=True)
 
@@ -149,7 +156,7 @@ class _SideBySide:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    options = parser("comparison", __doc__)
+    options = parser("comparison", __doc__, seed=None)
     known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
     options.add_argument("experiment", help=f"a YAML file, or one of: {known}")
     options.add_argument("--profile", help="one of the experiment's profiles, such as gpu")

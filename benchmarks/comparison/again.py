@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.comparison.experiment import Experiment, Run, runs_of
 from benchmarks.comparison.runs import Places
-from benchmarks.comparison.summary import Cell, last_ratio
+from benchmarks.comparison.summary import Cell, Row, last_ratio
 from wgates_plugin.files import read_json, write_json
 
 MOST_APART = 0.03
@@ -80,7 +80,9 @@ def forget_disturbed(places: Places, chosen: Sequence[Run]) -> list[str]:
             "last sitting; all of them again"
         )
         timed = read_json(places.finals(runtime), kind="final latencies")
-        for run in (run for run in chosen if (run.runtime, run.target) == (runtime, target)):
+        cell = [run for run in chosen if (run.runtime, run.target) == (runtime, target)]
+        # Those that are apart go last: after an interruption the cell is still one to draw again.
+        for run in sorted(cell, key=lambda run: run in found and found[run].apart):
             if run in found:
                 one = found[run]
                 _forget(places, run, accuracy=one.accuracy, own=one.own, last=one.last)
@@ -116,16 +118,34 @@ def forget_refused(experiment: Experiment, places: Places, chosen: Iterable[Run]
 
 
 def first_draws(cell: Cell, places: Places) -> Cell:
-    """This cell with what its runs had found before they were made again; others stay as they are."""
-    first = {one["run"]: one for one in reversed(read_replaced(places.replaced)) if "last" in one}
+    """This cell with what its runs had found, or why they were refused, before they were made again.
+
+    As much of it as a verdict needs; runs that were made once stay as they are.
+    """
+    first = {one["run"]: one for one in reversed(read_replaced(places.replaced))}
     rows = {}
     for name, row in cell.rows.items():
-        accuracy, ratio = list(row.accuracy), list(row.ratio)
-        for index, seed in enumerate(row.seeds):
-            if one := first.get(Run(name, cell.runtime, cell.target, seed).key):
-                accuracy[index] = one["accuracy"]
-                ratio[index] = one["own"] if one["last"] is None else one["last"]
-        rows[name] = replace(row, accuracy=accuracy, ratio=ratio)
+        found = dict(zip(row.seeds, zip(row.accuracy, row.ratio, strict=True), strict=True))
+        refused = dict(row.refused)
+        for seed in sorted({*found, *refused}):
+            one = first.get(Run(name, cell.runtime, cell.target, seed).key)
+            if one is None:
+                continue
+            found.pop(seed, None)
+            refused.pop(seed, None)
+            if "refused" in one:
+                refused[seed] = one["refused"]
+            else:
+                found[seed] = one["accuracy"], one["own"] if one["last"] is None else one["last"]
+        seeds = sorted(found)
+        rows[name] = Row(
+            name,
+            seeds,
+            accuracy=[found[seed][0] for seed in seeds],
+            ratio=[found[seed][1] for seed in seeds],
+            missing=row.missing,
+            refused=refused,
+        )
     return replace(cell, rows=rows)
 
 

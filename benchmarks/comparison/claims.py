@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.comparison.contests import (
-    COMPARED,
     FREE,
     HALF,
     UNIFORM,
@@ -86,8 +85,8 @@ def _over(experiments: Sequence[Experiment], rival: str) -> Claim:
         f"margin_over/{rival}",
         None,
         "higher",
-        f"{SOURCE}; no bar: points, mean of the tasks' means over their complete cells, 95 % interval "
-        "over tasks",
+        f"{SOURCE}; no bar: points, mean of the tasks' means over their complete cells at equal latency, "
+        "95 % interval over tasks",
         lambda folder: mean_of(margin(folder)),
         interval=lambda folder: interval_of(margin(folder)),
     )
@@ -117,8 +116,8 @@ def _of_wins(experiments: Sequence[Experiment]) -> list[Claim]:
             "wgates_wins_share",
             1.0,
             "higher",
-            f"{SOURCE}; of all cells (task, target, runtime) but the undecided; an incomplete one is "
-            "not won",
+            f"{SOURCE}; of all cells (task, target, runtime) but those that count for nobody; an "
+            "incomplete one is not won",
             share_of(experiments, lambda one: one.won),
         ),
         Claim(
@@ -219,6 +218,3 @@ def _of_runs(experiments: Sequence[Experiment]) -> list[Claim]:
             final_share(experiments, lambda ratio, target: ratio >= TIGHT * target),
         ),
     ]
-
-
-COMPARISON_CLAIMS = tuple(comparison_claims(COMPARED))

@@ -6,13 +6,14 @@ counts for nobody; one of which runs are missing is not won.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.comparison.again import first_draws
 from benchmarks.comparison.experiment import FOLDER, Experiment, load_experiment
 from benchmarks.comparison.runs import Places
-from benchmarks.comparison.summary import CHANCE, Cell, Difference, Verdict, read_cells
+from benchmarks.comparison.summary import CHANCE, Cell, Difference, Row, Verdict, read_cells
 from wgates_plugin.recipe.reading import read as read_file
 
 FREE = "free-gates"
@@ -24,10 +25,11 @@ HALF = 0.5
 Read = Callable[[Path], float | None]
 
 
-def compared(folder: Path = FOLDER) -> list[Experiment]:
+@functools.cache
+def compared(folder: Path = FOLDER) -> tuple[Experiment, ...]:
     """The experiments of the comparison, by name."""
     paths = sorted(folder.glob("*.yaml"))
-    return [load_experiment(path) for path in paths if read_file(path).get("task")]
+    return tuple(load_experiment(path) for path in paths if read_file(path).get("task"))
 
 
 def contests(experiments: Iterable[Experiment], folder: Path, *, first: bool = False) -> list[Cell]:
@@ -42,6 +44,11 @@ def contests(experiments: Iterable[Experiment], folder: Path, *, first: bool = F
     return cells
 
 
+def has_rivals(experiment: Experiment) -> bool:
+    """Whether ours meets anybody but chance there."""
+    return bool(set(experiment.with_role("rival")) - {CHANCE})
+
+
 def share(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -53,8 +60,10 @@ def share_of(
     whole: bool = False,
     first: bool = False,
 ) -> Read:
-    """Of all cells but the undecided, those that are complete and `good`; with `whole`, of the
-    complete ones alone; `first` as in `contests`."""
+    """Of all cells but those that count for nobody, those that are complete and `good`.
+
+    With `whole`, of the complete ones alone; `first` as in `contests`.
+    """
 
     def read(folder: Path) -> float | None:
         cells = contests(experiments, folder, first=first)
@@ -75,7 +84,7 @@ def share_of(
 def won_on_other_images(cell: Cell) -> bool:
     """Ours is at least as accurate there as the rival that is best by what judges the cell."""
     margin = cell.margin_on_other_images()
-    return margin is not None and margin.mean >= 0 and cell.ours_keeps_target()
+    return margin is not None and margin.mean >= 0 and cell.keeps_target(cell.ours)
 
 
 def won_over_the_best_there(cell: Cell) -> bool:
@@ -117,14 +126,14 @@ def decided_share(experiments: Sequence[Experiment]) -> Read:
 def final_share(experiments: Sequence[Experiment], good: Callable[[float, float], bool]) -> Read:
     """Share of the runs of complete cells whose (latency, target) in the sitting at the end is `good`.
 
-    A run that was not timed there is not; a cell that is not complete has not had its sitting yet.
+    A run that was not timed there is not.
     """
 
     def read(folder: Path) -> float | None:
         found: list[bool] = []
         timed = False
         for cell in contests(experiments, folder):
-            for row in () if cell.missing() else cell.rows.values():
+            for row in _rows_of_complete(cell):
                 timed = timed or bool(row.finals)
                 found += [good(ratio, cell.target) for ratio in row.finals]
                 found += [False] * (len(row.seeds) - len(row.finals))
@@ -133,11 +142,16 @@ def final_share(experiments: Sequence[Experiment], good: Callable[[float, float]
     return read
 
 
+def _rows_of_complete(cell: Cell) -> list[Row]:
+    """Rows of ours and the rivals; none of a cell that is not complete, which had no sitting yet."""
+    return [] if cell.missing() else [cell.rows[method] for method in cell.contestants]
+
+
 def held_again_share(experiments: Sequence[Experiment]) -> Read:
     """Of the runs that said "held", those that the sitting at the end found so too."""
 
     def read(folder: Path) -> float | None:
-        rows = [row for cell in contests(experiments, folder) for row in cell.rows.values()]
+        rows = [row for cell in contests(experiments, folder) for row in _rows_of_complete(cell)]
         return share([still for row in rows for still in row.again])
 
     return read
@@ -161,7 +175,7 @@ def everyone_share(experiments: Sequence[Experiment]) -> Read:
 def margin_over(
     experiments: Sequence[Experiment], rival: str
 ) -> Callable[[Path], Difference | None]:
-    """Ours minus one rival over the complete cells: the mean over tasks of their cells' means.
+    """Ours minus one rival over the cells of `margins`: the mean over tasks of their cells' means.
 
     Cells of one task share networks and images, so tasks are what its error and interval are over.
     """
@@ -178,9 +192,11 @@ def margin_over(
 
 
 def margins(cells: Iterable[Cell], rival: str) -> list[float]:
-    """Points that ours is ahead of a rival, of every complete cell that has both."""
-    found = [cell.between(cell.ours or "", rival) for cell in cells if not cell.missing()]
-    return [one.mean for one in found if one is not None]
+    """Points that ours is ahead of a rival, of every complete cell that has both and in which the
+    better one is not so by its latency (`Cell.fair`)."""
+    whole = [cell for cell in cells if not cell.missing()]
+    found = [(cell, cell.between(cell.ours or "", rival)) for cell in whole]
+    return [one.mean for cell, one in found if one is not None and cell.fair(rival)]
 
 
 def always_there(experiments: Sequence[Experiment]) -> list[str]:
@@ -188,7 +204,7 @@ def always_there(experiments: Sequence[Experiment]) -> list[str]:
     sets = [
         [name for name in experiment.with_role("rival") if experiment.methods[name].core]
         for experiment in experiments
-        if set(experiment.with_role("rival")) - {CHANCE}
+        if has_rivals(experiment)
     ]
     return [name for name in (sets[0] if sets else []) if all(name in one for one in sets)]
 
@@ -257,6 +273,3 @@ def weights_against_free(experiment: Experiment) -> Callable[[Path], Difference 
         return Difference.of(first, second)
 
     return read
-
-
-COMPARED = compared()

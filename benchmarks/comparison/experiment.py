@@ -25,12 +25,23 @@ from wgates_plugin.recipe.reading import read
 
 FOLDER = HOME / "experiments"
 
+DENSE = "dense-"
+"""What the key of a dense network begins with; its seed follows."""
+
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 Role = Literal["ours", "rival", "ablation"]
+
+
+def _refuse_strategy(pruning: Any, instead: str) -> None:
+    """A method says who decides, beside its `pruning` and not in it."""
+    keys = pruning if isinstance(pruning, dict) else {}
+    found = [key for key in ("strategy", "options") if key in keys]
+    if found:
+        raise ValueError(f"pruning: {', '.join(found)}: not taken from here; {instead}")
 
 
 class Method(_Block):
@@ -57,6 +68,12 @@ class Method(_Block):
     runtimes: list[str] | None = None
     core: bool = False
 
+    @field_validator("pruning")
+    @classmethod
+    def _strategy_is_beside(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _refuse_strategy(value, "write them beside `pruning`")
+        return value
+
 
 class Experiment(_Block):
     """All methods get the same dense networks, data, epochs, recipe and latency samples.
@@ -81,10 +98,10 @@ class Experiment(_Block):
     name: str
     about: str
     recipe: dict[str, Any]
-    runtimes: list[dict[str, Any]]
+    runtimes: list[dict[str, Any]] = Field(min_length=1)
     targets: list[float]
-    seeds: list[int]
-    methods: dict[str, Method]
+    seeds: list[int] = Field(min_length=1)
+    methods: dict[str, Method] = Field(min_length=1)
     task: str | None = None
     everyone: dict[str, list[float]] | None = None
     profiles: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -119,6 +136,19 @@ class Experiment(_Block):
             raise ValueError("two are the same percent, by which files of runs are named")
         return value
 
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{value}: one is there twice, and would count as two")
+        return value
+
+    @field_validator("recipe")
+    @classmethod
+    def _strategy_is_the_methods(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _refuse_strategy(value.get("pruning"), "write them under `methods`")
+        return value
+
     @model_validator(mode="after")
     def _one_is_ours(self) -> Experiment:
         ours = self.with_role("ours")
@@ -131,6 +161,8 @@ class Experiment(_Block):
                 f"runtimes: {', '.join(twice)} is there twice; make it two experiments"
             )
         for name, method in self.methods.items():
+            if name.startswith(DENSE):
+                raise ValueError(f"methods.{name}: `{DENSE}...` are the dense networks; rename it")
             unknown: list[object] = [t for t in method.targets or () if t not in self.targets]
             unknown += [runtime for runtime in method.runtimes or () if runtime not in known]
             if unknown:
@@ -201,6 +233,13 @@ def load_experiment(path: str | Path, profile: str | None = None) -> Experiment:
             settings[name] = recipe_of(experiment, run, Path("run")).pruning
         except ConfigError as error:
             problems += [f"method `{name}`: {problem}" for problem in error.problems]
+    for block in experiment.runtimes[1:]:
+        run = Run(next(iter(experiment.methods)), runtime_name(block), experiment.targets[0], 0)
+        try:
+            recipe_of(experiment, run, Path("run"))
+        except ConfigError as error:
+            of_the_block = [problem for problem in error.problems if "target" in problem]
+            problems += [f"runtime `{run.runtime}`: {problem}" for problem in of_the_block]
     wanted = dense_recipe(experiment, 0, Path("run")).pruning.epochs if settings else 0
     for name, found in settings.items():
         mine = found.epochs

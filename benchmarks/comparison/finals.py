@@ -15,11 +15,10 @@ import numpy as np
 from torch import nn
 
 from benchmarks.comparison.experiment import Experiment, Run, dense_recipe, runs_of, runtime_name
-from benchmarks.comparison.runs import Places, is_of
+from benchmarks.comparison.runs import Places, is_of, refuse_other_machines, runtime_of
 from benchmarks.comparison.summary import network_of
 from wgates_plugin.channels import ChannelSpace
 from wgates_plugin.files import read_json, write_json
-from wgates_plugin.latency import RuntimeSettings, get_runtime
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency.timing import measure
 from wgates_plugin.pipeline import PruningSettings
@@ -60,19 +59,25 @@ def time_finals(
     among those that are chosen from: a busy hour does not undo a quiet one.
 
     A network whose run folder is no longer there is built again from its stored widths: its latency
-    does not depend on its weights. Nothing is written where there is nothing to time, and the same
-    networks are not timed a second time but for `again`: repeated until all keep their targets, a
-    sitting would tell of chance.
+    does not depend on its weights. What cannot be built again, and was timed before, stays as it is.
+    Nothing is written where there is nothing to time, and the same networks are not timed a second
+    time but for `again`: repeated until all keep their targets, a sitting would tell of chance.
+
+    Raises:
+        ConfigError: the runs are of another machine than this one.
     """
-    todo = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
-    todo = [run for run in todo if _can_be_timed(places, run)]
+    all_runs = [run for run in runs_of(experiment) if run.runtime == runtime_name(block)]
+    todo = [run for run in all_runs if _can_be_timed(places, run)]
     stored = {run.key: read_json(places.result(run), kind="run") for run in todo}
     networks = {key: network_of(one) for key, one in stored.items()}
     artefacts = {run.key: _artefact(places, run, stored[run.key]) for run in todo}
     path = places.finals(runtime_name(block))
     known = read_json(path, kind="final latencies") if path.exists() else {}
-    if not todo or (known.get("networks") == networks and not again):
+    kept = _still_stored(known, [run for run in all_runs if run not in todo], places)
+    all_networks = {**_of(known, "networks", kept), **networks}
+    if not todo or (known.get("networks") == all_networks and not again):
         return
+    refuse_other_machines(experiment, places, {runtime_name(block)})
     environment = describe_environment()
     earlier = _still_true(known, networks, environment, passes)
     before = [
@@ -88,10 +93,11 @@ def time_finals(
         {
             "runtime": runtime_name(block),
             "baseline_ms": quiet_ms,
-            "ratio": _ratios(found, passes),
-            "networks": networks,
-            "passes": found,
-            "disturbed": sorted(slow),
+            "ratio": {**_of(known, "ratio", kept), **_ratios(found, passes)},
+            "networks": all_networks,
+            "passes": {**_of(known, "passes", kept), **found},
+            "disturbed": sorted({*slow, *kept & {*known.get("disturbed", ())}}),
+            "of_an_earlier_sitting": sorted(kept),
             "from_widths": [key for key, artefact in artefacts.items() if artefact is None],
             "seconds": seconds,
             "environment": environment,
@@ -126,10 +132,7 @@ class _Sitting:
         artefacts: dict[str, Path | None],
         seconds: float,
     ) -> None:
-        settings = {k: v for k, v in block.items() if k in ("threads", "device", "precision")}
-        self.runtime = get_runtime(
-            runtime_name(block), RuntimeSettings(**settings), **block.get("options", {})
-        )
+        self.runtime = runtime_of(block)
         seed = experiment.seeds[0]  # weights have no part in it
         recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
         self.network, data, _, pruning = prepare(recipe)
@@ -197,6 +200,21 @@ def _still_true(
         for key, timings in known.get("passes", {}).items()
         if key in networks and known["networks"].get(key) == networks[key]
     }
+
+
+def _still_stored(known: dict[str, Any], runs: list[Run], places: Places) -> set[str]:
+    """Keys of runs that cannot be timed here, and whose networks an earlier sitting has timed."""
+    return {
+        run.key
+        for run in runs
+        if run.key in known.get("networks", {})
+        and places.result(run).exists()
+        and network_of(read_json(places.result(run), kind="run")) == known["networks"][run.key]
+    }
+
+
+def _of(known: dict[str, Any], table: str, keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in known.get(table, {}).items() if key in keys}
 
 
 def _doubted(found: dict[str, Timings], before: list[float], passes: int) -> tuple[float, set[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.comparison.contests import has_rivals
 from benchmarks.comparison.experiment import Experiment
 from benchmarks.comparison.summary import CHANCE, Cell, Row, mean_and_spread, read_cells
 from wgates_plugin.files import atomic_path
@@ -31,13 +32,13 @@ AXES = {"ratio": "measured latency over untouched", "macs": "MACs over untouched
 def draw_experiment(experiment: Experiment, results: Path) -> list[Path]:
     """Draw `RUNTIME.svg` and `RUNTIME-dark.svg` beside an experiment's page, as far as it has runs.
 
-    One of ablations, which are nobody's rivals, has no picture.
+    One of ablations alone, which are nobody's rivals, has no picture.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     written: list[Path] = []
-    if experiment.with_role("ablation"):
+    if not has_rivals(experiment):
         return written
     for runtime, cells in cells_by_runtime(experiment, results).items():
         words = RUNTIME_WORDS.get(runtime, runtime).replace("\n", " ")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.comparison.experiment import (
+    DENSE,
     Experiment,
     Run,
     dense_recipe,
@@ -23,7 +24,9 @@ from benchmarks.comparison.experiment import (
 from benchmarks.tools.records import code_digest
 from wgates_plugin.efficiency.learner import Learner
 from wgates_plugin.errors import ConfigError, TargetError, WGatesError
-from wgates_plugin.files import read_json, write_json
+from wgates_plugin.files import read_json, save_tensors, write_json
+from wgates_plugin.latency import RuntimeSettings, get_runtime
+from wgates_plugin.latency.base import BaseRuntime
 from wgates_plugin.latency.environment import describe_environment
 from wgates_plugin.latency_study import LatencyStudy
 from wgates_plugin.pipeline.identity import options_in_full, settings_as_json
@@ -33,9 +36,6 @@ from wgates_plugin.run_folder import weights_digest
 from wgates_plugin.targets import LatencyTarget
 from wgates_plugin.tracing import trace
 from wgates_plugin.training import Trainer, evaluate
-
-DENSE = "dense-"
-"""What the key of a dense network begins with; its seed follows."""
 
 BULK = ("gates",)
 """Keys of a report that only its own page needs."""
@@ -101,7 +101,10 @@ def make_dense(experiment: Experiment, places: Places, seed: int) -> None:
         return
     recipe = dense_recipe(experiment, seed, places.dense_folder(seed))
     network, data, _, settings = prepare(recipe)
-    network = trained(network, data, recipe, resume=True, progress=False)
+    if recipe.trains_first:
+        network = trained(network, data, recipe, resume=True, progress=False)
+    else:  # the model came with weights
+        save_tensors(places.dense_folder(seed) / WEIGHTS, dict(network.state_dict()))
     weights = weights_digest(network)
     before = evaluate(network, data.val_loader).accuracy
     epochs = settings.epochs
@@ -201,6 +204,12 @@ def _probed(study: LatencyStudy, path: Path) -> int:
     if not path.exists():
         write_json(path, study.probe())
     return int(read_json(path, kind="channel grid")["grid"])
+
+
+def runtime_of(block: dict[str, Any]) -> BaseRuntime:
+    """The runtime that a block of the experiment names."""
+    settings = {k: v for k, v in block.items() if k in ("threads", "device", "precision")}
+    return get_runtime(runtime_name(block), RuntimeSettings(**settings), **block.get("options", {}))
 
 
 def _grid(places: Places, runtime: str) -> int | None:
@@ -318,6 +327,9 @@ def prepared(
             what is then not there is made here, one after the other.
     """
     todo = missing(places, chosen)
+    for block in experiment.runtimes:
+        if any(run.runtime == runtime_name(block) for run in todo):
+            runtime_of(block)  # what is not to be had here is said before hours of training
     wanted = [
         seed
         for seed in dict.fromkeys(run.seed for run in chosen)
@@ -376,6 +388,7 @@ def attempt(experiment: Experiment, places: Places, run: Run) -> str:
     """One run, said in a line; an error is said and stored nowhere, so that it is tried again."""
     threads = torch.get_num_threads()
     try:
+        refuse_other_machines(experiment, places, {run.runtime})  # this may be another of a cluster
         do_run(experiment, places, run)
     except Exception as error:  # the others are to be tried all the same
         if not isinstance(error, WGatesError):

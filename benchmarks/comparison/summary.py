@@ -22,7 +22,7 @@ TIGHT = 0.95
 """A final latency under this share of the target gives speed away that accuracy could have used."""
 
 EQUAL_LATENCY = 0.05
-"""Of the target: the advantage in latency beyond which a better accuracy wins nothing."""
+"""Of the target: the latency that the more accurate of two may take beyond the other's."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ class Cell:
     rivals: tuple[str, ...] = ()
     processor: str = ""
 
+    @property
+    def seeds(self) -> int:
+        """The most that a method was done with."""
+        return max((len(row.seeds) for row in self.rows.values()), default=0)
+
     def row(self, method: str) -> Row:
         return self.rows[method]
 
@@ -167,6 +172,8 @@ class Cell:
         best = self.best(self.contestants)
         if best is None:
             return False
+        if not self.rows[CHANCE].seeds:  # refused with every seed: nothing is there by chance
+            return self.seeds > 1
         ahead = self.between(best, CHANCE)
         behind = None if self.ours is None else self.between(best, self.ours)
         return any(found is not None and found.mean > found.error for found in (ahead, behind))
@@ -178,27 +185,44 @@ class Cell:
             return Verdict.OUT_OF_REACH
         if CHANCE in self.rows and not self.decided():
             return Verdict.UNDECIDED
-        margin, more = self.margin(), self.latency_over_rival()
-        if margin is None or margin.mean < 0:
-            return Verdict.UNEQUAL if more < -EQUAL_LATENCY else Verdict.LOST
-        if not self.ours_keeps_target():
+        margin, rival = self.margin(), self.best(self.rivals_here)
+        keeps = self.keeps_target(self.ours)
+        if rival is not None and (margin is None or margin.mean < 0):
+            ahead = [one for one in self.rivals_here if self.ahead_of_ours(one)]
+            fairly = margin is None or not keeps or any(self.fair(one) for one in ahead)
+            return Verdict.LOST if fairly else Verdict.UNEQUAL
+        if not keeps:
             return Verdict.OVER_TARGET
-        if more > EQUAL_LATENCY:
+        if margin is None or rival is None:  # nobody else was allowed the target
+            return Verdict.WON
+        if not self.fair(rival):
             return Verdict.UNEQUAL
         if margin.mean == 0:
             return Verdict.TIED
         return Verdict.WON_BEYOND if margin.mean > margin.error else Verdict.WON
 
-    def latency_over_rival(self) -> float:
-        """How much more latency ours takes than the best rival, of the target: the mean over seeds."""
-        rows = [self.rows.get(name or "") for name in (self.ours, self.best(self.rivals_here))]
-        means = [statistics.mean(row.ratio) for row in rows if row is not None and row.ratio]
-        return (means[0] - means[1]) / self.target if len(means) == 2 else 0.0
+    def ahead_of_ours(self, rival: str) -> bool:
+        margin = None if self.ours is None else self.between(self.ours, rival)
+        return margin is not None and margin.mean < 0
 
-    def ours_keeps_target(self) -> bool:
+    def fair(self, rival: str) -> bool:
+        """Whether latency leaves the better of ours and a complete rival the better one.
+
+        The better one may take no more than `EQUAL_LATENCY` of the target more than the other; a rival
+        that keeps the target may.
+        """
+        more = (self._latency(self.ours or "") - self._latency(rival)) / self.target
+        if self.ahead_of_ours(rival):
+            return self.keeps_target(rival) or more >= -EQUAL_LATENCY
+        return more <= EQUAL_LATENCY
+
+    def keeps_target(self, method: str | None) -> bool:
         """On average over seeds: what is won above it is no gain at equal latency."""
-        row = self.rows.get(self.ours or "")
-        return row is not None and statistics.mean(row.ratio) <= self.target
+        row = self.rows.get(method or "")
+        return row is not None and bool(row.ratio) and self._latency(row.method) <= self.target
+
+    def _latency(self, method: str) -> float:
+        return statistics.mean(self.rows[method].ratio)
 
     def between(self, first: str, second: str) -> Difference | None:
         """`first` minus `second`; None unless both are complete."""

@@ -97,7 +97,9 @@ def verdict(cell: Cell) -> str:
     why = {
         Verdict.INCOMPLETE: f": {cell.missing()} runs are missing",
         Verdict.OUT_OF_REACH: " of every method: even the least widths were measured over the target",
-        Verdict.UNDECIDED: ": chance is within one standard error of the best",
+        Verdict.UNDECIDED: ": one seed decides nothing"
+        if cell.seeds == 1
+        else ": chance is within one standard error of the best",
         Verdict.UNEQUAL: f": the better one takes over {100 * EQUAL_LATENCY:.0f} % of the target more",
     }
     return f"*{found}*{why[found]}" if found in why else found
@@ -248,7 +250,7 @@ def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:
 
 
 def margins_table(experiments: Sequence[Experiment], results: Path) -> str:
-    """One line per rival that runs everywhere: how far ours is ahead over all complete cells; empty
+    """One line per rival that runs everywhere: how far ours is ahead, over the cells of `margins`; empty
     without any."""
     head = ["rival", "cells", "ours ahead in", "margin", "95 % interval, over tasks",
             "on tasks that ours was not tuned on"]  # fmt: skip

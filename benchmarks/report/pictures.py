@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.comparison.contests import COMPARED
+from benchmarks.comparison.contests import compared, has_rivals
 from benchmarks.comparison.pictures import RUNTIME_WORDS, both_themes, draw_experiment
 from benchmarks.not_faster import OURS, RIVAL
 from benchmarks.tools.records import parser, read_record
@@ -88,15 +88,15 @@ def draw(folder: Path) -> list[Path]:
             print(f"{name}: no record; run `python -m benchmarks {name}`")
             continue
         written += both_themes(folder / name, functools.partial(picture, record))
-    for experiment in COMPARED:
+    for experiment in compared():
         found = draw_experiment(experiment, folder)
-        if not found and not experiment.with_role("ablation"):
+        if not found and has_rivals(experiment):
             print(f"{experiment.name}: no runs; run `python -m benchmarks comparison ...`")
         written += found
     return written
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    arguments = parser("pictures", __doc__).parse_args(list(argv))
+    arguments = parser("pictures", __doc__, seed=None).parse_args(list(argv))
     for path in draw(arguments.results):
         print(f"wrote {path}")

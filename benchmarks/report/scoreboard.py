@@ -5,6 +5,7 @@ A result that is not there leaves the value empty and the claim unheld; a missed
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import demo, fashion_mnist, targets_at_224
-from benchmarks.comparison.claims import COMPARISON_CLAIMS
+from benchmarks.comparison.claims import comparison_claims
+from benchmarks.comparison.contests import compared
 from benchmarks.latency_samples import GRIDS, NETWORKS
 from benchmarks.report.claims import Claim, number
 from benchmarks.report.strategy_claims import STRATEGY_CLAIMS
@@ -203,7 +205,7 @@ def _gate_step(network: str) -> Claim:
     return Claim(f"gate_step_ratio/{network}", 1.05, "lower", "results/gate_step.json", read)
 
 
-CLAIMS = (
+PACKAGE_CLAIMS = (
     _gate_step("resnet50"),
     _gate_step("mobilenet_v2"),
     Claim(
@@ -281,9 +283,13 @@ CLAIMS = (
         "results/nni_experiment.json",
         number("nni_experiment", "succeeded_share"),
     ),
-    *STRATEGY_CLAIMS,
-    *COMPARISON_CLAIMS,
 )
+"""Of measuring, removing, predicting and keeping targets."""
+
+
+@functools.cache
+def claims() -> tuple[Claim, ...]:
+    return (*PACKAGE_CLAIMS, *STRATEGY_CLAIMS, *comparison_claims(compared()))
 
 
 def holds(value: float | None, bar: float | None, better: str, most: float | None = None) -> bool:
@@ -313,7 +319,7 @@ def _word(entry: Entry) -> str:
 def entries(folder: Path) -> list[Entry]:
     """The scoreboard of a results folder."""
     found = []
-    for claim in CLAIMS:
+    for claim in claims():
         value = claim.value(folder)
         good = holds(value, claim.bar, claim.better, claim.most)
         interval = claim.interval(folder) if claim.interval else None
@@ -326,7 +332,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    options = parser("scoreboard", __doc__)
+    options = parser("scoreboard", __doc__, seed=None)
     options.add_argument("--out", type=Path, default=HOME / "scoreboard.json")
     arguments = options.parse_args(list(argv))
     found = entries(arguments.results)

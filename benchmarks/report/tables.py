@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import not_faster
-from benchmarks.comparison.contests import COMPARED, always_there, contests, margins
+from benchmarks.comparison.contests import always_there, compared, contests, has_rivals, margins
 from benchmarks.comparison.summary import CHANCE, Verdict
 from benchmarks.comparison.tables import (
     ablations_table,
@@ -290,39 +290,40 @@ def cell_pages(folder: Path) -> dict[Path, str]:
     """A page with all cells of every compared experiment of which anything ran, beside its runs."""
     return dict(
         page(experiment, folder)
-        for experiment in COMPARED
+        for experiment in compared()
         if (folder / "comparison" / experiment.name / "runs").is_dir()
     )
 
 
 def comparison_table(folder: Path) -> str:
-    return verdicts_table([e for e in COMPARED if not e.with_role("ablation")], folder)
+    return verdicts_table([e for e in compared() if has_rivals(e)], folder)
 
 
 def comparison_methods_table(folder: Path) -> str:
-    parts = [matrix_text(e, folder) for e in COMPARED if not e.with_role("ablation")]
+    parts = [matrix_text(e, folder) for e in compared() if has_rivals(e)]
     return "\n\n".join(part for part in parts if part) or NOT_RUN
 
 
 def comparison_ablations_table(folder: Path) -> str:
-    return ablations_table(COMPARED, folder)
+    return ablations_table(compared(), folder)
 
 
 def comparison_margins_table(folder: Path) -> str:
-    return margins_table(COMPARED, folder) or NOT_RUN
+    return margins_table(compared(), folder) or NOT_RUN
 
 
 def in_short(folder: Path) -> str:
     """The comparison and the scoreboard in three sentences."""
-    cells = contests(COMPARED, folder)
+    cells = contests(compared(), folder)
     verdicts = [cell.verdict() for cell in cells]
     decided = [verdict for verdict in verdicts if verdict.counts]
     good = sum(verdict.won for verdict in decided)
     missing = sum(verdict is Verdict.INCOMPLETE for verdict in verdicts)
-    rivals = always_there(COMPARED)
+    rivals = always_there(compared())
     alone = {rival: margins(cells, rival) for rival in rivals if rival != CHANCE}
-    ahead = [sum(margin > 0 for margin in found) for found in alone.values()]
-    most = max(map(len, alone.values()), default=0)
+    ahead = [(sum(margin > 0 for margin in found), len(found)) for found in alone.values() if found]
+    ahead.sort(key=lambda pair: pair[0] / pair[1])
+    least, most = (f"{a} of {b}" for a, b in (ahead[0], ahead[-1])) if ahead else ("none", "none")
     names = ", ".join(f"`{name}`" for name in alone)
     bars = [entry for entry in scoreboard.entries(folder) if entry.bar is not None]
     missed = sum(not entry.holds for entry in bars)
@@ -333,7 +334,7 @@ def in_short(folder: Path) -> str:
         f"{len(decided)} cells (task, target, runtime) that are complete and decided; of all "
         f"{len(verdicts)} cells, {nobodys} count for nobody (undecided, not at equal latency, or out of "
         f"every method's reach) and {missing} {are} incomplete. Against any one of them ({names}) it is "
-        f"ahead in {min(ahead, default=0)} to {max(ahead, default=0)} of {most}. Of the scoreboard's "
+        f"ahead in {least} to {most} at equal latency. Of the scoreboard's "
         f"{len(bars)} bars {missed} are missed."
     )
 
@@ -384,7 +385,7 @@ def rewritten(text: str, folder: Path, tables: Tables = TABLES) -> str:
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    options = parser("tables", __doc__)
+    options = parser("tables", __doc__, seed=None)
     options.add_argument(
         "--readme", type=Path, help="rewrite this page alone, not the repository's"
     )

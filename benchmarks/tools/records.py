@@ -20,13 +20,16 @@ KIND = "wgates-benchmark"
 NOT_RUN = "*not run yet*"
 
 
-def parser(name: str, about: str | None, *, seed: int = 0) -> argparse.ArgumentParser:
-    """Options every benchmark has: where to write, and the seed."""
+def parser(name: str, about: str | None, *, seed: int | None = 0) -> argparse.ArgumentParser:
+    """Options every benchmark has: where to write, and the seed; None for one without."""
     options = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {name}", description=(about or "").split("\n")[0]
+        prog=f"python -m benchmarks {name}",
+        description=(about or "").split("\n")[0],
+        allow_abbrev=False,
     )
     options.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON")
-    options.add_argument("--seed", type=int, default=seed)
+    if seed is not None:
+        options.add_argument("--seed", type=int, default=seed)
     return options
 
 

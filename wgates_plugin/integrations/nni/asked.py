@@ -32,13 +32,15 @@ def ratios_decide(efficiency: object, target: object) -> bool:
 
 
 def contradictions(
-    choices: dict[str, LayerChoice], efficiency: object, target: object, *, grid: int = 1
+    choices: dict[str, LayerChoice], efficiency: object, target: object, *, grid: object = None
 ) -> list[str]:
     by_ratio = ratios_decide(efficiency, target)
     problems = [] if efficiency is None else efficiency_problems(efficiency)
+    if grid is not None and not is_whole(grid, least=1):
+        problems.append(f"grid is {grid!r}, needs a whole number from 1")
     ratios = [name for name, choice in choices.items() if choice.ratio is not None]
     exact = [name for name in ratios if choices[name].exact]
-    if by_ratio and exact and grid > 1:
+    if by_ratio and exact and is_whole(grid, least=2):
         problems.append(
             f"grid {grid} together with sparse_ratio of {_shown(exact)}: a ratio says to the channel "
             "how much a layer loses; drop one of them, or give a target or a global_group_id"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
+import torch
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
@@ -10,15 +14,20 @@ from torch import Tensor, nn
 from wgates_plugin.calling import ExampleInputs
 from wgates_plugin.dependencies import DependencyTrace
 from wgates_plugin.efficiency.base import measured_grid
-from wgates_plugin.errors import PlanError
+from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni.asked import (
     Efficiency,
     budget_of,
     checked_selection,
+    contradictions,
     ratios_decide,
 )
-from wgates_plugin.integrations.nni.choices import ReadConfig, missing_entries
-from wgates_plugin.integrations.nni.evaluators import example_from, guessed_inputs
+from wgates_plugin.integrations.nni.choices import ConfigList, missing_entries, read_config
+from wgates_plugin.integrations.nni.evaluators import (
+    evaluator_problems,
+    example_from,
+    guessed_inputs,
+)
 from wgates_plugin.integrations.nni.gates import changes, layers_of, unsynchronised
 from wgates_plugin.integrations.nni.masks import (
     Masks,
@@ -29,7 +38,7 @@ from wgates_plugin.integrations.nni.masks import (
     out_targets,
 )
 from wgates_plugin.integrations.nni.readers import open_readers
-from wgates_plugin.plan import PruningPlan
+from wgates_plugin.plan import PruningPlan, score_problem
 from wgates_plugin.strategies.budgeting import check_feasible
 from wgates_plugin.targets import Target
 from wgates_plugin.verification import verify
@@ -39,9 +48,9 @@ class TracedPruner(Pruner):
     """An NNI pruner whose groups are a `ChannelSpace` and whose masks carry out a `PruningPlan`.
 
     Args:
-        read: the config list, without problems.
         grid: channel multiple of the widths; None takes that of those which the budget's latency
             model has measured.
+        problems: what is wrong with words of the subclass; told together with what is wrong here.
         the others: see `WGatesPruner`.
 
     Attributes:
@@ -57,7 +66,7 @@ class TracedPruner(Pruner):
     def __init__(
         self,
         model: nn.Module,
-        read: ReadConfig,
+        config_list: ConfigList,
         evaluator: Evaluator | None,
         existed_wrappers: dict[str, ModuleWrapper] | None,
         *,
@@ -66,7 +75,23 @@ class TracedPruner(Pruner):
         target: float | Target | None,
         grid: int | None,
         min_channels: int,
+        problems: Sequence[str] = (),
     ) -> None:
+        read = read_config(model, config_list)
+        problems = [
+            *read.problems,
+            *contradictions(read.choices, efficiency, target, grid=grid),
+            *problems,
+        ]
+        if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
+            problems.append(
+                "the network is wrapped by another compressor; unwrap it, or use "
+                "`WGatesPruner.from_compressor(compressor, config_list, ...)`"
+            )
+        elif evaluator is not None:
+            problems += evaluator_problems(evaluator, model)
+        if problems:
+            raise ConfigError(self._subject, problems)
         by_ratio = ratios_decide(efficiency, target)
         if example_inputs is None and evaluator is None and by_ratio:
             example_inputs = guessed_inputs(model)
@@ -103,6 +128,10 @@ class TracedPruner(Pruner):
         self.space, self.budget = space, budget
         self.left_out = selection.left_out
         self.plan: PruningPlan | None = None
+        if self.left_out:
+            shown = "; ".join(f"`{name}`: {why}" for name, why in list(self.left_out.items())[:8])
+            more = f"; and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
+            warnings.warn(f"{self._subject}: layers that stay whole: {shown}{more}", stacklevel=3)
 
     @property
     def _subject(self) -> str:
@@ -124,6 +153,15 @@ class TracedPruner(Pruner):
         """Units (total_units,) that earlier links of a chain have masked."""
         return closed_units(self.bound_model, self.space, self.get_masks())
 
+    def _check_ready(self) -> None:
+        """Refuse to compress twice, or a network that is not the one that was traced."""
+        if self.plan is not None:
+            raise PlanError(
+                f"{self._subject}.compress: this network is compressed already; chain another pruner "
+                "with `from_compressor`, or unwrap it and remove the channels"
+            )
+        self._check_unchanged()
+
     def _check_unchanged(self) -> None:
         problems = changes(self.bound_model, self._layers)
         if problems:
@@ -131,6 +169,36 @@ class TracedPruner(Pruner):
                 f"{self._subject}: the network changed since it was traced: "
                 f"{'; '.join(problems[:5])}; unwrap it and make the pruner anew"
             )
+
+    def _collect_data(self) -> dict[str, dict[str, Tensor]]:
+        """The weights that are scored: those of every chosen convolution and linear layer."""
+        producers = {
+            slot.module for group in self.space.groups for slot in group.slots_as("producer")
+        }
+        return {
+            name: {"weight": wrapper.weight.detach().clone()}
+            for name, wrapper in self._module_wrappers.items()
+            if name in producers and name in self._needed
+        }
+
+    def _by_layer(
+        self, scores: Tensor, data: dict[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Scores (total_units,) as NNI's pruners have them: (C, 1, ...) for each layer of `data`.
+
+        Raises:
+            PlanError: they have another shape, or a NaN.
+        """
+        if problem := score_problem(self.space, scores, infinite=True):
+            raise PlanError(f"{self._subject}: {problem}")
+        scores = torch.cat([scores.cpu(), torch.zeros(1)])
+        metrics = {}
+        for name, held in data.items():
+            index = self.space.unit_index(name, "out")
+            assert index is not None
+            by_channel = scores[torch.from_numpy(index)]
+            metrics[name] = {"weight": by_channel.view(-1, *[1] * (held["weight"].dim() - 1))}
+        return metrics
 
     def _masks_of(self, plan: PruningPlan) -> Masks:
         """The masks that carry `plan` out, and what a chain has masked before."""

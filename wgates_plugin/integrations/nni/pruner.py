@@ -16,16 +16,14 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs
-from wgates_plugin.errors import ConfigError, PlanError, TrainingError
+from wgates_plugin.errors import ConfigError, TrainingError
 from wgates_plugin.integrations.nni.asked import (
     Efficiency,
-    contradictions,
     duration_problems,
     training_problems,
 )
 from wgates_plugin.integrations.nni.base import TracedPruner
-from wgates_plugin.integrations.nni.choices import ConfigList, read_config
-from wgates_plugin.integrations.nni.evaluators import evaluator_problems
+from wgates_plugin.integrations.nni.choices import ConfigList
 from wgates_plugin.integrations.nni.gates import wrapped_gates
 from wgates_plugin.integrations.nni.loss_scale import found_scale, trainers_scale
 from wgates_plugin.integrations.nni.masks import Masks, still_open
@@ -95,10 +93,7 @@ class WGatesPruner(TracedPruner):
         untrained = evaluator is None and training_steps is None
         if untrained:
             training_steps = 0
-        read = read_config(model, config_list)
-        choices, problems = read.choices, list(read.problems)
-        problems += contradictions(choices, efficiency, target, grid=settings.grid or 1)
-        problems += duration_problems(training_steps, evaluator, settings)
+        problems = duration_problems(training_steps, evaluator, settings)
         if existed_wrappers is not None and not isinstance(existed_wrappers, Mapping):
             problems.append(
                 f"existed_wrappers is {existed_wrappers!r}, needs a dict, as `from_compressor` hands it "
@@ -108,18 +103,9 @@ class WGatesPruner(TracedPruner):
             problems.append(
                 f"loss_scale is {loss_scale!r}, needs a function that returns it, as `scaler.get_scale`"
             )
-        if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
-            problems.append(
-                "the network is wrapped by another compressor; unwrap it, or use "
-                "`WGatesPruner.from_compressor(compressor, config_list, ...)`"
-            )
-        elif evaluator is not None:
-            problems += evaluator_problems(evaluator, model)
-        if problems:
-            raise ConfigError(self._subject, problems)
         super().__init__(
             model,
-            read,
+            config_list,
             evaluator,
             existed_wrappers,
             example_inputs=example_inputs,
@@ -127,6 +113,7 @@ class WGatesPruner(TracedPruner):
             target=target,
             grid=settings.grid,
             min_channels=min_channels,
+            problems=problems,
         )
         self.training_steps = training_steps
         self._settings = replace(settings, grid=self._grid)
@@ -137,17 +124,11 @@ class WGatesPruner(TracedPruner):
         self._last_step: int | None = None
         self._steps_done = 0
         if untrained:
-            shared = any(choice.shared is not None for choice in choices.values())
             warnings.warn(
-                f"{self._subject}: no evaluator, so filter norms decide which channels go"
-                + ", and layers of one global_group_id lose equal shares" * shared
-                + "; gates learn in the training of an evaluator",
+                f"{self._subject}: no evaluator, so filter norms decide which channels go, and layers of "
+                "one global_group_id lose equal shares; gates learn in the training of an evaluator",
                 stacklevel=2,
             )
-        if self.left_out:
-            shown = "; ".join(f"`{name}`: {why}" for name, why in list(self.left_out.items())[:8])
-            more = f"; and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
-            warnings.warn(f"{self._subject}: layers that stay whole: {shown}{more}", stacklevel=2)
 
     @classmethod
     def from_compressor(
@@ -206,12 +187,7 @@ class WGatesPruner(TracedPruner):
             PlanError: compressed already, or the network changed since it was traced.
             TrainingError: the training broke down.
         """
-        if self.plan is not None:
-            raise PlanError(
-                f"{self._subject}.compress: this network is compressed already; chain another pruner "
-                "with `from_compressor`, or unwrap it and remove the channels"
-            )
-        self._check_unchanged()
+        self._check_ready()
         if problems := training_problems(
             max_steps, max_epochs, self.training_steps, self.evaluator
         ):
@@ -318,29 +294,11 @@ class WGatesPruner(TracedPruner):
             self._undo = None
         self.gates.detach()
 
-    def _collect_data(self) -> dict[str, dict[str, Tensor]]:
-        """The weights that are scored: those of every chosen convolution and linear layer."""
-        producers = {
-            slot.module for group in self.space.groups for slot in group.slots_as("producer")
-        }
-        return {
-            name: {"weight": wrapper.weight.detach().clone()}
-            for name, wrapper in self._module_wrappers.items()
-            if name in producers and name in self._needed
-        }
-
     def _calculate_metrics(
         self, data: dict[str, dict[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
         """The score of each output channel, (C, 1, ...) as NNI's pruners have it."""
-        scores = torch.cat([self.gates.unit_scores().cpu(), torch.zeros(1)])
-        metrics = {}
-        for name, held in data.items():
-            index = self.space.unit_index(name, "out")
-            assert index is not None
-            by_channel = scores[torch.from_numpy(index)]
-            metrics[name] = {"weight": by_channel.view(-1, *[1] * (held["weight"].dim() - 1))}
-        return metrics
+        return self._by_layer(self.gates.unit_scores(), data)
 
     def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> Masks:
         """The plan that the scores stand for under the budget, as masks."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from wgates_plugin.calling import ExampleInputs, copied
 from wgates_plugin.errors import ConfigError, PlanError
 from wgates_plugin.integrations.nni.asked import Efficiency, ratios_decide
+from wgates_plugin.integrations.nni.base import TracedPruner
 from wgates_plugin.integrations.nni.choices import ConfigList
 from wgates_plugin.integrations.nni.evaluators import example_of
 from wgates_plugin.integrations.nni.gates import load_wrapped, unwrapped_state
 from wgates_plugin.integrations.nni.masks import Masks
-from wgates_plugin.integrations.nni.pruner import WGatesPruner
 from wgates_plugin.integrations.strategy_checks import (
     data_problems,
     learning_problems,
@@ -23,7 +24,6 @@ from wgates_plugin.integrations.strategy_checks import (
 from wgates_plugin.strategies.base import Decision, Task
 from wgates_plugin.strategies.budgeting import plan_for_budget
 from wgates_plugin.strategies.table import make_strategy, strategy_problems
-from wgates_plugin.strategies.wgates import WGatesSettings
 from wgates_plugin.targets import Target
 from wgates_plugin.training.engine import LossFunction
 from wgates_plugin.training.settings import TrainingSettings
@@ -38,7 +38,7 @@ NEED_A_TARGET: dict[str, str] = {
 """Strategy -> why it is refused under ratios."""
 
 
-class StrategyPruner(WGatesPruner):
+class StrategyPruner(TracedPruner):
     """A strategy by name: `compress()` lets it decide on `data` and gives masks in NNI's form.
 
     It decides on the weights that the network has when `compress()` is called. What it learns, it
@@ -90,28 +90,29 @@ class StrategyPruner(WGatesPruner):
         problems += learning_problems(epochs=epochs, seed=seed, training=training, loss=loss)
         if strategy in NEED_A_TARGET and ratios_decide(efficiency, target):
             problems.append(NEED_A_TARGET[strategy])
-        if problems:
-            raise ConfigError("StrategyPruner", problems)
-        self.strategy, self._name = make_strategy(strategy, options), strategy
-        if example_inputs is None:
-            example_inputs = example_of(data, model)
-        if problems := preparation_problems(
-            self.strategy, strategy, options, model, example_inputs
-        ):
-            raise ConfigError("StrategyPruner", problems)
-        # NNI's wrappers take the parameters away; the strategy gets this, with the weights of then.
-        self._plain = copied(model)
-        self._example, self._data, self._epochs, self._seed = example_inputs, data, epochs, seed
+        if not problems:
+            self.strategy, self._name = make_strategy(strategy, options), strategy
+            if example_inputs is None:
+                example_inputs = example_of(data, model)
+            problems += preparation_problems(
+                self.strategy, strategy, options, model, example_inputs
+            )
+            # NNI's wrappers take the parameters away; the strategy gets this, with the weights of then.
+            self._plain = copied(model)
+            self._example = example_inputs
+        self._data, self._epochs, self._seed = data, epochs, seed
         self._training, self._loss = training or TrainingSettings(), loss
         super().__init__(
             model,
             config_list,
-            training_steps=0,
+            None,
+            None,
             example_inputs=example_inputs,
             efficiency=efficiency,
             target=target,
-            settings=WGatesSettings(grid=grid),
+            grid=grid,
             min_channels=min_channels,
+            problems=problems,
         )
 
     def compress(
@@ -128,9 +129,17 @@ class StrategyPruner(WGatesPruner):
                 "StrategyPruner.compress",
                 ["max_steps, max_epochs: the strategy learns for its own `epochs`; leave them out"],
             )
-        return super().compress()
+        self._check_ready()
+        self._decide()
+        return self.bound_model, self.get_masks()
 
     def _decide(self) -> None:
+        self.update_masks(self.generate_masks())
+
+    def _calculate_metrics(
+        self, data: dict[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """What the strategy decides: its weights are the network's from here on, its scores answer."""
         epochs = self._epochs if self.strategy.has_phase else 0
         network = copied(self._plain).to(next(self.bound_model.parameters()).device)
         network.load_state_dict(
@@ -143,7 +152,7 @@ class StrategyPruner(WGatesPruner):
                 self.budget,
                 self._example,
                 self._data,
-                grid=self.gates.grid,
+                grid=self._grid,
                 epochs=epochs,
                 total_epochs=max(1, epochs),
                 training=self._training,
@@ -153,18 +162,28 @@ class StrategyPruner(WGatesPruner):
             )
         )
         load_wrapped(self.bound_model, self.decision.network.state_dict())
-        super()._decide()
+        return self._by_layer(self.decision.scores, data)
 
     def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> Masks:
+        """The plan that the decision stands for under the budget, as masks."""
         plan = plan_for_budget(
             self.space,
             self.decision.scores,
             self.decision.widths,
             self.budget,
-            self.gates.grid,
+            self._grid,
             strategy=self._name,
         )
         return self._masks_of(plan)
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        """As the first link of a chain: decide, unless `compress` did; masks work by themselves."""
+        if self.plan is None:
+            self._check_unchanged()
+            self._decide()
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        pass
 
     @classmethod
     def from_compressor(cls, *_: Any, **__: Any) -> StrategyPruner:
