@@ -44,13 +44,24 @@ def usage() -> str:
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
-        return 0 if argv else 2
+        return 0
     name, *options = argv
     if name not in BENCHMARKS | REPORTS:
         print(f"benchmark `{name}`: unknown; choose one of: {', '.join(BENCHMARKS | REPORTS)}")
         return 2
     place = "benchmarks" if name in BENCHMARKS else "benchmarks.report"
-    importlib.import_module(f"{place}.{name}").main(options)
+    try:
+        importlib.import_module(f"{place}.{name}").main(options)
+    except KeyboardInterrupt:
+        print("stopped; what is done stays, and the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from wgates_plugin.errors import WGatesError
+
+        if not isinstance(error, WGatesError):
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -27,7 +27,7 @@ from benchmarks.tools.interleave import at_once, compare, interleave
 from benchmarks.tools.records import KIND, RESULTS, read_record, write_record
 from tests import networks
 from wgates_plugin.cli import MISSED
-from wgates_plugin.errors import FileFormatError
+from wgates_plugin.errors import ConfigError, FileFormatError
 from wgates_plugin.gating import Gating
 from wgates_plugin.latency import get_runtime
 from wgates_plugin.latency.environment import usable_cores
@@ -342,8 +342,30 @@ def test_unknown_benchmark_lists_the_known(capsys: pytest.CaptureFixture[str]) -
     assert command.main(["speed"]) == 2
     said = capsys.readouterr().out
     assert all(name in said for name in command.BENCHMARKS)
-    assert command.main([]) == 2
+    assert command.main([]) == 0
     assert command.main(["--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (ConfigError("experiment", ["seeds: twice"]), 2, "Error: experiment"),
+    ],
+)
+def test_a_stop_and_a_wrong_file_are_said_without_a_traceback(
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("benchmarks.gate_step.main", stopped)
+    assert command.main(["gate_step"]) == code
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", command.BENCHMARKS)

@@ -353,6 +353,13 @@ def test_a_poor_fit_says_so_with_the_next_step(space: ChannelSpace) -> None:
     assert "--samples 40: the 8 measured ones are kept" in words
 
 
+def test_no_more_samples_are_asked_for_than_there_are_networks(space: ChannelSpace) -> None:
+    (words,) = fit_warnings(fitted(space, noise=0.5, count=8), there=8, grid=16)
+    assert "All 8 networks on the grid of 16 are measured" in words
+    assert "--grid 8" in words
+    assert "--samples" not in words
+
+
 def test_the_lines_of_samples_have_units(space: ChannelSpace, tmp_path: Path) -> None:
     import io
 

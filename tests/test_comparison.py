@@ -83,11 +83,11 @@ def test_problems_of_all_methods_come_at_once(tmp_path: Path) -> None:
         ({"methods": {"dense-l1": {"strategy": "l1"}}}, "dense-l1.*rename"),
         (
             {"methods": {"a": {"strategy": "l1", "pruning": {"options": {"scope": "local"}}}}},
-            "methods.a.pruning.*options: not taken from here; write them beside `pruning`",
+            "methods.a.pruning.*: options in `pruning`: not taken from there; write them beside",
         ),
         (
             {"recipe": {**SMALL["recipe"], "pruning": {"strategy": "l1"}}},
-            "recipe.*strategy: not taken from here; write them under `methods`",
+            "recipe.*: strategy in `pruning`: not taken from there; write them under `methods`",
         ),
     ],
 )

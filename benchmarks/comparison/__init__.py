@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.comparison import again, finals, other_images, runs, turns
+from benchmarks.comparison.contests import has_rivals
 from benchmarks.comparison.experiment import (
     DENSE,
     FOLDER,
@@ -33,7 +34,8 @@ from benchmarks.comparison.experiment import (
     runtime_name,
 )
 from benchmarks.comparison.pictures import draw_experiment
-from benchmarks.comparison.tables import write_page
+from benchmarks.comparison.summary import read_cells
+from benchmarks.comparison.tables import verdict, write_page
 from benchmarks.tools.records import RESULTS, parser
 from wgates_plugin.errors import ConfigError, MissingExtraError
 from wgates_plugin.latency.base import require
@@ -120,11 +122,17 @@ def _say(lines: Sequence[str]) -> None:
 
 
 def _show(experiment: Experiment, results: Path) -> None:
-    write_page(experiment, results)
+    path = write_page(experiment, results)
     try:
         draw_experiment(experiment, results)
     except MissingExtraError as error:
         print(f"{error}; the page is without pictures", flush=True)
+    if has_rivals(experiment):
+        for cell in read_cells(experiment, results):
+            print(
+                f"{cell.runtime}, {cell.target:.0%}: {verdict(cell).replace('*', '')}", flush=True
+            )
+    print(f"page: {path}", flush=True)
 
 
 class _SideBySide:

@@ -41,7 +41,7 @@ def _refuse_strategy(pruning: Any, instead: str) -> None:
     keys = pruning if isinstance(pruning, dict) else {}
     found = [key for key in ("strategy", "options") if key in keys]
     if found:
-        raise ValueError(f"pruning: {', '.join(found)}: not taken from here; {instead}")
+        raise ValueError(f"{', '.join(found)} in `pruning`: not taken from there; {instead}")
 
 
 class Method(_Block):
@@ -223,7 +223,10 @@ def load_experiment(path: str | Path, profile: str | None = None) -> Experiment:
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
-        problems = [f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors()]
+        problems = [
+            f"`{'.'.join(map(str, e['loc']))}`: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise ConfigError(f"experiment `{path}`", problems) from None
     problems = []
     settings = {}

@@ -85,6 +85,7 @@ def time_finals(
         for one in stored.values()
         if one.get("environment") == environment
     ]
+    print(f"{experiment.name}: timing {len(todo)} networks on {runtime_name(block)}", flush=True)
     sitting = _Sitting(experiment, places, block, artefacts, seconds)
     found, quiet_ms, slow = _timings(sitting, todo, stored, passes, before, earlier)
     sitting.close()

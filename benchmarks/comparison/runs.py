@@ -339,11 +339,15 @@ def prepared(
             and not (places.dense_folder(seed) / WEIGHTS).exists()
         )
     ]
+    if wanted:
+        seeds = ", ".join(map(str, wanted))
+        print(f"{experiment.name}: training dense networks, seeds {seeds}", flush=True)
     ahead([f"{DENSE}{seed}" for seed in wanted])
     for seed in wanted:
         make_dense(experiment, places, seed)
     for block in experiment.runtimes:
         if any(run.runtime == runtime_name(block) for run in todo):
+            print(f"{experiment.name}: latency samples on {runtime_name(block)}", flush=True)
             make_samples(experiment, places, block)
 
 

@@ -79,7 +79,7 @@ def _seconds(row: Row, phase: str) -> str:
 
 
 def _points(found: Difference) -> str:
-    return f"{found.mean:+.2f} ± {found.error:.2f}"
+    return f"{found.mean:+.2f}" + (f" ± {found.error:.2f}" if found.pairs > 1 else "")
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -214,9 +214,10 @@ def _apart(method: Method) -> str:
     return "; ".join(part for part in (", ".join(words), said) if part)
 
 
-def write_page(experiment: Experiment, results: Path) -> None:
+def write_page(experiment: Experiment, results: Path) -> Path:
     path, text = page(experiment, results)
     write_text(path, text)
+    return path
 
 
 def verdicts_table(experiments: Sequence[Experiment], results: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -204,7 +205,8 @@ def fit_lpnet(
                     report, lpnet, file, name=model, identity=study.identity, cost=cost
                 )
             typer.echo(f"page:    {page}")
-        for warning in [*mixed, *shown.warnings(), *fit_warnings(lpnet)]:
+        there = math.prod(len(widths) for widths in space.allowed_widths(grid))
+        for warning in [*mixed, *shown.warnings(), *fit_warnings(lpnet, there=there, grid=grid)]:
             console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 

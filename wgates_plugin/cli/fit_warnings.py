@@ -14,8 +14,12 @@ measuring; what is off by more than these leaves it little to correct with."""
 FEW = 40
 
 
-def fit_warnings(lpnet: LPNet) -> list[str]:
-    """What a user of this LPNet should know; empty for a good fit."""
+def fit_warnings(lpnet: LPNet, *, there: int | None = None, grid: int = 1) -> list[str]:
+    """What a user of this LPNet should know; empty for a good fit.
+
+    Args:
+        there: how many different networks there are on the grid that was sampled; None for many.
+    """
     found = lpnet.report
     assert found is not None
     poor = []
@@ -30,9 +34,17 @@ def fit_warnings(lpnet: LPNet) -> list[str]:
     if not poor:
         return []
     more = FEW if found.samples < FEW else 2 * found.samples
-    return [
+    start = (
         f"this LPNet is {', '.join(poor)}; a target in milliseconds that it sets may be missed by "
-        "as much. Run "
+        "as much. "
+    )
+    if there is not None and found.samples >= there:
+        return [
+            f"{start}All {there} networks on the grid of {grid} are measured: take a finer one "
+            f"(--grid {max(1, grid // 2)}), or measure longer each (--seconds)"
+        ]
+    return [
+        f"{start}Run "
         f"the same command with --samples {more}: the {found.samples} measured ones are kept"
         + (
             ""

@@ -170,7 +170,10 @@ def _run(job: Job) -> None:
     """The stages in order; each is skipped when an earlier sitting finished it."""
     preparation.measure_baseline(job)
     if job.within_limits(job.baseline) and not job.space.capped:
-        logger.info("%s: within the target as it is; nothing to prune", job.name)
+        logger.warning(
+            "%s: within the target as it is (%.4g ms); nothing to prune",
+            job.name, job.baseline["latency_ms"],
+        )  # fmt: skip
         whole = PruningPlan.leading(job.space, job.space.full_widths)
         delivery.export(job, job.dense, 0)
         record.write(job, *unifying.unify(job, whole, job.dense))
