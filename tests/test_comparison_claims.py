@@ -47,6 +47,14 @@ def several(folder: Path, cells: dict[str, dict[str, Any]]) -> tuple[list[Experi
     return made, folder / "results"
 
 
+def last_sitting_found(one: Experiment, results: Path, method: str, ratio: float) -> None:
+    """One method's latency there, the same with every seed."""
+    path = results / "comparison" / one.name / "finals-eager.json"
+    last = json.loads(path.read_text())
+    last["ratio"].update({f"{method}-eager-50-{seed}": ratio for seed in range(3)})
+    write_json(path, last)
+
+
 def test_cells_are_won_lost_undecided_and_incomplete(tmp_path: Path) -> None:
     experiments, results = several(
         tmp_path,
@@ -109,10 +117,7 @@ def test_who_is_better_with_more_latency_has_not_won_at_equal_latency(
     first, second = (BETTER, GOOD) if better else (GOOD, BETTER)
     runs: dict[str, Any] = {"wgates": first, "l1": second, "random": LOW}
     one = filled(tmp_path, runs, ours="wgates", task="t", finals=[theirs] * 3)
-    path = tmp_path / "results/comparison" / one.name / "finals-eager.json"
-    last = json.loads(path.read_text())
-    last["ratio"].update({f"wgates-eager-50-{seed}": ours for seed in range(3)})
-    write_json(path, last)
+    last_sitting_found(one, tmp_path / "results", "wgates", ours)
     (cell,) = read_cells(one, tmp_path / "results")
     assert cell.verdict() is verdict
     share = {Verdict.UNEQUAL: None, Verdict.LOST: 0.0, Verdict.WON_BEYOND: 1.0}[verdict]
@@ -124,16 +129,12 @@ def test_any_rival_that_is_better_fairly_decides(tmp_path: Path) -> None:
     """The most accurate one is slower than it may be, the second is not."""
     runs: dict[str, Any] = {"wgates": GOOD, "l1": [0.95] * 3, "random": LOW, "uniform": BETTER}
     one = filled(tmp_path, runs, ours="wgates", task="t", finals=[0.49] * 3)
-    path = tmp_path / "results/comparison" / one.name / "finals-eager.json"
-    last = json.loads(path.read_text())
-    last["ratio"].update({f"l1-eager-50-{seed}": 0.54 for seed in range(3)})
-    write_json(path, last)
+    last_sitting_found(one, tmp_path / "results", "l1", 0.54)
     (cell,) = read_cells(one, tmp_path / "results")
     assert cell.best(cell.rivals_here) == "l1"
     assert not cell.fair("l1")
     assert cell.verdict() is Verdict.LOST
-    slower = {f"uniform-eager-50-{seed}": 0.54 for seed in range(3)}
-    write_json(path, {**last, "ratio": {**last["ratio"], **slower}})
+    last_sitting_found(one, tmp_path / "results", "uniform", 0.54)
     (cell,) = read_cells(one, tmp_path / "results")
     assert cell.verdict() is Verdict.UNEQUAL
 
@@ -501,10 +502,7 @@ def test_an_ablation_beside_rivals_is_in_no_share_of_runs_and_in_every_table(
     one = filled(
         tmp_path, runs, ours="wgates", task="t", ablations=["free-gates"], finals=[0.49] * 3
     )
-    path = tmp_path / "results/comparison" / one.name / "finals-eager.json"
-    last = json.loads(path.read_text())
-    last["ratio"].update({f"free-gates-eager-50-{seed}": 0.6 for seed in range(3)})
-    write_json(path, last)
+    last_sitting_found(one, tmp_path / "results", "free-gates", 0.6)
     found = values([one], tmp_path / "results")
     assert found["target_held_share/comparison"] == found["target_held_again_share"] == 1.0
     with pytest.MonkeyPatch.context() as patch:

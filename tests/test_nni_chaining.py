@@ -11,7 +11,9 @@ pytest.importorskip("wgates_plugin.integrations.nni")  # first: it lets NNI impo
 
 import torch
 from networks import example, tiny
+from nni.compression.base.compressor import Pruner
 from nni.compression.pruning import L1NormPruner
+from nni.compression.utils import Evaluator
 from nni_helpers import evaluator
 from test_strategies import batches
 from torch import Tensor, nn
@@ -35,21 +37,26 @@ def closed(masks: Any, name: str = INNER) -> Tensor:
     return (masks[name]["weight"] != 0).flatten(1).sum(1) == 0
 
 
+def trained_beside(earlier: Pruner, network: nn.Module) -> Evaluator:
+    """An evaluator of the plain network, made while the earlier link's wrappers are off."""
+    earlier.unwrap_model()
+    made = evaluator(network)
+    made._init_optimizer_helpers(network)
+    earlier.wrap_model()
+    return made
+
+
 @pytest.mark.parametrize("decided", [True, False])
 def test_a_strategy_by_name_may_come_first(decided: bool) -> None:
     network = tiny("residual")
     config = [{"op_names": [INNER], "sparse_ratio": 0.25}]
     earlier = StrategyPruner(network, config, "l1", batches())
     before = closed(earlier.compress()[1]) if decided else None
-    earlier.unwrap_model()
-    trained = evaluator(network)
-    trained._init_optimizer_helpers(network)
-    earlier.wrap_model()
     pruner = WGatesPruner.from_compressor(
         earlier,
         [{"op_names": [INNER], "sparse_ratio": 0.5}],
         3,
-        evaluator=trained,
+        evaluator=trained_beside(earlier, network),
         example_inputs=example(),
     )
     now = closed(pruner.compress()[1])
@@ -66,17 +73,11 @@ def chained(
     _, masks = earlier.compress()
     before = closed(masks)
     assert int(before.sum()) == int(len(before) * first)
-    trained = None
-    if steps:
-        earlier.unwrap_model()
-        trained = evaluator(network)
-        trained._init_optimizer_helpers(network)
-        earlier.wrap_model()
     pruner = WGatesPruner.from_compressor(
         earlier,
         config,
         steps,
-        evaluator=trained,
+        evaluator=trained_beside(earlier, network) if steps else None,
         example_inputs=example(),
         # Fast enough that gates change their minds within three steps.
         settings=WGatesSettings(learning_rate=0.5),

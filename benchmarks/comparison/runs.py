@@ -327,9 +327,10 @@ def prepared(
             what is then not there is made here, one after the other.
     """
     todo = missing(places, chosen)
-    for block in experiment.runtimes:
-        if any(run.runtime == runtime_name(block) for run in todo):
-            runtime_of(block)  # what is not to be had here is said before hours of training
+    used = {run.runtime for run in todo}
+    blocks = [block for block in experiment.runtimes if runtime_name(block) in used]
+    for block in blocks:
+        runtime_of(block)  # what is not to be had here is said before hours of training
     wanted = [
         seed
         for seed in dict.fromkeys(run.seed for run in chosen)
@@ -345,10 +346,9 @@ def prepared(
     ahead([f"{DENSE}{seed}" for seed in wanted])
     for seed in wanted:
         make_dense(experiment, places, seed)
-    for block in experiment.runtimes:
-        if any(run.runtime == runtime_name(block) for run in todo):
-            print(f"{experiment.name}: latency samples on {runtime_name(block)}", flush=True)
-            make_samples(experiment, places, block)
+    for block in blocks:
+        print(f"{experiment.name}: latency samples on {runtime_name(block)}", flush=True)
+        make_samples(experiment, places, block)
 
 
 def outdated(experiment: Experiment, places: Places, chosen: Sequence[Run]) -> list[str]:

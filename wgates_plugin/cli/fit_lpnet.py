@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,7 +134,7 @@ def fit_lpnet(
         from wgates_plugin.efficiency.learner import Learner
         from wgates_plugin.efficiency.lpnet import LPNet, check_choice
         from wgates_plugin.efficiency.lpnet.file import lpnet_file
-        from wgates_plugin.efficiency.sampling import check_space, mixed_grids
+        from wgates_plugin.efficiency.sampling import check_space, different_widths, mixed_grids
         from wgates_plugin.latency_study import LatencyStudy
         from wgates_plugin.targets import LatencyTarget
         from wgates_plugin.tracing import trace
@@ -205,7 +204,7 @@ def fit_lpnet(
                     report, lpnet, file, name=model, identity=study.identity, cost=cost
                 )
             typer.echo(f"page:    {page}")
-        there = math.prod(len(widths) for widths in space.allowed_widths(grid))
+        there = different_widths(space, grid)
         for warning in [*mixed, *shown.warnings(), *fit_warnings(lpnet, there=there, grid=grid)]:
             console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 

@@ -39,9 +39,10 @@ def fit_warnings(lpnet: LPNet, *, there: int | None = None, grid: int = 1) -> li
         "as much. "
     )
     if there is not None and found.samples >= there:
+        finer = f"take a finer one (--grid {grid // 2}), or " if grid > 1 else ""
         return [
-            f"{start}All {there} networks on the grid of {grid} are measured: take a finer one "
-            f"(--grid {max(1, grid // 2)}), or measure longer each (--seconds)"
+            f"{start}All {there} networks on the grid of {grid} are measured: {finer}measure longer "
+            "each (--seconds)"
         ]
     return [
         f"{start}Run "

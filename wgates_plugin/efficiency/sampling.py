@@ -223,9 +223,14 @@ def keep(
         on_sample(file.distinct, taken.found)
 
 
+def different_widths(space: ChannelSpace, grid: int) -> int:
+    """How many networks there are on a grid."""
+    return math.prod(len(widths) for widths in space.allowed_widths(grid))
+
+
 def check_space(space: ChannelSpace, count: int, grid: int) -> None:
     """Raises MeasurementError, before anything is measured, where the grid leaves too few widths."""
-    there = math.prod(len(widths) for widths in space.allowed_widths(grid))
+    there = different_widths(space, grid)
     if there < min(count, LEAST_SAMPLES):
         raise _too_few(there, grid)
 
